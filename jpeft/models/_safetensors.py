@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The safetensors file format: 8 bytes of header length, a JSON header, then the tensors' bytes.
+
+Read by `pread`, a block of rows at a time, and written as a stream, so that neither needs a second copy of the model;
+the `safetensors` package's NumPy side has no bfloat16, and its memory maps count as used memory.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+#: Safetensors' words for the dtypes that a weight may have.
+FLOATS = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+
+_WORDS = {dtype: word for word, dtype in FLOATS.items()}
+_BLOCK_BYTES = 32 * 2**20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not hold what the model needs; the message names every offending key."""
+
+
+class Tensor(NamedTuple):
+    """Where one tensor lies: its file, its dtype in safetensors' words, its shape and its first byte."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+class Source(NamedTuple):
+    """A tensor to be written: its shape and dtype now, its values when `fetch` is called."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fetch: Callable[[], np.ndarray]
+
+
+def header(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, by name; nothing but the header is read.
+
+    Raises:
+      CheckpointError: the file is cut short, too long, or not a safetensors file.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(f"{file} is no safetensors file, or is cut short: {size} bytes")
+        try:
+            entries = json.loads(stream.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{file} is no safetensors file: its header is not JSON") from error
+    entries.pop("__metadata__", None)
+    begin = 8 + length
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if begin + end != size:
+        raise CheckpointError(f"{file} should have {begin + end} bytes by its own header, has {size}: copy it again")
+    return {name: _tensor(file, begin, name, entry) for name, entry in entries.items()}
+
+
+def _tensor(file: Path, begin: int, name: str, entry: Mapping[str, Any]) -> Tensor:
+    dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if dtype in FLOATS and stop - start != math.prod(shape) * FLOATS[dtype].itemsize:
+        raise CheckpointError(f"{file}: {name} says {dtype} {list(shape)} but takes {stop - start} bytes")
+    return Tensor(file, dtype, shape, begin + start)
+
+
+def read(tensor: Tensor, index: tuple[slice, ...], out: np.ndarray) -> None:
+    """Fills `out` with `tensor[index]`, in `out`'s dtype, holding one block of rows beside it."""
+    dtype = FLOATS[tensor.dtype]
+    rows, *columns = index or (slice(0, 1),)  # a scalar is one row
+    shape = tensor.shape or (1,)
+    first, last, _ = rows.indices(shape[0])
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    step = max(1, _BLOCK_BYTES // max(row_bytes, 1))
+    out = out.reshape(out.shape or (1,))
+    with open(tensor.file, "rb", buffering=0) as stream:
+        for row in range(first, last, step):
+            block = np.empty((min(step, last - row), *shape[1:]), dtype)
+            stream.seek(tensor.start + row * row_bytes)
+            _fill(stream, block, tensor.file)
+            out[row - first : row - first + len(block)] = block[(slice(None), *columns)]
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of a checkpoint hold the same bytes."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    nbytes = math.prod(one.shape) * FLOATS[one.dtype].itemsize
+    for offset in range(0, nbytes, _BLOCK_BYTES):
+        blocks = []
+        for tensor in (one, other):
+            block = np.empty(min(_BLOCK_BYTES, nbytes - offset), np.uint8)
+            with open(tensor.file, "rb", buffering=0) as stream:
+                stream.seek(tensor.start + offset)
+                _fill(stream, block, tensor.file)
+            blocks.append(block)
+        if not np.array_equal(*blocks):
+            return False
+    return True
+
+
+def _fill(stream: Any, block: np.ndarray, file: Path) -> None:
+    view = memoryview(block.reshape(-1).view(np.uint8))
+    while view:
+        count = stream.readinto(view)
+        if not count:
+            raise CheckpointError(f"{file} ended while being read: copy it again")
+        view = view[count:]
+
+
+def write(file: Path, sources: Mapping[str, Source], metadata: Mapping[str, str]) -> None:
+    """Writes a file, fetching one tensor after the other."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    stop = 0
+    for name, source in sources.items():
+        start, stop = stop, stop + nbytes(source)
+        entries[name] = {"dtype": _WORDS[source.dtype], "shape": list(source.shape), "data_offsets": [start, stop]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for source in sources.values():
+            stream.write(memoryview(np.ascontiguousarray(source.fetch()).reshape(-1).view(np.uint8)))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def nbytes(source: Source) -> int:
+    """Bytes that a tensor takes in a file."""
+    return math.prod(source.shape) * source.dtype.itemsize
+
+
+def names(items: Iterable[str], most: int = 12) -> str:
+    """`items` for a message: sorted, the first `most` of them."""
+    items = sorted(items)
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

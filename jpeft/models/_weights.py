@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight tables: which Hugging Face tensor is which leaf, read in both directions and total in both.
+
+A model's table is a tuple of entries:
+
+  Rule("model.layers.{i}.self_attn.q_proj.weight", "layers/self_attn/q_proj/kernel", TRANSPOSE)
+      one tensor is one leaf; with `{i}`, one tensor per layer, stacked on the leaf's first axis.
+  Tied("lm_head.weight", "embed_tokens/embedding")
+      a copy of a leaf that a checkpoint may hold; it must agree with it, and is not written.
+  Ignore("...rotary_emb.inv_freq")
+      a tensor that is no weight. `...` stands for any start.
+  Renamed(".gamma", ".weight")
+      an ending that old checkpoints use for today's.
+
+A checkpoint key without an entry, an entry without its key, a leaf that nothing sets and a wrong shape are errors; all
+of them are collected and raised as one.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from . import _safetensors as safetensors
+from ._safetensors import CheckpointError, Source, Tensor, names
+
+_LOG = logging.getLogger("jpeft")
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class How(NamedTuple):
+    """A pair of axis orders: a leaf is `tensor.transpose(to_jax)`, a tensor is `leaf.transpose(to_hf)`.
+
+    None keeps the axes. The layer axis of a stack does not count.
+    """
+
+    to_jax: tuple[int, ...] | None = None
+    to_hf: tuple[int, ...] | None = None
+
+
+COPY = How()
+#: torch's `Linear.weight` [d_out, d_in] as a kernel [d_in, d_out].
+TRANSPOSE = How((1, 0), (1, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The tensor `hf` is the leaf `path`; with `{i}` in its name, that of layer i is the leaf's row i."""
+
+    hf: str
+    path: str
+    how: How = COPY
+
+
+@dataclasses.dataclass(frozen=True)
+class Tied:
+    """The tensor `hf`, if there, repeats the one of the leaf `path`."""
+
+    hf: str
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Ignore:
+    """The tensor `hf` is no weight."""
+
+    hf: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Renamed:
+    """Old checkpoints end a name in `old` where it is `new` today."""
+
+    old: str
+    new: str
+
+
+Entry = Rule | Tied | Ignore | Renamed
+Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
+
+
+def module_names(entries: Sequence[Entry], num_layers: int) -> dict[str, tuple[str, ...]]:
+    """Hugging Face's names of every module that owns leaves: NNX path -> one name, or one per layer of a stack."""
+    found = {}
+    for rule in rules(entries):
+        path, module = rule.path.rpartition("/")[0], rule.hf.rpartition(".")[0]
+        found[path] = tuple(fill(module, i) for i in range(num_layers)) if "{i}" in module else (module,)
+    return found
+
+
+def rules(entries: Sequence[Entry]) -> list[Rule]:
+    """The entries that set a leaf."""
+    return [entry for entry in entries if isinstance(entry, Rule)]
+
+
+def fill(pattern: str, layer: int) -> str:
+    """`pattern` with the layer's number in the place of `{i}`."""
+    return pattern.replace("{i}", str(layer))
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def open_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder's safetensors file or shards, by name; only headers are read.
+
+    Raises:
+      FileNotFoundError: no such folder, no safetensors, or a shard that the index names is missing.
+      CheckpointError: a file is cut short, or the index names a file outside of the folder.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}; a model folder holds config.json and {SINGLE}")
+    if (folder / SINGLE).is_file():
+        return safetensors.header(folder / SINGLE)
+    if (folder / INDEX).is_file():
+        return _open_shards(folder)
+    pickled = names(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickled:
+        raise FileNotFoundError(
+            f"{folder} has only pickled weights ({pickled}), which can run code when opened and are not read; "
+            "convert them to safetensors with transformers' save_pretrained"
+        )
+    raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+
+def _open_shards(folder: Path) -> dict[str, Tensor]:
+    index = folder / INDEX
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} must be JSON with a weight_map from tensor to file") from error
+    files = sorted(set(weight_map.values()))
+    outside = [file for file in files if Path(file).name != file or file in ("", ".", "..")]
+    if outside:
+        raise CheckpointError(f"{index} names files outside of its folder: {names(outside)}")
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks the shards {names(missing)} that {INDEX} names")
+    tensors = [item for file in files for item in safetensors.header(folder / file).items()]
+    differing = {(name, tensor.file.name) for name, tensor in tensors} ^ {*weight_map.items()}
+    if differing:
+        raise CheckpointError(f"{index} and its shards disagree about {names({name for name, _ in differing})}")
+    return dict(tensors)
+
+
+def common_dtype(tensors: Mapping[str, Tensor]) -> np.dtype:
+    """The floating dtype that most of a checkpoint's parameters have."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        if tensor.dtype in safetensors.FLOATS:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    if not sizes:
+        raise CheckpointError("the checkpoint holds no floating-point tensor; quantized files are not read here")
+    common = max(sizes, key=lambda word: sizes[word])
+    if len(sizes) > 1:
+        _LOG.warning("the checkpoint mixes %s; everything is read as %s", names(sizes), common)
+    return safetensors.FLOATS[common]
+
+
+def load_leaves(
+    tensors: Mapping[str, Tensor],
+    entries: Sequence[Entry],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    sharding: Sharding | None = None,
+    *,
+    prefix: str = "",
+    droppable: Sequence[str] = (),
+    fresh: Sequence[str] = (),
+) -> dict[str, jax.Array]:
+    """Reads every leaf, each device's slice straight to its dtype and place.
+
+    Args:
+      tensors: what `open_checkpoint` found.
+      entries: the model's table.
+      shapes: every leaf of the model, with the dtype wanted.
+      sharding: (path, shape) -> where the leaf goes; None puts all on the default device.
+      prefix: what a checkpoint with a head puts before the backbone's names (`"bert."`); it is added to the
+        table's names or taken off them to fit the checkpoint.
+      droppable: starts of names (after the prefix) that another task's checkpoint may hold; dropped and logged.
+      fresh: starts of paths that may be absent from the checkpoint; they are then absent from the result.
+
+    Raises:
+      CheckpointError: naming every unmapped key, missing key, leaf without a rule, wrong shape and wrong dtype.
+    """
+    entries = _in_layout(entries, tensors, prefix)
+    tensors = _renamed(tensors, entries)
+    parts = {rule.path: _parts(rule, shapes[rule.path]) for rule in rules(entries) if rule.path in shapes}
+    for path in [path for path in parts if path.startswith(tuple(fresh))]:
+        if not any(part.key in tensors for part in parts[path]):
+            del parts[path]
+    unmapped = _unmapped(tensors, entries, parts)
+    dropped = {key for key in unmapped if key.removeprefix(prefix).startswith(tuple(droppable))}
+    strays = {
+        "keys that the model has no place for": unmapped - dropped,
+        "rules for leaves that the model does not have": {rule.path for rule in rules(entries)} - {*shapes},
+        "leaves that no rule sets": {*shapes} - {rule.path for rule in rules(entries)},
+        "missing keys": {part.key for leaf in parts.values() for part in leaf} - {*tensors},
+    }
+    problems = [f"{what}: {names(found)}" for what, found in strays.items() if found]
+    problems += [
+        text for leaf in parts.values() for part in leaf if part.key in tensors for text in _misfit(part, tensors)
+    ]
+    if problems or (problems := _untied(tensors, entries, parts)):
+        raise CheckpointError("the checkpoint does not fit the model\n  " + "\n  ".join(problems))
+    if dropped:
+        _LOG.warning("dropped weights of another task: %s", names(dropped, len(dropped)))
+    return {path: _leaf(path, parts[path], tensors, shapes[path], sharding) for path in parts}
+
+
+class _Part(NamedTuple):
+    """One tensor's share of a leaf: its name, how its axes lie, and its shape inside the leaf."""
+
+    key: str
+    how: How
+    shape: tuple[int, ...]
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        return self.how.to_hf or tuple(range(len(self.shape)))
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in self.axes)
+
+
+def _parts(rule: Rule, leaf: jax.ShapeDtypeStruct) -> list[_Part]:
+    """The tensors that make up a leaf, layer by layer."""
+    if "{i}" not in rule.hf:
+        return [_Part(rule.hf, rule.how, leaf.shape)]
+    return [_Part(fill(rule.hf, i), rule.how, leaf.shape[1:]) for i in range(leaf.shape[0])]
+
+
+def _in_layout(entries: Sequence[Entry], tensors: Mapping[str, Tensor], prefix: str) -> tuple[Entry, ...]:
+    """The table with its names as the checkpoint has them: with the backbone's prefix, or without."""
+    present = any(key.startswith(prefix) for key in tensors)
+    if not prefix or present == any(rule.hf.startswith(prefix) for rule in rules(entries)):
+        return tuple(entries)
+
+    def rename(hf: str) -> str:
+        return hf.removeprefix(prefix) if not present or hf.startswith("...") else prefix + hf
+
+    return tuple(e if isinstance(e, Renamed) else dataclasses.replace(e, hf=rename(e.hf)) for e in entries)
+
+
+def _renamed(tensors: Mapping[str, Tensor], entries: Sequence[Entry]) -> dict[str, Tensor]:
+    endings = [entry for entry in entries if isinstance(entry, Renamed)]
+
+    def today(key: str) -> str:
+        return next((key.removesuffix(e.old) + e.new for e in endings if key.endswith(e.old)), key)
+
+    return {today(key): tensor for key, tensor in tensors.items()}
+
+
+def _unmapped(
+    tensors: Mapping[str, Tensor], entries: Sequence[Entry], parts: Mapping[str, Sequence[_Part]]
+) -> set[str]:
+    known = {part.key for leaf in parts.values() for part in leaf} | {e.hf for e in entries if isinstance(e, Tied)}
+    patterns = [re.escape(e.hf) for e in entries if isinstance(e, Ignore)]
+    ignored = re.compile("|".join(p.replace(r"\{i\}", r"\d+").replace(r"\.\.\.", ".*") for p in patterns))
+    return {key for key in tensors if key not in known and not ignored.fullmatch(key)}
+
+
+def _misfit(part: _Part, tensors: Mapping[str, Tensor]) -> list[str]:
+    tensor = tensors[part.key]
+    if tensor.dtype not in safetensors.FLOATS:
+        return [f"{part.key} is {tensor.dtype}; a weight is one of {names(safetensors.FLOATS)}"]
+    if tensor.shape == part.tensor_shape:
+        return []
+    return [f"{part.key} is {list(tensor.shape)}, the model needs {list(part.tensor_shape)}"]
+
+
+def _untied(tensors: Mapping[str, Tensor], entries: Sequence[Entry], parts: Mapping[str, Sequence[_Part]]) -> list[str]:
+    pairs = [(e.hf, parts[e.path][0].key) for e in entries if isinstance(e, Tied) and e.hf in tensors]
+    return [
+        f"{copy} differs from {original}, but the config ties them (tie_word_embeddings)"
+        for copy, original in pairs
+        if not safetensors.equal(tensors[copy], tensors[original])
+    ]
+
+
+def _leaf(
+    path: str,
+    parts: Sequence[_Part],
+    tensors: Mapping[str, Tensor],
+    leaf: jax.ShapeDtypeStruct,
+    sharding: Sharding | None,
+) -> jax.Array:
+    stacked = leaf.shape != parts[0].shape
+
+    def values(index: tuple[slice, ...]) -> np.ndarray:
+        out = np.empty([len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)], leaf.dtype)
+        rows = zip(parts[index[0]], out, strict=True) if stacked else [(parts[0], out)]
+        for part, row in rows:
+            inner = index[len(index) - row.ndim :]
+            safetensors.read(tensors[part.key], tuple(inner[axis] for axis in part.axes), row.transpose(part.axes))
+        return out
+
+    if sharding is None:
+        return jax.device_put(values((slice(None),) * len(leaf.shape)))
+    return jax.make_array_from_callback(leaf.shape, sharding(path, leaf), _once(values), leaf.dtype)
+
+
+def _once(values: Callable[[tuple[slice, ...]], np.ndarray]) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """`values`, called once per distinct slice: devices that replicate one share it."""
+    cache: dict[Any, np.ndarray] = {}
+
+    def cached(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in cache:
+            cache[key] = values(index)
+        return cache[key]
+
+    return cached
+
+
+# Writing ------------------------------------------------------------------------------------------------------------
+
+
+def save_leaves(
+    folder: Path,
+    entries: Sequence[Entry],
+    leaves: Mapping[str, jax.Array],
+    *,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes every leaf under its Hugging Face name, in files of at most `shard_bytes` (or one tensor), with an index.
+
+    One leaf at a time is held in host memory.
+
+    Raises:
+      CheckpointError: a leaf without a rule, or a rule without its leaf.
+    """
+    how = {rule.path: rule for rule in rules(entries)}
+    if {*how} != {*leaves}:
+        raise CheckpointError(
+            f"the table and the model disagree about {names({*how} ^ {*leaves})}; merge or strip adapters before saving"
+        )
+    sources = {key: source for path, leaf in leaves.items() for key, source in _sources(how[path], leaf).items()}
+    shards = _split(sources, shard_bytes)
+    if len(shards) == 1:
+        return safetensors.write(folder / SINGLE, sources, {"format": "pt"})
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        safetensors.write(folder / file, shard, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(safetensors.nbytes(source) for source in sources.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _sources(rule: Rule, leaf: jax.Array) -> dict[str, Source]:
+    """What to write for one leaf; its layers share one copy in host memory, gone with the last of them."""
+    values: list[np.ndarray] = []
+    parts = _parts(rule, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+
+    def fetch(row: int) -> np.ndarray:
+        if not values:
+            values.append(_host(rule.path, leaf))
+        array = values[0] if parts[0].shape == leaf.shape else values[0][row]
+        if row == len(parts) - 1:
+            values.clear()
+        return array.transpose(parts[row].axes)
+
+    return {
+        part.key: Source(part.tensor_shape, leaf.dtype, functools.partial(fetch, row)) for row, part in enumerate(parts)
+    }
+
+
+def _host(path: str, leaf: jax.Array) -> np.ndarray:
+    """A leaf's values, shard by shard, so that JAX caches no copy of the whole."""
+    if not leaf.is_fully_addressable:
+        raise ValueError(f"{path} lies on several hosts; gather the model on one before saving it")
+    out = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            out[shard.index] = shard.data
+    return out
+
+
+def _split(sources: Mapping[str, Source], most: int) -> list[dict[str, Source]]:
+    shards: list[dict[str, Source]] = [{}]
+    size = 0
+    for key, source in sources.items():
+        size += safetensors.nbytes(source)
+        if shards[-1] and size > most:
+            shards.append({})
+            size = safetensors.nbytes(source)
+        shards[-1][key] = source
+    return shards
