@@ -114,7 +114,7 @@ def equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _fill(stream: Any, block: np.ndarray, file: Path) -> None:
-    view = memoryview(block.reshape(-1).view(np.uint8))
+    view = block.reshape(-1).view(np.uint8).data
     while view:
         count = stream.readinto(view)
         if not count:
@@ -134,7 +134,7 @@ def write(file: Path, sources: Mapping[str, Source], metadata: Mapping[str, str]
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for source in sources.values():
-            stream.write(memoryview(np.ascontiguousarray(source.fetch()).reshape(-1).view(np.uint8)))
+            stream.write(np.ascontiguousarray(source.fetch()).reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -310,11 +310,11 @@ def _leaf(
     return jax.make_array_from_callback(leaf.shape, sharding(path, leaf), _once(values), leaf.dtype)
 
 
-def _once(values: Callable[[tuple[slice, ...]], np.ndarray]) -> Callable[[tuple[slice, ...]], np.ndarray]:
+def _once(values: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
     """`values`, called once per distinct slice: devices that replicate one share it."""
     cache: dict[Any, np.ndarray] = {}
 
-    def cached(index: tuple[slice, ...]) -> np.ndarray:
+    def cached(index: Any) -> np.ndarray:
         key = tuple((s.start, s.stop) for s in index)
         if key not in cache:
             cache[key] = values(index)
