@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grafting: a module object stays where it is, gains `adapters`, and its class becomes a subclass that runs them.
+
+So base paths, `.kernel` and `isinstance` survive, and a model that nobody wrote for jpeft can be adapted. The
+subclass is made once per class, which keeps graphdefs equal between models.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ._method import Adapter
+
+#: The attribute that a grafted module gains.
+ADAPTERS = "adapters"
+
+
+#: The class attribute by which a grafted class remembers what it was.
+_ORIGIN = "__grafted_from__"
+
+
+@functools.cache
+def _grafted_type(base: type) -> type:
+    """The subclass of `base` that runs adapters: in its call and, on an embedding, where its table is a head."""
+
+    def __call__(self: Any, *inputs: Any, **options: Any) -> Any:
+        y = base.__call__(with_saved(self), *inputs, **options)
+        for adapter in self.adapters.values():
+            if adapter.acts:
+                y = adapter.method.apply(adapter, self, y, *inputs)
+        return y
+
+    def attend(self: Any, query: jax.Array, *args: Any, **options: Any) -> jax.Array:
+        y = base.attend(with_saved(self), query, *args, **options)  # type: ignore[attr-defined]
+        for adapter in self.adapters.values():
+            if adapter.acts:
+                y = adapter.method.attend(adapter, self, y, query)
+        return y
+
+    def __reduce__(self: Any) -> Any:
+        return _rebuild, (base, dict(vars(self)))
+
+    members = {_ORIGIN: base, "__call__": __call__, "__reduce__": __reduce__, "__module__": base.__module__}
+    if hasattr(base, "attend"):
+        members["attend"] = attend
+    # One base class alone: with a mixin beside it the object layouts differ, and the class could not be swapped.
+    return type(f"Grafted{base.__name__}", (base,), members)
+
+
+def _rebuild(base: type, attributes: dict[str, Any]) -> Any:
+    module = object.__new__(_grafted_type(base))
+    vars(module).update(attributes)
+    return module
+
+
+def is_grafted(module: Any) -> bool:
+    """Whether `module` carries adapters."""
+    return _ORIGIN in vars(type(module))
+
+
+def base_type(module: Any) -> type:
+    """The class that `module` had before any graft."""
+    return vars(type(module)).get(_ORIGIN, type(module))
+
+
+def graft(module: Any, name: str, adapter: Adapter) -> None:
+    """Adds `adapter` under `name` to `module`, in place."""
+    if not is_grafted(module):
+        if hasattr(module, ADAPTERS):
+            raise ValueError(
+                f"{type(module).__name__} has an attribute {ADAPTERS!r} of its own, which a graft would hide; rename it"
+            )
+        setattr(module, ADAPTERS, nnx.Dict())
+        _become(module, _grafted_type(type(module)))
+    module.adapters[name] = adapter
+
+
+def ungraft(module: Any) -> None:
+    """Takes all adapters off `module`, in place, leaving no trace."""
+    _become(module, base_type(module))
+    attributes = vars(module)
+    attributes.pop(ADAPTERS, None)
+    nodes = attributes["_pytree__nodes"]  # NNX's own record of which attributes hold arrays
+    attributes["_pytree__nodes"] = type(nodes)({name: node for name, node in nodes.items() if name != ADAPTERS})
+
+
+def grafts(model: nnx.Module) -> Iterator[tuple[str, Any]]:
+    """(path, module) of every grafted module."""
+    for path, module in list(nnx.iter_modules(model)):
+        if is_grafted(module):
+            yield "/".join(map(str, path)), module
+
+
+def with_saved(module: Any) -> Any:
+    """The base module with its saved leaves in place; `module` itself where nothing is saved."""
+    leaves = saved_leaves(module)
+    return replace_leaves(module, leaves) if leaves else module
+
+
+def saved_leaves(module: Any) -> dict[str, jax.Array]:
+    """What stands in for `module`'s own leaves; a later adapter's copy goes before an earlier one's."""
+    return {name: _in_its_layers(module, a, name) for a in module.adapters.values() for name in a.saved}
+
+
+def _in_its_layers(module: Any, adapter: Adapter, name: str) -> jax.Array:
+    saved, layers = adapter.saved[name][...], adapter.saved_layers[name]
+    if all(layers):
+        return saved
+    own, layer = getattr(module, name)[...], adapter.layer
+    if layer is None or layer.ndim:  # the whole stack at once
+        lead = adapter.site.lead
+        mask = jnp.array(layers).reshape(lead + (1,) * (own.ndim - len(lead)))
+    else:
+        mask = jnp.array(layers)[layer]
+    return jnp.where(mask, saved, own.astype(saved.dtype))
+
+
+def replace_leaves(module: Any, leaves: Mapping[str, jax.Array]) -> Any:
+    """A shallow, ungrafted copy of `module` with these leaves, each in the dtype of the one that it stands for."""
+    plain = object.__new__(type(module))
+    vars(plain).update(vars(module))
+    ungraft(plain)
+    for name, value in leaves.items():
+        leaf = getattr(module, name)
+        vars(plain)[name] = leaf.replace(value.astype(leaf.dtype))
+    return plain
+
+
+def _become(module: Any, new: type) -> None:
+    object.__setattr__(module, "__class__", new)  # past NNX, which would record it as an attribute

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much an adapted model trains, and how much of the base that changes: two different numbers."""
+
+import dataclasses
+import math
+from typing import Any
+
+from flax import nnx
+
+from ._graft import grafts
+from ._method import Adapter, AdapterConstant, AdapterParam
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One adapter of a model, over all its seams.
+
+    Attributes:
+      name: the adapter's name.
+      method: the method with its options.
+      seams: how many places it acts at, every layer of a stack counted.
+      trainable: parameters that are trained, padding left out.
+      changed: parameters of the base whose effective value differs once merged.
+      bytes: memory of its trainable leaves.
+    """
+
+    name: str
+    method: Any
+    seams: int
+    trainable: int
+    changed: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What `jpeft.summary` gives; printed, a table.
+
+    Attributes:
+      rows: one per adapter.
+      base: parameters of the base model; the denominator of `percent`.
+      base_bytes: their memory.
+      trainable, changed, bytes: sums over the rows.
+      percent: 100 * trainable / base.
+    """
+
+    rows: tuple[Row, ...]
+    base: int
+    base_bytes: int
+
+    @property
+    def trainable(self) -> int:
+        return sum(row.trainable for row in self.rows)
+
+    @property
+    def changed(self) -> int:
+        return sum(row.changed for row in self.rows)
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def percent(self) -> float:
+        return 100.0 * self.trainable / self.base if self.base else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{'adapter':<12}{'places':>8}{'trainable':>14}{'% of base':>11}{'changed':>14}{'bytes':>14}"]
+        rows = [(r.name, r.seams, r.trainable, r.changed, r.bytes) for r in self.rows]
+        rows.append(("all", sum(r.seams for r in self.rows), self.trainable, self.changed, self.bytes))
+        for name, places, trainable, changed, size in rows:
+            share = 100.0 * trainable / self.base if self.base else 0.0
+            lines.append(f"{name:<12}{places:>8,}{trainable:>14,}{share:>11.4f}{changed:>14,}{size:>14,}")
+        lines.append(f"base: {self.base:,} parameters, {self.base_bytes:,} bytes")
+        lines += [f"{row.name}: {row.method}" for row in self.rows]
+        return "\n".join(lines)
+
+
+def summary(model: nnx.Module) -> Summary:
+    """Counts of an adapted model: trainable and changed parameters, memory, the base's size.
+
+    Works on shapes, so a model built under `jax.eval_shape` counts too.
+
+    Example:
+      >>> print(jpeft.summary(model))
+    """
+    rows: dict[str, Row] = {}
+    for _, module in grafts(model):
+        for name, adapter in module.adapters.items():
+            row, more = rows.get(name), _row(name, adapter)
+            rows[name] = more if row is None else _sum(row, more)
+    base = [leaf for leaf in _leaves(model) if not isinstance(leaf, (AdapterParam, AdapterConstant)) and _counts(leaf)]
+    return Summary(tuple(rows.values()), sum(_size(leaf) for leaf in base), sum(_bytes(leaf) for leaf in base))
+
+
+def _row(name: str, adapter: Adapter) -> Row:
+    trainable, changed = adapter.method.count(adapter.site) if adapter.acts else (0, 0)
+    for leaf, layers in adapter.saved_layers.items():
+        own = _size(adapter.saved[leaf]) * sum(layers) // len(layers)
+        trainable, changed = trainable + own, changed + own
+    size = sum(_bytes(leaf) for leaf in _leaves(adapter) if isinstance(leaf, AdapterParam))
+    places = sum(adapter.site.active) or len(adapter.site.active)
+    return Row(name, adapter.method, places, trainable, changed, size)
+
+
+def _sum(a: Row, b: Row) -> Row:
+    added = {f: getattr(a, f) + getattr(b, f) for f in ("seams", "trainable", "changed", "bytes")}
+    return dataclasses.replace(a, **added)
+
+
+def _leaves(node: Any) -> list[Any]:
+    return nnx.graph.flatten(node)[1].leaves  # type: ignore[union-attr]
+
+
+def _counts(leaf: Any) -> bool:
+    return not isinstance(leaf, nnx.RngState)
+
+
+def _size(leaf: Any) -> int:
+    return math.prod(leaf.shape)
+
+
+def _bytes(leaf: Any) -> int:
+    return _size(leaf) * leaf.dtype.itemsize

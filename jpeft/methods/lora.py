@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA: a low-rank update beside a frozen projection (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+
+    y = x W + b + s * drop(x) A B        A [d_in, rank], B [rank, d_out], s = alpha / rank
+
+It starts as the base: B is zero (on an embedding A is, as its rows are read). With rsLoRA s = alpha / sqrt(rank)
+(Kalajdzievski 2023). PiSSA and OLoRA start A and B from the kernel itself and subtract that start again,
+`x W + s (x A B - x A0 B0)`, so the base stays as it is and leaving the adapter out gives it back, bit for bit.
+LoRA+ is a higher rate for B, by labels: `jpeft.labels(trainable, {"**/B": "b", "**": "a"})`.
+
+Ranks that differ between the layers of a stack are padded to the largest, and the padding is multiplied by zero.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .. import seams
+from .._method import BIAS_CHOICES, Adapter, Frozen, Method, Site, Start, Targets, pattern_value
+from .._scope import dropout
+from ._lora_start import STARTS
+
+#: What PEFT adapts by default, by the model's type.
+DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ("q_proj", "v_proj")),
+    "bert": ("query", "value"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA(Method):
+    """Low-rank adaptation, with PEFT's meanings and defaults.
+
+    Args:
+      rank: inner size of A and B.
+      alpha: the update is scaled by alpha / rank.
+      targets: what to adapt: a regular expression for the whole name, a list of names or suffixes, `"all-linear"`, or
+        None for the model type's default.
+      dropout: probability of dropping an input of A while training; embeddings have none.
+      rslora: scale by alpha / sqrt(rank) instead.
+      init: `"default"` (A uniform in ±1/sqrt(d_in), B zero), `"gaussian"` (A normal, std 1/rank), `"orthogonal"` (A
+        and B random with A B zero), `"pissa"`, `"olora"`.
+      bias: `"none"`, `"lora_only"` (train the adapted projections' biases too) or `"all"`.
+      rank_pattern, alpha_pattern: other ranks and alphas by name; the first key that matches the end of a name counts.
+      layers: indices of the layers to adapt; None for all.
+      exclude: names left out of `targets`, by the same rules.
+      modules_to_save: modules trained whole, as a copy; None trains the head of a classification task, () nothing.
+
+    Example:
+      >>> jpeft.LoRA(rank=16, alpha=32, targets=["q_proj", "v_proj"], dropout=0.05)
+    """
+
+    kind: ClassVar[str] = "lora"
+
+    rank: int = 8
+    alpha: float = 8
+    targets: Any = None
+    dropout: float = 0.0
+    rslora: bool = False
+    init: str = "default"
+    bias: str = "none"
+    rank_pattern: Any = dataclasses.field(default_factory=Frozen)
+    alpha_pattern: Any = dataclasses.field(default_factory=Frozen)
+    layers: Any = None
+    exclude: Any = ()
+    modules_to_save: Any = None
+
+    def __post_init__(self) -> None:
+        for field in ("targets", "exclude", "modules_to_save"):
+            object.__setattr__(self, field, _names(field, getattr(self, field)))
+        layers = (self.layers,) if isinstance(self.layers, int) else self.layers
+        object.__setattr__(self, "layers", None if layers is None else tuple(layers))
+        object.__setattr__(self, "rank_pattern", Frozen(self.rank_pattern or {}))
+        object.__setattr__(self, "alpha_pattern", Frozen(self.alpha_pattern or {}))
+        for rank in (self.rank, *self.rank_pattern.values()):
+            if not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"LoRA's rank must be a whole number of at least 1, got {rank!r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"LoRA's dropout must be in [0, 1), got {self.dropout}")
+        if self.init not in STARTS:
+            raise ValueError(f"LoRA's init must be one of {', '.join(STARTS)}; got {self.init!r}")
+        if self.bias not in BIAS_CHOICES:
+            raise ValueError(f"LoRA's bias must be one of {', '.join(BIAS_CHOICES)}; got {self.bias!r}")
+        if isinstance(self.targets, str) and self.targets != "all-linear" and self.layers is not None:
+            raise ValueError("layers= picks among listed targets; with a regular expression, say the layers in it")
+
+    def select(self, model_type: str | None) -> Targets:
+        targets = self.targets
+        if targets is None:
+            if model_type not in DEFAULT_TARGETS:
+                raise ValueError(
+                    f"LoRA knows no default targets for model type {model_type!r} (it does for "
+                    f"{', '.join(DEFAULT_TARGETS)}); pass targets="
+                )
+            targets = DEFAULT_TARGETS[model_type]
+        return Targets(targets, self.exclude, self.layers, self.modules_to_save, self.bias)
+
+    def start(self, site: Site, base: Any, key: jax.Array) -> Start:
+        return STARTS[self.init](site, base, key, self.ranks(site), self.scales(site))
+
+    def apply(self, adapter: Adapter, base: Any, y: jax.Array, *inputs: Any) -> Float[Array, "..."]:
+        projection = seams.projection(base)
+        x, scale = inputs[0], self._running_scale(adapter)
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            x = dropout(x.astype(jnp.float32), self.dropout, adapter.site.path, adapter.layer)
+        delta = _difference(adapter, lambda a, b: (projection.contract(base, x, a) * scale) @ b)  # [..., d_out]
+        return (y + projection.emit(base, delta)).astype(y.dtype)
+
+    def attend(self, adapter: Adapter, base: Any, y: jax.Array, query: jax.Array) -> Float[Array, "..."]:
+        query, scale = query.astype(jnp.float32), self._running_scale(adapter)
+        return (y + _difference(adapter, lambda a, b: ((query @ b.T) * scale) @ a.T)).astype(y.dtype)
+
+    def merge(self, adapter: Adapter, base: Any) -> Mapping[str, jax.Array]:
+        projection = seams.projection(base)
+        scale = jnp.asarray(self.table(adapter.site)).reshape(*adapter.site.lead, 1, -1)
+        delta = _difference(adapter, lambda a, b: jnp.matmul(a * scale, b, precision="highest"))
+        return {projection.kernel: projection.unmatrix(base, projection.read(base).astype(jnp.float32) + delta)}
+
+    def depends_on_layer(self, site: Site) -> bool:
+        return self.dropout > 0 or not _uniform(self.table(site))
+
+    def count(self, site: Site) -> tuple[int, int]:
+        trained = sum(self.ranks(site)) * (site.d_in + site.d_out)
+        return trained, sum(site.active) * site.d_in * site.d_out
+
+    def ranks(self, site: Site) -> tuple[int, ...]:
+        """The rank in every layer; 0 where the layer is not adapted."""
+        named = (pattern_value(self.rank_pattern, name, self.rank) for name in site.names)
+        return tuple(rank if acts else 0 for rank, acts in zip(named, site.active, strict=True))
+
+    def scales(self, site: Site) -> tuple[float, ...]:
+        """The factor s in every layer; 0 where the layer is not adapted."""
+        alphas = (pattern_value(self.alpha_pattern, name, self.alpha) for name in site.names)
+        roots = ((math.sqrt(rank) if self.rslora else rank) for rank in self.ranks(site))
+        return tuple(alpha / root if root else 0.0 for alpha, root in zip(alphas, roots, strict=True))
+
+    def table(self, site: Site) -> np.ndarray:
+        """`[layers, largest rank]`: the factor of every column of A, zero in the padding."""
+        ranks, scales = np.array(self.ranks(site)), np.array(self.scales(site), np.float32)
+        return np.where(np.arange(ranks.max()) < ranks[:, None], scales[:, None], np.float32(0.0))
+
+    def _running_scale(self, adapter: Adapter) -> Any:
+        table = self.table(adapter.site)
+        if _uniform(table):
+            return float(table[0, 0])
+        if adapter.layer is None:
+            raise ValueError(
+                f"{adapter.site.path} has layers of different rank or alpha, and runs where its layer is not known; "
+                "run the stack by jax.lax.scan or vmap over the module, or adapt all layers alike"
+            )
+        return jnp.asarray(table)[adapter.layer]
+
+
+def _difference(adapter: Any, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    """`product` of A and B, less that of the start where there is one; exactly zero while they are equal."""
+    delta = product(adapter.A[...], adapter.B[...])
+    return delta - product(adapter.A0[...], adapter.B0[...]) if hasattr(adapter, "A0") else delta
+
+
+def _uniform(table: np.ndarray) -> bool:
+    return bool((table == table[0, 0]).all())
+
+
+def _names(field: str, value: Any) -> Any:
+    if value is None or (isinstance(value, str) and field != "modules_to_save"):
+        return value
+    names = (value,) if isinstance(value, str) else tuple(value)
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(f"{field} takes module names, got {wrong[0]!r}")
+    if field == "targets" and not names:
+        raise ValueError("targets is empty, so nothing would be trained; name at least one module")
+    return names

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The places of a model where a method may act. jpeft's own models are built from them.
+
+Four kinds cover everything:
+  projection        a module that contracts its input with a kernel (Linear, Einsum, Embed, Conv, ...)
+  residual          where a block's output meets the stream: `Residual(h, x)`
+  keys and values   an attention's keys, values and mask: `KeyValues(k, v, mask)`
+  input             the embedded tokens before the first layer: `InputEmbedding(e, positions, mask)`
+
+A projection is seen as a matrix product `y = x @ W`, with W `[d_in, d_out]`, whatever its kernel's layout is. What a
+low-rank method needs of it is small: the matrix, `contract` (the input times another matrix of d_in rows), and
+`emit` (d_out columns back into the output's layout). So a method is written once, for all of them.
+"""
+
+import abc
+import copy
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Dims(NamedTuple):
+    """A projection in numbers: leading (layer) axes, inputs and outputs of its matrix."""
+
+    lead: tuple[int, ...]
+    d_in: int
+    d_out: int
+
+
+class Projection(abc.ABC):
+    """How methods see one type of module; `kernel` and `bias` name its attributes."""
+
+    kernel: str
+    bias: str | None
+
+    @abc.abstractmethod
+    def dims(self, module: Any) -> Dims:
+        """Sizes, from the kernel's shape."""
+
+    @abc.abstractmethod
+    def matrix(self, module: Any, kernel: jax.Array) -> jax.Array:
+        """`kernel` as `[*lead, d_in, d_out]`."""
+
+    @abc.abstractmethod
+    def unmatrix(self, module: Any, matrix: jax.Array) -> jax.Array:
+        """The inverse of `matrix`."""
+
+    @abc.abstractmethod
+    def contract(self, module: Any, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        """The module's input times `matrix` `[d_in, n]` in the kernel's place: `[..., n]`."""
+
+    @abc.abstractmethod
+    def emit(self, module: Any, y: jax.Array) -> jax.Array:
+        """`[..., d_out]` in the layout of the module's output."""
+
+    def read(self, module: Any) -> jax.Array:
+        """The module's kernel as a matrix, `[*lead, d_in, d_out]`."""
+        return self.matrix(module, getattr(module, self.kernel)[...])
+
+
+class Matmul(Projection):
+    """A kernel contracted by an einsum of two operands, input first: `"...i,io->...o"` is `nnx.Linear`.
+
+    Args:
+      kernel: attribute that holds the kernel.
+      bias: attribute that holds the bias, or None; an attribute that is None counts as no bias.
+      equation: the einsum, or a function of the module that gives it. Kernel axes that meet the input are d_in, the
+        others d_out; an axis that is in all three has no matrix form and is refused.
+    """
+
+    def __init__(
+        self, kernel: str = "kernel", bias: str | None = "bias", equation: str | Callable[[Any], str] = "...i,io->...o"
+    ):
+        self.kernel, self.bias, self._equation = kernel, bias, equation
+
+    def _terms(self, module: Any) -> tuple[str, str, str]:
+        equation = self._equation if isinstance(self._equation, str) else self._equation(module)
+        if not equation or "->" not in equation or equation.count(",") != 1:
+            raise ValueError(
+                f"{type(module).__name__} has the equation {equation!r}; a projection needs one of the form 'x,kernel->y'"
+            )
+        inputs, out = equation.replace(" ", "").split("->")
+        x, w = inputs.split(",")
+        batched = [c for c in w if c in x and c in out]
+        if batched:
+            raise ValueError(
+                f"the axes {', '.join(batched)} of {equation!r} are in input, kernel and output at once: "
+                f"{type(module).__name__} is many small matrices, which adapters do not handle"
+            )
+        return x, w, out
+
+    def _split(self, module: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], str, str, dict[str, int]]:
+        x, w, _ = self._terms(module)
+        lead = shape[: len(shape) - len(w)]
+        sizes = dict(zip(w, shape[len(lead) :], strict=True))
+        return lead, "".join(c for c in w if c in x), "".join(c for c in w if c not in x), sizes
+
+    def dims(self, module: Any) -> Dims:
+        lead, d_in, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
+        return Dims(lead, math.prod(sizes[c] for c in d_in), math.prod(sizes[c] for c in d_out))
+
+    def matrix(self, module: Any, kernel: jax.Array) -> jax.Array:
+        lead, d_in, d_out, sizes = self._split(module, kernel.shape)
+        _, w, _ = self._terms(module)
+        kernel = jnp.einsum(f"...{w}->...{d_in}{d_out}", kernel)
+        return kernel.reshape(*lead, math.prod(sizes[c] for c in d_in), math.prod(sizes[c] for c in d_out))
+
+    def unmatrix(self, module: Any, matrix: jax.Array) -> jax.Array:
+        shape = getattr(module, self.kernel).shape
+        lead, d_in, d_out, sizes = self._split(module, shape)
+        _, w, _ = self._terms(module)
+        matrix = matrix.reshape(*lead, *(sizes[c] for c in d_in + d_out))
+        return jnp.einsum(f"...{d_in}{d_out}->...{w}", matrix)
+
+    def contract(self, module: Any, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        x_axes, _, out = self._terms(module)
+        _, d_in, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
+        kept = "".join(c for c in out if c not in d_out)
+        weight = matrix.reshape(*(sizes[c] for c in d_in), matrix.shape[-1])
+        rank = next(c for c in "zyxwvutsrq" if c not in x_axes + out)
+        return jnp.einsum(f"{x_axes},{d_in}{rank}->{kept}{rank}", x, weight)
+
+    def emit(self, module: Any, y: jax.Array) -> jax.Array:
+        _, _, out = self._terms(module)
+        _, _, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
+        kept = "".join(c for c in out if c not in d_out)
+        y = y.reshape(*y.shape[:-1], *(sizes[c] for c in d_out))
+        return jnp.einsum(f"{kept}{d_out}->{out}", y)
+
+
+class Lookup(Projection):
+    """A table of rows read by integer ids: a one-hot input times the table."""
+
+    def __init__(self, kernel: str = "embedding"):
+        self.kernel, self.bias = kernel, None
+
+    def dims(self, module: Any) -> Dims:
+        *lead, d_in, d_out = getattr(module, self.kernel).shape
+        return Dims(tuple(lead), d_in, d_out)
+
+    def matrix(self, module: Any, kernel: jax.Array) -> jax.Array:
+        return kernel
+
+    def unmatrix(self, module: Any, matrix: jax.Array) -> jax.Array:
+        return matrix
+
+    def contract(self, module: Any, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        return jnp.take(matrix, x, axis=0)
+
+    def emit(self, module: Any, y: jax.Array) -> jax.Array:
+        return y
+
+
+class Convolution(Projection):
+    """A kernel `[*window, d_in, d_out]` slid over the input, as `nnx.Conv`; the window counts into d_in."""
+
+    def __init__(self, kernel: str = "kernel", bias: str | None = "bias"):
+        self.kernel, self.bias = kernel, bias
+
+    def dims(self, module: Any) -> Dims:
+        if module.feature_group_count != 1:
+            raise ValueError(
+                f"a convolution with feature_group_count={module.feature_group_count} is many small matrices, "
+                "which adapters do not handle"
+            )
+        shape = getattr(module, self.kernel).shape
+        window = len(module.kernel_size)
+        lead = shape[: len(shape) - window - 2]
+        return Dims(lead, math.prod(shape[len(lead) : -1]), shape[-1])
+
+    def matrix(self, module: Any, kernel: jax.Array) -> jax.Array:
+        lead, d_in, d_out = self.dims(module)
+        return kernel.reshape(*lead, d_in, d_out)
+
+    def unmatrix(self, module: Any, matrix: jax.Array) -> jax.Array:
+        return matrix.reshape(getattr(module, self.kernel).shape)
+
+    def contract(self, module: Any, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        window = copy.copy(module)
+        window.kernel = nnx.Param(matrix.reshape(*module.kernel.shape[:-1], matrix.shape[-1]))
+        window.use_bias, window.bias, window.mask = False, nnx.data(None), None
+        return nnx.Conv.__call__(window, x)
+
+    def emit(self, module: Any, y: jax.Array) -> jax.Array:
+        return y
+
+
+def _linear_general(module: Any) -> str:
+    """The einsum of `nnx.LinearGeneral`, whose contracted axes must be the last ones, in order."""
+    num_in = len(module.axis)
+    if module.batch_axis or sorted(module.axis) != list(range(-num_in, 0)) or list(module.axis) != sorted(module.axis):
+        raise ValueError(
+            f"LinearGeneral with axis={module.axis}, batch_axis={dict(module.batch_axis)} has no matrix form; "
+            "adapters need the contracted axes to be the last ones, in order, and no batch axis"
+        )
+    letters = "abcdefghijklmnop"
+    d_in, d_out = letters[:num_in], letters[num_in : num_in + len(module.out_features)]
+    return f"...{d_in},{d_in}{d_out}->...{d_out}"
+
+
+_PROJECTIONS: dict[type, Projection] = {
+    nnx.Linear: Matmul(),
+    nnx.LinearGeneral: Matmul(equation=_linear_general),
+    nnx.Einsum: Matmul(equation=lambda module: module.einsum_str),
+    nnx.Embed: Lookup(),
+    nnx.Conv: Convolution(),
+}
+
+
+def register(module_type: type, projection: Projection) -> None:
+    """Tells jpeft how to see a module type of your own; subclasses are covered too.
+
+    Example:
+      >>> class Dense(nnx.Module):
+      ...     def __init__(self, w):
+      ...         self.w = nnx.Param(w)
+      ...     def __call__(self, x):
+      ...         return x @ self.w[...]
+      >>> jpeft.register(Dense, jpeft.seams.Matmul(kernel="w", bias=None))
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nnx.Module)):
+        raise TypeError(f"register takes a subclass of nnx.Module, got {module_type!r}")
+    if not isinstance(projection, Projection):
+        raise TypeError(f"register takes a jpeft.seams.Projection (Matmul, Lookup, Convolution), got {projection!r}")
+    _PROJECTIONS[module_type] = projection
+
+
+def projection(module: Any) -> Projection | None:
+    """The projection that `module` is, or None."""
+    return next((_PROJECTIONS[t] for t in type(module).__mro__ if t in _PROJECTIONS), None)
+
+
+class Residual(nnx.Module):
+    """Where a block's output `h` meets the residual stream `x`: `norm(h + x)`, or `h + x` in a pre-norm model."""
+
+    def __init__(self, norm: nnx.Module | None = None):
+        self.norm = norm
+
+    def __call__(self, h: jax.Array, x: jax.Array) -> jax.Array:
+        y = h + x
+        return y if self.norm is None else self.norm(y)
+
+
+class KeyValues(nnx.Module):
+    """What an attention is about to attend to.
+
+    k, v: `[batch, keys, kv_heads, d_head]`, after the rotary embedding. mask: what the attention masks keys by.
+    """
+
+    def __call__(self, k: jax.Array, v: jax.Array, mask: Any) -> tuple[jax.Array, jax.Array, Any]:
+        return k, v, mask
+
+
+class InputEmbedding(nnx.Module):
+    """The embedded input before the first layer: `e` `[batch, seq, d_model]`, its positions and its mask."""
+
+    def __call__(self, e: jax.Array, positions: Any, mask: Any) -> tuple[jax.Array, Any, Any]:
+        return e, positions, mask
+
+
+def kind(module: Any) -> str | None:
+    """`"projection"`, `"residual"`, `"keys_values"` or `"input"`; None where no method acts."""
+    for seam, name in ((Residual, "residual"), (KeyValues, "keys_values"), (InputEmbedding, "input")):
+        if isinstance(module, seam):
+            return name
+    return None if projection(module) is None else "projection"
