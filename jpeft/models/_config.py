@@ -87,10 +87,10 @@ def write(config: Any, **changes: Any) -> dict[str, Any]:
     hf: dict[str, Any] = json.loads(config.hf)
     names = {field.name for field in dataclasses.fields(config)} - {"hf", "num_labels"}
     hf |= {name: _plain(getattr(config, name)) for name in names}
+    hf.pop("num_labels", None)  # said by id2label
     if _num_labels(hf) != config.num_labels:
         hf["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
         hf["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
-    hf.pop("num_labels", None)
     return dict(sorted((hf | changes).items()))
 
 

@@ -59,22 +59,23 @@ def header(file: Path) -> dict[str, Tensor]:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{file} is no safetensors file, or is cut short: {size} bytes")
-        try:
-            entries = json.loads(stream.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{file} is no safetensors file: its header is not JSON") from error
-    entries.pop("__metadata__", None)
-    begin = 8 + length
-    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if begin + end != size:
-        raise CheckpointError(f"{file} should have {begin + end} bytes by its own header, has {size}: copy it again")
-    return {name: _tensor(file, begin, name, entry) for name, entry in entries.items()}
+        text = stream.read(length)
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        tensors = {name: _tensor(file, 8 + length, name, entry) for name, entry in entries.items()}
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is no safetensors file: its header cannot be read ({error!r})") from error
+    if end != size:
+        raise CheckpointError(f"{file} should have {end} bytes by its own header, has {size}: copy it again")
+    return tensors
 
 
 def _tensor(file: Path, begin: int, name: str, entry: Mapping[str, Any]) -> Tensor:
     dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if dtype in FLOATS and stop - start != math.prod(shape) * FLOATS[dtype].itemsize:
-        raise CheckpointError(f"{file}: {name} says {dtype} {list(shape)} but takes {stop - start} bytes")
+    if start < 0 or (dtype in FLOATS and stop - start != math.prod(shape) * FLOATS[dtype].itemsize):
+        raise CheckpointError(f"{file}: {name} says {dtype} {list(shape)} but lies at bytes {start} to {stop}")
     return Tensor(file, dtype, shape, begin + start)
 
 

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The zoo: models that load and save Hugging Face folders, made of the seams where methods act.
+
+  model = jpeft.models.load("path/to/folder")                       # what its config.json says it is
+  model = jpeft.models.load("path/to/folder", task="SEQ_CLS", num_labels=4)
+  model = jpeft.models.build(hf_config, "CAUSAL_LM", key=key)       # from scratch
+  jpeft.models.save(model, "path/to/other")                         # transformers loads it
+
+Each family is one file: its Config, PRESETS, modules and WEIGHTS. To add one, write the file and add its model types
+to `_FAMILIES` below.
+"""
+
+import dataclasses
+import importlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .._stack import REMAT_POLICIES
+from ._checkpoint import common_dtype, open_checkpoint
+from ._folder import replacing
+from ._safetensors import CheckpointError, Tensor, names
+from ._weights import Sharding, load_leaves, save_leaves
+
+__all__ = ["CheckpointError", "build", "copy_tokenizer", "load", "num_parameters", "save"]
+
+_LOG = logging.getLogger("jpeft")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    """The models of one type: the file here, its class, and how transformers' class names start.
+
+    The file defines Config (with `from_hf`, `to_hf`), the class, WEIGHTS(config, task), TASKS, PREFIX (what a
+    checkpoint with a head puts before the backbone's names) and HEADS (modules that some tasks have and others lack).
+    """
+
+    file: str
+    model: str
+    prefix: str
+
+    @property
+    def module(self) -> Any:
+        """The file as a module, imported when it is first needed."""
+        return importlib.import_module(f".{self.file}", __package__)
+
+    def abstract(self, config: Any, task: str, options: Mapping[str, Any]) -> Any:
+        """The model with shapes in the place of arrays."""
+        return nnx.eval_shape(lambda: self.make(config, task, jax.random.key(0), options))
+
+    def make(self, config: Any, task: str, key: jax.Array, options: Mapping[str, Any]) -> Any:
+        """The model with its first values."""
+        return getattr(self.module, self.model)(config, task, rngs=nnx.Rngs(key), **options)
+
+
+_FAMILIES = {
+    "bert": _Family("bert", "Bert", "Bert"),
+    "llama": _Family("llama", "Llama", "Llama"),
+    "mistral": _Family("llama", "Llama", "Mistral"),
+    "qwen2": _Family("llama", "Llama", "Qwen2"),
+    "qwen3": _Family("llama", "Llama", "Qwen3"),
+}
+
+#: PEFT's names of tasks, and how the names of transformers' classes for them end.
+_ENDINGS = {
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "ForConditionalGeneration",
+    "FEATURE_EXTRACTION": "Model",
+}
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+)
+
+
+def load(
+    path: str | Path,
+    task: str | None = None,
+    dtype: Any = None,
+    *,
+    key: jax.Array | None = None,
+    num_labels: int | None = None,
+    remat: str = "none",
+    unroll: bool = False,
+    sharding: Sharding | None = None,
+) -> Any:
+    """A model from a Hugging Face folder: config.json and model.safetensors, or its shards.
+
+    Args:
+      path: the folder.
+      task: `CAUSAL_LM`, `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS` or `FEATURE_EXTRACTION` (hidden states); None keeps
+        what the config's architecture says. Asked for another one than was saved, the backbone is loaded, the saved
+        head is dropped and the new one initialised; both are logged as warnings that name the weights.
+      dtype: of storage and computation; None keeps the checkpoint's.
+      key: for a new head's first values; `jax.random.key(0)` by default.
+      num_labels: size of a classification head; None keeps the config's. Another size means a new head.
+      remat: what a layer keeps for the backward pass: `none`, `dots`, `full`, `names` or `offload`.
+      unroll: compile a loop over the layers in the scan's place.
+      sharding: (path, shape) -> `jax.sharding.Sharding`; each device's slice is read straight to its place. None
+        puts all on the default device.
+
+    Raises:
+      FileNotFoundError: no folder, no config.json, no safetensors, or a missing shard.
+      CheckpointError: a damaged file, or tensors that do not fit the model; the message names every one.
+      ValueError: a model type, task or config attribute that is not supported.
+
+    Example:
+      >>> model = load("all-MiniLM-L6-v2", task="SEQ_CLS", num_labels=4)
+      >>> logits = model(input_ids, attention_mask)  # [batch, 4]
+    """
+    folder = Path(path)
+    hf = _read_config(folder)
+    family, saved, asked = _family(hf), _saved_task(hf), task
+    config, task = _configure(family, hf, task, num_labels)
+    tensors = open_checkpoint(folder)
+    options = _options(common_dtype(tensors) if dtype is None else dtype, remat, unroll)
+    abstract = family.abstract(config, task, options)
+    graphdef, shapes = _flatten(abstract)
+    changed = asked not in (None, saved) or num_labels not in (None, family.module.Config.from_hf(hf).num_labels)
+    heads = family.module.HEADS if changed else ()
+    leaves = load_leaves(
+        _without(tensors, abstract.head) if changed and saved else tensors,
+        family.module.WEIGHTS(config, task),
+        shapes,
+        sharding,
+        prefix=family.module.PREFIX,
+        droppable=[f"{head}." for head in heads],
+        fresh=[f"{head}/" for head in heads],
+    )
+    fresh = sorted({*shapes} - {*leaves})
+    if fresh:
+        _LOG.warning("initialised anew, to be trained: %s", ", ".join(fresh))
+        leaves |= _first_values(
+            family, config, task, options, jax.random.key(0) if key is None else key, fresh, sharding
+        )
+    return nnx.graph.unflatten(graphdef, [leaves[path] for path in shapes])
+
+
+def build(
+    hf_config: Mapping[str, Any],
+    task: str | None = None,
+    *,
+    key: jax.Array,
+    dtype: Any = jnp.float32,
+    num_labels: int | None = None,
+    remat: str = "none",
+    unroll: bool = False,
+) -> Any:
+    """A model from scratch, initialised as transformers does; under `jax.eval_shape` it costs nothing.
+
+    Args:
+      hf_config: config.json as a mapping; or a Config of the zoo, one of a family's `PRESETS` for example.
+      task: as in `load`; None keeps what `architectures` says, and means FEATURE_EXTRACTION where it says nothing.
+      key: of the first values.
+      dtype, num_labels, remat, unroll: as in `load`.
+
+    Raises:
+      ValueError: a model type, task or config attribute that is not supported.
+
+    Example:
+      >>> shapes = jax.eval_shape(lambda: nnx.state(build(config, "CAUSAL_LM", key=jax.random.key(0))))
+    """
+    hf = _as_hf(hf_config)
+    family = _family(hf)
+    config, task = _configure(family, hf, task, num_labels)
+    options = _options(dtype, remat, unroll)
+    graphdef, shapes = _flatten(family.abstract(config, task, options))
+    leaves = _first_values(family, config, task, options, key, [*shapes])
+    return nnx.graph.unflatten(graphdef, [leaves[path] for path in shapes])
+
+
+def num_parameters(hf_config: Mapping[str, Any], task: str | None = None) -> int:
+    """How many parameters a model has, by shape alone; tied ones count once.
+
+    Example:
+      >>> num_parameters(jpeft.models.bert.PRESETS["bert-base-uncased"])
+      109482240
+    """
+    hf = _as_hf(hf_config)
+    config, task = _configure(_family(hf), hf, task, None)
+    _, shapes = _flatten(_family(hf).abstract(config, task, {}))
+    return sum(math.prod(shape.shape) for shape in shapes.values())
+
+
+def save(model: Any, path: str | Path) -> None:
+    """Writes config.json and safetensors (in shards from 5 GB on) that transformers loads without a missing key.
+
+    The folder is written beside its place and renamed, so a save that is killed leaves an older one as it was. What
+    else an older folder holds, such as a tokenizer, stays. Adapters are not saved here: merge or strip them first.
+
+    Raises:
+      CheckpointError: the model has leaves that its table does not know.
+      FileExistsError: `path` holds something that is no model folder.
+    """
+    family = _FAMILIES[model.config.model_type]
+    _, leaves = _flatten(model)
+    dtype = max(leaves.values(), key=lambda leaf: leaf.size).dtype.name
+    hf = model.config.to_hf() | {"architectures": [family.prefix + _ENDINGS[model.task]], "dtype": dtype}
+    hf.pop("torch_dtype", None)
+    with replacing(Path(path)) as folder:
+        save_leaves(folder, family.module.WEIGHTS(model.config, model.task), leaves)
+        (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
+
+
+def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
+    """Copies a model folder's tokenizer into another, and returns the names of the files copied."""
+    copied = [name for name in _TOKENIZER_FILES if (Path(source) / name).is_file()]
+    if not copied:
+        raise FileNotFoundError(f"{source} holds none of a tokenizer's files: {', '.join(_TOKENIZER_FILES)}")
+    Path(target).mkdir(parents=True, exist_ok=True)
+    for name in copied:
+        shutil.copy2(Path(source) / name, Path(target) / name)
+    return copied
+
+
+def _options(dtype: Any, remat: str, unroll: bool) -> dict[str, Any]:
+    """What a model takes beside its config and task."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a floating-point type such as jnp.bfloat16; got {dtype!r}")
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}; got {remat!r}")
+    return {"dtype": jnp.dtype(dtype), "remat": remat, "unroll": unroll}
+
+
+def _flatten(model: Any) -> tuple[Any, dict[str, Any]]:
+    """NNX's graphdef, and the leaves by path, in its order."""
+    graphdef, flat = nnx.graph.flatten(model)
+    return graphdef, {
+        "/".join(map(str, path)): leaf.get_value() for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+    }
+
+
+def _first_values(
+    family: _Family,
+    config: Any,
+    task: str,
+    options: Mapping[str, Any],
+    key: jax.Array,
+    paths: Sequence[str],
+    sharding: Sharding | None = None,
+) -> dict[str, jax.Array]:
+    """Initialises the leaves at `paths`; the others are never made."""
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        leaves = _flatten(family.make(config, task, key, options))[1]
+        return {path: leaves[path] for path in paths}
+
+    if sharding is None:
+        return jax.jit(init)(key)
+    places = {path: sharding(path, shape) for path, shape in jax.eval_shape(init, key).items()}
+    return jax.jit(init, out_shardings=places)(key)
+
+
+def _without(tensors: Mapping[str, Tensor], heads: Sequence[str]) -> dict[str, Tensor]:
+    """A checkpoint without its own head, which has the new one's name and another meaning or size."""
+    kept = {key: tensor for key, tensor in tensors.items() if key.partition(".")[0] not in heads}
+    if len(kept) < len(tensors):
+        _LOG.warning("dropped the saved head: %s", names({*tensors} - {*kept}))
+    return kept
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"no {file}; a model folder holds config.json and model.safetensors")
+    try:
+        hf = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    return hf
+
+
+def _as_hf(config: Any) -> dict[str, Any]:
+    return dict(config) if isinstance(config, Mapping) else config.to_hf()
+
+
+def _family(hf: Mapping[str, Any]) -> _Family:
+    model_type = hf.get("model_type")
+    if model_type not in _FAMILIES:
+        raise ValueError(f"config.json has model_type {model_type!r}; the zoo has {', '.join(_FAMILIES)}")
+    return _FAMILIES[model_type]
+
+
+def _saved_task(hf: Mapping[str, Any]) -> str | None:
+    """The task of the config's architecture; None where it names none, or one that is no task."""
+    named = (hf.get("architectures") or [None])[0]
+    return next((task for task, ending in _ENDINGS.items() if named == _family(hf).prefix + ending), None)
+
+
+def _configure(family: _Family, hf: Mapping[str, Any], task: str | None, num_labels: int | None) -> tuple[Any, str]:
+    """The config and the task asked for, both checked."""
+    tasks = family.module.TASKS
+    task = task or _saved_task(hf) or (None if hf.get("architectures") else "FEATURE_EXTRACTION")
+    if task is None:
+        raise ValueError(f"no task of the zoo is {hf['architectures'][0]}; pass task=, one of {', '.join(tasks)}")
+    if task not in tasks:
+        raise ValueError(f"{hf['model_type']} has the tasks {', '.join(tasks)}; got {task!r}")
+    if num_labels is not None and (task not in ("SEQ_CLS", "TOKEN_CLS") or num_labels < 1):
+        raise ValueError(f"num_labels is 1 or more and belongs to SEQ_CLS and TOKEN_CLS; got {num_labels} with {task}")
+    config = family.module.Config.from_hf(hf)
+    wanted = 2 if task == "QUESTION_ANS" else num_labels  # the start and the end of an answer
+    return (config if wanted is None else dataclasses.replace(config, num_labels=wanted)), task
