@@ -1,30 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameter-efficient fine-tuning for JAX: functions on pytrees.
 
-model = jpeft.adapt(model, jpeft.LoRA(rank=16, targets=["q_proj", "v_proj"]), key=key)
-graphdef, trainable, frozen = jpeft.partition(model)
-grads = jax.grad(lambda t: loss(jpeft.combine(graphdef, t, frozen), batch))(trainable)
+  model = jpeft.adapt(model, jpeft.LoRA(rank=16, targets=["q_proj", "v_proj"]), key=key)
+  graphdef, trainable, frozen = jpeft.partition(model)
+  grads = jax.grad(lambda t: loss(jpeft.combine(graphdef, t, frozen), batch))(trainable)
+
+Names are loaded when first used, so that `jpeft --help` needs no JAX.
 """
 
-# models
-from . import seams as seams
-from ._adapt import adapt as adapt
-from ._adapt import merge as merge
-from ._adapt import strip as strip
-from ._masks import labels as labels
-from ._masks import mask as mask
-from ._masks import optimizer as optimizer
-from ._method import AdapterConstant as AdapterConstant
-from ._method import AdapterParam as AdapterParam
-from ._method import Method as Method
-from ._partition import GraphDef as GraphDef
-from ._partition import combine as combine
-from ._partition import partition as partition
-from ._scope import dropout_key as dropout_key
-from ._summary import summary as summary
-from ._walk import sites as sites
-from .methods import METHODS as METHODS
-from .methods import LoRA as LoRA
-from .seams import register as register
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Python
+    from . import io, models, seams, train
+    from ._adapt import adapt, merge, strip
+    from ._masks import labels, mask, optimizer
+    from ._method import AdapterConstant, AdapterParam, Method
+    from ._partition import GraphDef, combine, partition
+    from ._scope import dropout_key
+    from ._summary import summary
+    from ._walk import sites
+    from .io import export_merged, export_peft, import_peft
+    from .methods import METHODS, LoRA
+    from .seams import register
 
 __version__ = "0.1.0"
+
+#: Module -> public names in it.
+_WHERE: dict[str, tuple[str, ...]] = {
+    "_adapt": ("adapt", "merge", "strip"),
+    "_partition": ("partition", "combine", "GraphDef"),
+    "_walk": ("sites",),
+    "_summary": ("summary",),
+    "_masks": ("mask", "labels", "optimizer"),
+    "methods": ("LoRA", "METHODS"),
+    "_method": ("Method", "AdapterParam", "AdapterConstant"),
+    "_scope": ("dropout_key",),
+    "seams": ("register",),
+    "io": ("export_peft", "import_peft", "export_merged"),
+}
+_MODULES = ("io", "models", "seams", "train")
+_HOME = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = [
+    "METHODS",
+    "AdapterConstant",
+    "AdapterParam",
+    "GraphDef",
+    "LoRA",
+    "Method",
+    "adapt",
+    "combine",
+    "dropout_key",
+    "export_merged",
+    "export_peft",
+    "import_peft",
+    "io",
+    "labels",
+    "mask",
+    "merge",
+    "models",
+    "optimizer",
+    "partition",
+    "register",
+    "seams",
+    "sites",
+    "strip",
+    "summary",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module 'jpeft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,7 +8,7 @@ A selector is
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -92,13 +92,16 @@ def optimizer(
         unused = sorted(set(tx) - set(rules.values()))
         if unknown or unused:
             raise ValueError(f"labels without a transformation: {unknown}; transformations without a rule: {unused}")
-        return _checked(optax.partition(dict(tx), lambda tree: labels(tree, rules)))
+        return _checked(optax.partition({**tx}, lambda tree: labels(tree, rules)))
     if rules is not None:
         raise TypeError("rules= gives labels to several transformations; pass tx as {label: transformation}")
     if not selectors:
         return _checked(tx)
-    parts = {"selected": tx, FROZEN: optax.set_to_zero()}
-    choose = lambda tree: {p: "selected" if hit else FROZEN for p, hit in mask(tree, *selectors).items()}
+    parts: dict[Hashable, optax.GradientTransformation] = {"selected": tx, FROZEN: optax.set_to_zero()}
+
+    def choose(tree: Any) -> dict[str, str]:
+        return {path: "selected" if hit else FROZEN for path, hit in mask(tree, *selectors).items()}
+
     return _checked(optax.partition(parts, choose))
 
 

@@ -87,6 +87,8 @@ class Adapter(nnx.Module):
     the base's while the base module runs, in the layers that `saved_layers` names.
     """
 
+    layer_index: AdapterConstant  # in a stack that jpeft does not run itself, if the method depends on the layer
+
     def __init__(
         self,
         method: "Method",

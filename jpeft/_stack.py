@@ -28,7 +28,7 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rn
     """
     if num_layers < 1:
         raise ValueError(f"a stack needs at least one layer, got num_layers={num_layers}")
-    layers = nnx.vmap(build)(rngs.split(num_layers))
+    layers: Any = nnx.vmap(build)(rngs.split(num_layers))
     layers.stack_size = num_layers
     return layers
 

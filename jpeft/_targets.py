@@ -16,14 +16,14 @@ from flax import nnx
 
 from . import seams
 from ._method import Method, Targets
-from ._walk import Found, modules, own_leaves
+from ._walk import Found, dims, modules, own_leaves
 
 ALL_LINEAR = "all-linear"
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """What one module gets: the layers in which the method acts, and the leaves of which it trains a copy (by layer)."""
+    """What one module gets: the layers in which the method acts, and the leaves of which it trains a copy."""
 
     found: Found
     active: tuple[bool, ...]
@@ -94,7 +94,7 @@ def _active(
                          f"{nearest(str(asked.targets), candidates)}")  # fmt: skip
     for found in fitting:
         if found.path in active and seam == "projection":
-            seams.projection(found.module).dims(found.module)  # type: ignore[union-attr]  # raises where it has no matrix
+            dims(found)  # raises where it has no matrix
     return active
 
 
@@ -104,7 +104,7 @@ def _match_layers(pattern: str | tuple[str, ...], found: Found) -> tuple[bool, .
 
 
 def _is_linear(found: Found) -> bool:
-    return isinstance(seams.projection(found.module), seams.Matmul)
+    return seams.kind(found.module) == "projection" and isinstance(seams.projection(found.module), seams.Matmul)
 
 
 def _inside(path: str, roots: Iterable[str]) -> bool:
@@ -198,10 +198,10 @@ def _saved_leaves(found: Found, acts: tuple[bool, ...], whole: bool, bias: str) 
     leaves = own_leaves(found.module)
     everywhere = (True,) * len(found.names)
     if whole:
-        if leaves and not callable(getattr(type(found.module), "__call__", None)):
+        if leaves and not callable(found.module):
             raise ValueError(f"{found.path} holds parameters but cannot be called, so modules_to_save cannot train it")
         return dict.fromkeys(leaves, everywhere)
-    name = getattr(seams.projection(found.module), "bias", None) or "bias"
+    name = (seams.kind(found.module) == "projection" and seams.projection(found.module).bias) or "bias"
     if name not in leaves or bias == "none":
         return {}
     layers = everywhere if bias == "all" else acts

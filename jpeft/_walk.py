@@ -67,7 +67,7 @@ def modules(model: nnx.Module) -> list[Found]:
     for path, module, stack in _walk(model, (), None, ()):
         paths.setdefault(id(module), []).append(path)
         objects[id(module)], stacks[id(module)] = module, stack
-    mapped = model.module_names() if hasattr(model, "module_names") else {}
+    mapped = getattr(model, "module_names", dict)()
     return [_found(objects[i], found, mapped, stacks[i]) for i, found in paths.items()]
 
 
@@ -96,7 +96,7 @@ def sites(model: nnx.Module) -> list[Seam]:
 
 def dims(found: Found) -> seams.Dims:
     """Sizes of the projection `found`; ValueError where it has no matrix form."""
-    return seams.projection(found.module).dims(found.module)  # type: ignore[union-attr]
+    return seams.projection(found.module).dims(found.module)
 
 
 def own_leaves(module: Any) -> dict[str, nnx.Variable]:
@@ -123,11 +123,10 @@ def _found(module: Any, paths: list[tuple[Any, ...]], mapped: dict[str, tuple[st
 
 
 def _lead(module: Any) -> tuple[int, ...]:
-    projection = seams.projection(module)
-    if projection is None:
+    if seams.kind(module) != "projection":
         return ()
     try:
-        return projection.dims(module).lead
+        return seams.projection(module).dims(module).lead
     except ValueError:
         return ()
 

@@ -81,7 +81,7 @@ class Matmul(Projection):
         equation = self._equation if isinstance(self._equation, str) else self._equation(module)
         if not equation or "->" not in equation or equation.count(",") != 1:
             raise ValueError(
-                f"{type(module).__name__} has the equation {equation!r}; a projection needs one of the form 'x,kernel->y'"
+                f"{type(module).__name__} has the equation {equation!r}; a projection needs the form 'x,kernel->y'"
             )
         inputs, out = equation.replace(" ", "").split("->")
         x, w = inputs.split(",")
@@ -229,8 +229,15 @@ def register(module_type: type, projection: Projection) -> None:
     _PROJECTIONS[module_type] = projection
 
 
-def projection(module: Any) -> Projection | None:
-    """The projection that `module` is, or None."""
+def projection(module: Any) -> Projection:
+    """How methods see `module`; its type, or one that it inherits from, must be registered."""
+    found = _registered(module)
+    if found is None:
+        raise TypeError(f"{type(module).__name__} is no projection that jpeft knows; tell it by jpeft.register")
+    return found
+
+
+def _registered(module: Any) -> Projection | None:
     return next((_PROJECTIONS[t] for t in type(module).__mro__ if t in _PROJECTIONS), None)
 
 
@@ -267,4 +274,4 @@ def kind(module: Any) -> str | None:
     for seam, name in ((Residual, "residual"), (KeyValues, "keys_values"), (InputEmbedding, "input")):
         if isinstance(module, seam):
             return name
-    return None if projection(module) is None else "projection"
+    return None if _registered(module) is None else "projection"

@@ -110,7 +110,7 @@ def _from_kernel(site: Site, a: jax.Array, b: jax.Array, ranks: tuple[int, ...])
 
 
 def _matrix(base: Any) -> jax.Array:
-    return seams.projection(base).read(base).astype(jnp.float32)  # type: ignore[union-attr]
+    return seams.projection(base).read(base).astype(jnp.float32)
 
 
 def _safe(site: Site, scales: tuple[float, ...]) -> jax.Array:

@@ -93,7 +93,7 @@ class LoRA(Method):
     def select(self, model_type: str | None) -> Targets:
         targets = self.targets
         if targets is None:
-            if model_type not in DEFAULT_TARGETS:
+            if model_type is None or model_type not in DEFAULT_TARGETS:
                 raise ValueError(
                     f"LoRA knows no default targets for model type {model_type!r} (it does for "
                     f"{', '.join(DEFAULT_TARGETS)}); pass targets="
@@ -170,7 +170,7 @@ def _uniform(table: np.ndarray) -> bool:
 def _names(field: str, value: Any) -> Any:
     if value is None or (isinstance(value, str) and field != "modules_to_save"):
         return value
-    names = (value,) if isinstance(value, str) else tuple(value)
+    names = (value,) if isinstance(value, str) else tuple(sorted(value) if isinstance(value, set) else value)
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
         raise TypeError(f"{field} takes module names, got {wrong[0]!r}")
