@@ -109,12 +109,12 @@ class LoRA(Method):
         x, scale = inputs[0], self._running_scale(adapter)
         if jnp.issubdtype(x.dtype, jnp.inexact):
             x = dropout(x.astype(jnp.float32), self.dropout, adapter.site.path, adapter.layer)
-        delta = _difference(adapter, lambda a, b: (projection.contract(base, x, a) * scale) @ b)  # [..., d_out]
+        delta = _difference(adapter, lambda a, b: projection.contract(base, x, a * scale) @ b)  # [..., d_out]
         return (y + projection.emit(base, delta)).astype(y.dtype)
 
     def attend(self, adapter: Adapter, base: Any, y: jax.Array, query: jax.Array) -> Float[Array, "..."]:
         query, scale = query.astype(jnp.float32), self._running_scale(adapter)
-        return (y + _difference(adapter, lambda a, b: ((query @ b.T) * scale) @ a.T)).astype(y.dtype)
+        return (y + _difference(adapter, lambda a, b: (query @ b.T) @ (a * scale).T)).astype(y.dtype)
 
     def merge(self, adapter: Adapter, base: Any) -> Mapping[str, jax.Array]:
         projection = seams.projection(base)
@@ -154,7 +154,7 @@ class LoRA(Method):
                 f"{adapter.site.path} has layers of different rank or alpha, and runs where its layer is not known; "
                 "run the stack by jax.lax.scan or vmap over the module, or adapt all layers alike"
             )
-        return jnp.asarray(table)[adapter.layer]
+        return jnp.asarray(table)[adapter.layer][None]  # [1, rank]
 
 
 def _difference(adapter: Any, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
