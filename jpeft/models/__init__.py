@@ -28,9 +28,9 @@ from .._stack import REMAT_POLICIES
 from ._checkpoint import common_dtype, open_checkpoint
 from ._folder import replacing
 from ._safetensors import CheckpointError, Tensor, names
-from ._weights import Sharding, load_leaves, save_leaves
+from ._weights import Entry, Sharding, load_leaves, save_leaves
 
-__all__ = ["CheckpointError", "build", "copy_tokenizer", "load", "num_parameters", "save"]
+__all__ = ["CheckpointError", "build", "copy_tokenizer", "load", "num_parameters", "save", "weights"]
 
 _LOG = logging.getLogger("jpeft")
 
@@ -219,8 +219,23 @@ def save(model: Any, path: str | Path) -> None:
     hf = model.config.to_hf() | {"architectures": [family.prefix + _ENDINGS[model.task]], "dtype": dtype}
     hf.pop("torch_dtype", None)
     with replacing(Path(path)) as folder:
-        save_leaves(folder, family.module.WEIGHTS(model.config, model.task), leaves)
+        save_leaves(folder, weights(model), leaves)
         (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
+
+
+def weights(model: Any) -> tuple[Entry, ...]:
+    """The table of `model`: which Hugging Face tensor is which of its leaves.
+
+    Raises:
+      ValueError: the model is none of the zoo's.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type not in _FAMILIES or not hasattr(model, "module_names"):
+        raise ValueError(
+            f"{type(model).__name__} has no table of Hugging Face names; the models of jpeft.models have one"
+        )
+    return _FAMILIES[model_type].module.WEIGHTS(config, model.task)
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
