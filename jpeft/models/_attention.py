@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one function through which every model attends.
+
+On CPU a blocked kernel (`_blocked`): queries go in blocks of rows, keys that a whole block may not see are not
+computed, and the backward pass recomputes the probabilities from a row's log-sum-exp, so that nothing of size
+[seq, keys] is kept. Elsewhere `jax.nn.dot_product_attention`, which has kernels of its own.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from .. import _scope
+
+#: Query rows in a block: wide enough for a matrix product, narrow enough to skip most of what causality masks.
+_ROWS = 64
+
+#: A finite stand-in for the maximum of a row without a visible key.
+_LOWEST = -1e30
+
+
+def attention(
+    q: Float[Array, "batch seq heads d_head"],
+    k: Float[Array, "batch keys kv_heads d_head"],
+    v: Float[Array, "batch keys kv_heads d_head"],
+    *,
+    causal: bool,
+    scale: float,
+    window: int | Int[Array, ""] | None = None,
+    mask: Shaped[Array, "batch keys"] | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    dropout: float = 0.0,
+    path: str = "attention/dropout",
+) -> Float[Array, "batch seq heads d_head"]:
+    """softmax(q kᵀ · scale) v over the visible keys, with the softmax in float32.
+
+    Query i stands at key i + keys - seq: keys beyond seq come first, as a prefix does. A query that sees no key
+    gives 0, and passes no gradient.
+
+    Args:
+      q, k, v: heads is a multiple of kv_heads; query heads h · heads / kv_heads and on share key head h.
+      causal: whether a query sees only the keys up to its own.
+      scale: usually d_head^-0.5.
+      window: how many keys back from its own a causal query sees, itself counted; None for all. A number, or a
+        traced integer where layers of a stack differ.
+      mask: 0 for a key that nobody sees (padding).
+      segment_ids: a query sees the keys of its own segment, and all keys beyond seq.
+      dropout: probability of dropping an attention weight, when the call has a key (`_scope`).
+      path: names the dropout, unique in the model.
+    """
+    _check(q, k, v, causal, window)
+    limits = _Limits(window if isinstance(window, jax.Array) else None, mask, segment_ids)
+    rules = _Rules(q.shape[1], k.shape[1], causal, window if isinstance(window, int) else None, scale)
+    if dropout > 0 and _scope.current().key is not None:
+        return _dropping(q, k, v, limits, rules, dropout, path)
+    if jax.default_backend() == "cpu":
+        return _blocked(q, k, v, limits, rules)
+    return _library(q, k, v, limits, rules)
+
+
+def _check(q: Any, k: Any, v: Any, causal: bool, window: Any) -> None:
+    if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0] or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            "attention takes q [batch seq heads d_head] and k, v [batch keys kv_heads d_head] with heads a multiple of "
+            f"kv_heads; got {q.shape}, {k.shape}, {v.shape}"
+        )
+    if window is not None and not causal:
+        raise ValueError(f"a window looks back from a causal query; got window={window} with causal=False")
+    if causal and k.shape[1] < q.shape[1]:
+        raise ValueError(f"a causal query has a key of its own; got {q.shape[1]} queries and {k.shape[1]} keys")
+
+
+# Visibility ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rules:
+    """What is known of visibility when the program is compiled."""
+
+    seq: int
+    keys: int
+    causal: bool
+    window: int | None
+    scale: float
+
+    @property
+    def offset(self) -> int:
+        """Query i stands at key i + offset."""
+        return self.keys - self.seq
+
+    def blocks(self, rows: int) -> Iterator[tuple[range, range]]:
+        """Queries by `rows`, each block with the keys beyond which none of its queries sees."""
+        for start in range(0, self.seq, rows):
+            queries = range(start, min(start + rows, self.seq))
+            last = queries.stop + self.offset if self.causal else self.keys
+            first = 0 if self.window is None else max(0, start + self.offset - self.window + 1)
+            yield queries, range(first, last)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["window", "mask", "segment_ids"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class _Limits:
+    """What is known of visibility when the program runs."""
+
+    window: jax.Array | None
+    mask: jax.Array | None
+    segment_ids: jax.Array | None
+
+
+def _visible(rules: _Rules, limits: _Limits, queries: range, keys: range) -> jax.Array | None:
+    """Which of the keys each query sees, `[batch or 1, queries, keys]`; None where all see all."""
+    here = jnp.arange(queries.start, queries.stop)[:, None] + rules.offset
+    there = jnp.arange(keys.start, keys.stop)[None]
+    conditions = []
+    if rules.causal and keys[-1] > queries[0] + rules.offset:
+        conditions.append((there <= here)[None])
+    if limits.window is not None:
+        conditions.append((there > here - limits.window)[None])
+    if rules.window is not None and keys[0] <= queries[-1] + rules.offset - rules.window:
+        conditions.append((there > here - rules.window)[None])
+    if limits.mask is not None:
+        conditions.append(limits.mask[:, None, _cut(keys)] != 0)
+    if limits.segment_ids is not None:
+        segments = jnp.pad(limits.segment_ids, ((0, 0), (rules.offset, 0)))[:, None, _cut(keys)]
+        same = limits.segment_ids[:, _cut(queries), None] == segments
+        conditions.append(same | (there < rules.offset)[None])
+    return functools.reduce(jnp.logical_and, conditions) if conditions else None
+
+
+def _cut(span: range, times: int = 1) -> slice:
+    return slice(span.start * times, span.stop * times)
+
+
+# CPU ----------------------------------------------------------------------------------------------------------------
+#
+# Inside, queries are [batch kv_heads seq·group d_head]: the heads that share a key head are rows of one matrix product.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, limits: _Limits, rules: _Rules) -> jax.Array:
+    return _forward(q, k, v, limits, rules)[0]
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, limits: _Limits, rules: _Rules) -> tuple[jax.Array, Any]:
+    """The output, and what the backward pass needs: the log-sum-exp of each row is its normalizer."""
+    heads, kv_heads = q.shape[2], k.shape[2]
+    group = heads // kv_heads
+    q, k, v = _rows(q, kv_heads), _rows(k, kv_heads), _rows(v, kv_heads)
+    outs, normalizers = [], []
+    for queries, keys in rules.blocks(_ROWS):
+        s = _scores(q[:, :, _cut(queries, group)], k[:, :, _cut(keys)], limits, rules, queries, keys)
+        p, top, total = _softmax(s)
+        outs.append((_product("bhqk,bhkd->bhqd", p.astype(v.dtype), v[:, :, _cut(keys)]) / total).astype(q.dtype))
+        normalizers.append(top + jnp.log(total))
+    out, normalizer = jnp.concatenate(outs, 2), jnp.concatenate(normalizers, 2)
+    return _unrows(out, heads), (q, k, v, out, normalizer, limits)
+
+
+def _backward(rules: _Rules, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
+    """With p = softmax(s) and dp = g vᵀ: ds = p (dp - Σ p dp), where Σ p dp = Σ g out."""
+    q, k, v, out, normalizer, limits = residuals
+    heads, kv_heads = g.shape[2], k.shape[1]
+    group = heads // kv_heads
+    g = _rows(g, kv_heads)
+    shift = jnp.sum(out.astype(jnp.float32) * g, -1, keepdims=True)
+    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for queries, keys in rules.blocks(_ROWS):
+        cut, span = _cut(queries, group), _cut(keys)
+        s = _scores(q[:, :, cut], k[:, :, span], limits, rules, queries, keys)
+        p = jnp.exp(s - normalizer[:, :, cut])
+        dp = _product("bhqd,bhkd->bhqk", g[:, :, cut], v[:, :, span])
+        ds = (p * (dp - shift[:, :, cut]) * rules.scale).astype(q.dtype)
+        dq.append(_product("bhqk,bhkd->bhqd", ds, k[:, :, span]).astype(q.dtype))
+        dk = dk.at[:, :, span].add(_product("bhqk,bhqd->bhkd", ds, q[:, :, cut]))
+        dv = dv.at[:, :, span].add(_product("bhqk,bhqd->bhkd", p.astype(g.dtype), g[:, :, cut]))
+    dk, dv = dk.astype(k.dtype), dv.astype(v.dtype)
+    return _unrows(jnp.concatenate(dq, 2), heads), _unrows(dk, kv_heads), _unrows(dv, kv_heads), None
+
+
+_blocked.defvjp(_forward, _backward)
+
+
+def _dropping(
+    q: jax.Array, k: jax.Array, v: jax.Array, limits: _Limits, rules: _Rules, rate: float, path: str
+) -> jax.Array:
+    """Attention whose weights are dropped out: all rows at once, differentiated by JAX."""
+    heads, kv_heads = q.shape[2], k.shape[2]
+    q, k, v = _rows(q, kv_heads), _rows(k, kv_heads), _rows(v, kv_heads)
+    p, _, total = _softmax(_scores(q, k, limits, rules, range(rules.seq), range(rules.keys)))
+    p = _scope.dropout(p / total, rate, path)
+    return _unrows(_product("bhqk,bhkd->bhqd", p.astype(v.dtype), v).astype(q.dtype), heads)
+
+
+def _softmax(s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """exp(s - top), top and the sum, of each row; a row of -inf gives zeros."""
+    top = jax.lax.stop_gradient(jnp.maximum(jnp.max(s, -1, keepdims=True), _LOWEST))
+    p = jnp.exp(s - top)
+    total = jnp.sum(p, -1, keepdims=True)
+    return p, top, jnp.where(total == 0, 1, total)
+
+
+def _scores(q: jax.Array, k: jax.Array, limits: _Limits, rules: _Rules, queries: range, keys: range) -> jax.Array:
+    """q kᵀ · scale in float32, -inf where a key is not visible."""
+    s = _product("bhqd,bhkd->bhqk", q, k) * rules.scale
+    visible = _visible(rules, limits, queries, keys)
+    if visible is None:
+        return s
+    grouped = s.reshape(*s.shape[:2], len(queries), -1, len(keys))
+    return jnp.where(visible[:, None, :, None], grouped, -jnp.inf).reshape(s.shape)
+
+
+def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _rows(x: jax.Array, kv_heads: int) -> jax.Array:
+    """[batch seq heads d_head] -> [batch kv_heads seq·group d_head]"""
+    batch, seq, heads, d_head = x.shape
+    x = x.reshape(batch, seq, kv_heads, heads // kv_heads, d_head).transpose(0, 2, 1, 3, 4)
+    return x.reshape(batch, kv_heads, -1, d_head)
+
+
+def _unrows(x: jax.Array, heads: int) -> jax.Array:
+    """The inverse of `_rows`."""
+    batch, kv_heads, _, d_head = x.shape
+    x = x.reshape(batch, kv_heads, -1, heads // kv_heads, d_head).transpose(0, 2, 1, 3, 4)
+    return x.reshape(batch, -1, heads, d_head)
+
+
+# GPU and TPU --------------------------------------------------------------------------------------------------------
+
+
+def _library(q: jax.Array, k: jax.Array, v: jax.Array, limits: _Limits, rules: _Rules) -> jax.Array:
+    """JAX's own attention; queries that see no key are set to 0, where it would average all values."""
+    visible = _visible(rules, limits, range(rules.seq), range(rules.keys))
+    if visible is None:
+        return jax.nn.dot_product_attention(q, k, v, scale=rules.scale)
+    y = jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], scale=rules.scale)
+    return jnp.where(jnp.any(visible, -1)[..., None, None], y, 0)
