@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA in PEFT's files.
+
+A `[d_in, rank]` is PEFT's lora_A.weight `[rank, d_in]`, B `[rank, d_out]` its lora_B.weight `[d_out, rank]`; of an
+embedding they are lora_embedding_A `[rank, vocab]` and lora_embedding_B `[d_model, rank]`. Where the embedding is the
+head as well, PEFT wants the same two tensors a second time, under the head's name and with the roles swapped.
+
+PiSSA and OLoRA leave PEFT's base changed, and jpeft's not; so they are written as the plain LoRA of twice the rank that
+does the same to the base as it is: A' = [A | A0], B' = [B ; -B0], s' = s.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from .. import seams
+from .._method import Adapter, Start, pattern_matches, pattern_value
+from ..methods import LoRA
+from ._names import HEADS, Names
+from ._selection import describe, selected, tie
+from ._slots import Codec, Slot, host, layer_index
+
+#: Keys that PEFT 0.21.2 writes, with the values of everything that jpeft's LoRA is not.
+_PLAIN: Mapping[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "monteclora_config": None,
+    "qalora_group_size": 16,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "velora_config": None,
+}
+
+_READ = """
+alpha_pattern bias ensure_weight_tying exclude_modules init_lora_weights layers_pattern layers_to_transform lora_alpha
+lora_dropout modules_to_save peft_type r rank_pattern target_modules task_type use_rslora
+"""
+#: What changes no result once the tensors are there: where the adapter came from, and how it was started.
+_HARMLESS = """
+auto_mapping base_model_name_or_path corda_config eva_config fan_in_fan_out inference_mode loftq_config lora_ga_config
+megatron_core merge_weights peft_version qalora_group_size revision runtime_config
+"""
+_KNOWN = frozenset((_READ + _HARMLESS).split())
+
+#: Starts after which PEFT's base is not the base any more.
+_MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def _portable(adapter: Any) -> Adapter:
+    if not hasattr(adapter, "A0"):
+        return adapter
+    method: LoRA = adapter.method
+    grow = math.sqrt(2) if method.rslora else 2
+    plain = dataclasses.replace(
+        method,
+        init="default",
+        rank=2 * method.rank,
+        alpha=grow * method.alpha,
+        rank_pattern={key: 2 * rank for key, rank in method.rank_pattern.items()},
+        alpha_pattern={key: grow * alpha for key, alpha in method.alpha_pattern.items()},
+    )
+    site = adapter.site
+    now = {name: host(getattr(adapter, name)[...], f"{site.path}/{name}") for name in ("A", "B", "A0", "B0")}
+    rank = now["A"].shape[-1]
+    a, b = np.zeros((*site.lead, site.d_in, 2 * rank)), np.zeros((*site.lead, 2 * rank, site.d_out))
+    for i, rank in enumerate(method.ranks(site)):
+        at, old, new = layer_index(site.lead, i), slice(rank), slice(rank, 2 * rank)
+        a[(*at, ..., old)], a[(*at, ..., new)] = now["A"][(*at, ..., old)], now["A0"][(*at, ..., old)]
+        b[(*at, old)], b[(*at, new)] = now["B"][(*at, old)], -now["B0"][(*at, old)]
+    start = Start({"A": jnp.asarray(a, jnp.float32), "B": jnp.asarray(b, jnp.float32)})
+    saved = {name: leaf[...] for name, leaf in adapter.saved.items()}
+    return Adapter(plain, adapter.site, start, saved, adapter.saved_layers)
+
+
+def _slots(adapter: Any, module: Any, tied: Mapping[str, tuple[str, ...]]) -> list[Slot]:
+    site, projection = adapter.site, seams.projection(module)
+    if not isinstance(projection, seams.Matmul | seams.Lookup):
+        raise ValueError(
+            f"{site.path} is a {type(module).__name__}; PEFT's LoRA files are written of matrices and embeddings"
+        )
+    slots = []
+    for i, (name, rank) in enumerate(zip(site.names, adapter.method.ranks(site), strict=True)):
+        at = layer_index(site.lead, i)
+        a, b = (*at, slice(None), slice(rank)), (*at, slice(rank))
+        if not rank:
+            continue
+        if isinstance(projection, seams.Matmul):
+            slots.append(Slot(f"{name}.lora_A.weight", adapter.A, a, (1, 0)))
+            slots.append(Slot(f"{name}.lora_B.weight", adapter.B, b, (1, 0)))
+            continue
+        slots.append(Slot(f"{name}.lora_embedding_A", adapter.A, a, (1, 0)))
+        slots.append(Slot(f"{name}.lora_embedding_B", adapter.B, b, (1, 0)))
+        for head in tied.get(name, ()):
+            slots.append(Slot(f"{head}.lora_A.weight", adapter.B, b))
+            slots.append(Slot(f"{head}.lora_B.weight", adapter.A, a))
+    return slots
+
+
+def _write(method: LoRA, adapters: Sequence[Adapter], names: Names) -> dict[str, Any]:
+    ranks: dict[str, int] = {}
+    alphas: dict[str, Any] = {}
+    for site in (adapter.site for adapter in adapters if adapter.acts):
+        for name, rank in zip(site.names, method.ranks(site), strict=True):
+            if rank:
+                same = (name, *names.tied.get(name, ()))
+                ranks |= dict.fromkeys(same, rank)
+                alphas |= dict.fromkeys(same, pattern_value(method.alpha_pattern, name, method.alpha))
+    targets, layers = describe(ranks, names.every)
+    return {
+        **_PLAIN,
+        "r": method.rank,
+        "lora_alpha": _number(method.alpha),
+        "lora_dropout": method.dropout,
+        "use_rslora": method.rslora,
+        "bias": method.bias,
+        "target_modules": targets,
+        "layers_to_transform": layers,
+        "rank_pattern": _pattern(method.rank_pattern, method.rank, ranks),
+        "alpha_pattern": _pattern(method.alpha_pattern, method.alpha, alphas),
+    }
+
+
+def _pattern(pattern: Mapping[str, Any], default: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """`pattern` for a file, in which keys are sorted: itself where sorting changes nothing, else an entry per name."""
+    ordered = dict(sorted(pattern.items()))
+    if any(pattern_value(ordered, name, default) != value for name, value in wanted.items()):
+        ordered = {name: value for name, value in sorted(wanted.items()) if value != default}
+    return {key: _number(value) for key, value in ordered.items()}
+
+
+def _number(value: float) -> float:
+    """A whole number as an int, as PEFT writes it."""
+    return int(value) if value == int(value) else float(value)
+
+
+def _read(config: dict[str, Any], names: Names) -> LoRA:
+    _check(config)
+    ensure = bool(config.get("ensure_weight_tying"))
+    whole = _modules_to_save(config, names, ensure)
+    adapted = tie(_adapted(config, names, whole), names.tied, ensure, "target_modules")
+    targets, layers = describe(adapted, names.every - {head for heads in names.tied.values() for head in heads})
+    return LoRA(
+        rank=config.get("r", 8),
+        alpha=config.get("lora_alpha", 8),
+        targets=targets,
+        dropout=config.get("lora_dropout") or 0.0,
+        rslora=bool(config.get("use_rslora")),
+        bias=config.get("bias", "none"),
+        rank_pattern=_of(adapted, config.get("rank_pattern")),
+        alpha_pattern=_of(adapted, config.get("alpha_pattern")),
+        layers=layers,
+        modules_to_save=sorted({names.paths[name] for name in whole}),
+    )
+
+
+def _adapted(config: Mapping[str, Any], names: Names, whole: list[str]) -> set[str]:
+    """Names of the modules that PEFT adapts: those that it selects, unless they are trained whole."""
+    targets = config.get("target_modules")
+    if not targets:
+        raise ValueError(f"target_modules is {targets!r}; an adapter that PEFT saved says which modules it is on")
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = sorted(names.linear)
+    rules = {**config, "target_modules": targets, "modules_to_save": whole}
+    adapted = {name for name in names.projections if selected(rules, name)}
+    if not adapted:
+        raise ValueError(f"target_modules={config['target_modules']!r} is no module of this model")
+    return adapted
+
+
+def _of(adapted: set[str], pattern: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The entries of a pattern that are about an adapted module; PEFT lets others stand without effect."""
+    items = (pattern or {}).items()
+    return {key: value for key, value in items if any(pattern_matches(key, name) for name in adapted)}
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    wrong = {key: value for key, value in config.items() if key not in _KNOWN and value not in (None, False, [], {})}
+    if wrong:
+        raise ValueError(
+            "adapter_config.json asks for what jpeft's LoRA does not do, or does not know: "
+            + ", ".join(f"{key}={value!r}" for key, value in sorted(wrong.items()))
+        )
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(_MUTATING):
+        raise ValueError(
+            f"init_lora_weights={config['init_lora_weights']!r}: PEFT changed the base when it started this adapter "
+            "and did not save by how much, so on the base as it is the adapter means something else; save it in PEFT "
+            "with save_pretrained(dir, path_initial_model_for_weight_conversion=...), which makes it a plain LoRA"
+        )
+
+
+def _modules_to_save(config: Mapping[str, Any], names: Names, ensure: bool) -> list[str]:
+    """Hugging Face names of all leaf-owning modules in `modules_to_save`, which PEFT reads as endings of names."""
+    automatic = HEADS.get(config.get("task_type") or "", ())
+    known = {*names.paths} | {head for heads in names.tied.values() for head in heads}
+    chosen: set[str] = set()
+    for entry in {*(config.get("modules_to_save") or ()), *automatic}:
+        roots = {name for name in names.every if name.endswith(entry)}
+        if not roots and entry not in automatic:
+            raise ValueError(f"modules_to_save names {entry!r}, which this model does not have")
+        chosen |= {name for name in known for root in roots if name == root or name.startswith(f"{root}.")}
+    return sorted(tie(chosen, names.tied, ensure, "modules_to_save"))
+
+
+LORA = Codec(LoRA, "LORA", _portable, _slots, _write, _read)

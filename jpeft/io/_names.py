@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face's names for what a model is made of, as an adapter's file needs them: read off its weight table."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from .. import models, seams
+from .._walk import Found, modules
+from ..models._weights import Rule, Tied, fill, rules
+
+#: The tasks whose output layer PEFT trains and saves whole, and what it calls that layer.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a Hugging Face tensor lies: the leaf's path, its index there, and the order of axes that makes it one."""
+
+    path: str
+    index: tuple[int, ...]
+    axes: tuple[int, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """The names of one model.
+
+    Attributes:
+      found: every module by its path.
+      tensors: where every Hugging Face tensor lies; a tied one lies in the leaf that it repeats.
+      tied: for a module whose table is a head too, the head's names: `{"model.embed_tokens": ("lm_head",)}`.
+      paths: the path of the module that every leaf-owning Hugging Face module is (a layer of).
+      every: all module names, with those of the containers around them.
+      heads: paths of the task's own output layers.
+    """
+
+    found: Mapping[str, Found]
+    tensors: Mapping[str, Place]
+    tied: Mapping[str, tuple[str, ...]]
+    paths: Mapping[str, str]
+    every: frozenset[str]
+    heads: tuple[str, ...]
+
+    @property
+    def linear(self) -> frozenset[str]:
+        """Names of the modules that "all-linear" means: every matrix but the output layers'."""
+        kinds = {path for path, found in self.found.items() if isinstance(seams.projection(found.module), seams.Matmul)}
+        return frozenset(name for name, path in self.paths.items() if path in kinds - {*self.heads})
+
+    @property
+    def projections(self) -> frozenset[str]:
+        """Names of the modules that a low-rank method can adapt, and of the heads tied to one of them."""
+        kinds = {path for path, found in self.found.items() if seams.kind(found.module) == "projection"}
+        own = {name for name, path in self.paths.items() if path in kinds}
+        return frozenset(own.union(*(self.tied[name] for name in own & self.tied.keys())))
+
+
+def names_of(model: Any) -> Names:
+    """The names of `model`.
+
+    Raises:
+      ValueError: it is none of the zoo's, so that nothing says what its modules are called elsewhere.
+    """
+    entries = models.weights(model)
+    found = {f.path: f for f in modules(model)}
+    tensors: dict[str, Place] = {}
+    for rule in rules(entries):
+        tensors |= _places(rule, found)
+    paths = {tensor.rpartition(".")[0]: place.path.rpartition("/")[0] for tensor, place in tensors.items()}
+    tied: dict[str, tuple[str, ...]] = {}
+    for entry in entries:
+        if isinstance(entry, Tied):
+            original, place = next((t, p) for t, p in tensors.items() if p.path == entry.path)
+            module, head = original.rpartition(".")[0], entry.hf.rpartition(".")[0]
+            tensors[entry.hf] = place
+            tied[module] = (*tied.get(module, ()), head)
+    heads = {head for group in tied.values() for head in group}
+    every = {
+        ".".join(parts[:n])
+        for name in {*paths} | heads
+        for parts in [name.split(".")]
+        for n in range(1, 1 + len(parts))
+    }
+    return Names(found, tensors, tied, paths, frozenset(every), tuple(model.head))
+
+
+def _places(rule: Rule, found: Mapping[str, Found]) -> dict[str, Place]:
+    if "{i}" not in rule.hf:
+        return {rule.hf: Place(rule.path, (), rule.how.to_hf)}
+    lead = found[rule.path.rpartition("/")[0]].lead
+    return {fill(rule.hf, i): Place(rule.path, (i,), rule.how.to_hf) for i in range(lead[0])}

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a PEFT adapter: found, opened, and put in place together."""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..models import CheckpointError
+
+CONFIG, WEIGHTS, README = "adapter_config.json", "adapter_model.safetensors", "README.md"
+_PICKLE = "adapter_model.bin"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json.
+
+    Raises:
+      FileNotFoundError: there is none.
+      CheckpointError: it is no JSON object.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+        hint = f"; its subfolders {', '.join(below)} have one each" if below else "; PEFT's save_pretrained writes it"
+        raise FileNotFoundError(f"no {file}{hint}")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, holds a {type(config).__name__}")
+    return config
+
+
+def weights_file(folder: Path) -> Path:
+    """The safetensors file; a FileNotFoundError where there is none, or only a pickle."""
+    file = folder / WEIGHTS
+    if file.is_file():
+        return file
+    if (folder / _PICKLE).is_file():
+        raise FileNotFoundError(
+            f"{folder} has only {_PICKLE}, a pickle, which can run code when opened and is not read; load it with PEFT "
+            "and save it again, which writes safetensors"
+        )
+    raise FileNotFoundError(f"no {file}, which PEFT's save_pretrained writes beside {CONFIG}")
+
+
+@contextlib.contextmanager
+def installing(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to write an adapter into, whose files come to lie in `folder` when the block ends well.
+
+    A new folder appears by one rename. In an existing one the old configuration goes first and the new one comes last,
+    so that at no time an adapter can be loaded that is half old; what else lies there stays.
+    """
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.parent / f".{folder.name}.new-{uuid.uuid4().hex}"
+    new.mkdir()
+    try:
+        yield new
+        if folder.is_dir() and any(folder.iterdir()):
+            _move(new, folder)
+        else:
+            new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _move(new: Path, folder: Path) -> None:
+    ours = (folder / CONFIG).exists()
+    (folder / CONFIG).unlink(missing_ok=True)
+    if ours:
+        (folder / _PICKLE).unlink(missing_ok=True)
+    if ours or not (folder / README).exists():  # a README that came with something else is not ours to replace
+        os.replace(new / README, folder / README)
+    for file in (WEIGHTS, CONFIG):
+        os.replace(new / file, folder / file)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensor of an adapter's file is which part of which leaf: one list, used to write the file and to read it."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from .._method import Adapter, Method
+from .._walk import own_leaves
+from ._names import Names
+
+#: What PEFT puts before Hugging Face's names.
+PREFIX = "base_model.model."
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One tensor: its key without `PREFIX`, its leaf, and where in the leaf it lies.
+
+    Attributes:
+      key: `"model.layers.0.self_attn.q_proj.lora_A.weight"`.
+      leaf: the variable that holds it, for one layer or a whole stack.
+      index: its layer, and the rows and columns that are in use.
+      axes: order in which the leaf's axes are the tensor's; None keeps it.
+    """
+
+    key: str
+    leaf: nnx.Variable
+    index: tuple[Any, ...] = ()
+    axes: tuple[int, ...] | None = None
+
+    def view(self, values: np.ndarray) -> np.ndarray:
+        """The tensor as a view of its leaf's `values`."""
+        return values[self.index].transpose(self.axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """How one method looks in PEFT's files; a method joins `CODECS` in `peft.py` with one of these.
+
+    Attributes:
+      method: the method's class.
+      peft_type: PEFT's word for it.
+      portable: an adapter in the form that PEFT's file can hold, the same function of its input.
+      slots: the tensors of one adapter: (adapter, module, heads tied to it) -> slots.
+      write: the method's keys of adapter_config.json: (method, adapters, names) -> dict.
+      read: the method of an adapter_config.json: (config, names) -> method.
+    """
+
+    method: type[Method]
+    peft_type: str
+    portable: Callable[[Adapter], Adapter]
+    slots: Callable[[Adapter, Any, Mapping[str, tuple[str, ...]]], list[Slot]]
+    write: Callable[[Any, Sequence[Adapter], Names], dict[str, Any]]
+    read: Callable[[dict[str, Any], Names], Method]
+
+
+def all_slots(codec: Codec, adapters: Mapping[str, Adapter], names: Names) -> list[Slot]:
+    """Every tensor of an adapter, given its parts by module path."""
+    slots = []
+    for path, adapter in adapters.items():
+        if adapter.acts:
+            slots += codec.slots(adapter, names.found[path].module, names.tied)
+        slots += _saved(path, adapter, names)
+    return slots
+
+
+def whole(adapter: Adapter, module: Any) -> bool:
+    """Whether `adapter` trains `module` whole (PEFT's modules_to_save), not only its bias."""
+    return bool(adapter.saved_layers) and {*adapter.saved_layers} == {*own_leaves(module)}
+
+
+def base_slots(path: str, leaves: Iterable[str], names: Names) -> list[Slot]:
+    """The base's own leaves, as tensors of an adapter's file."""
+    module = names.found[path].module
+    return [
+        Slot(tensor, getattr(module, leaf), place.index, place.axes)
+        for leaf in leaves
+        for tensor, place in names.tensors.items()
+        if place.path == f"{path}/{leaf}"
+    ]
+
+
+def _saved(path: str, adapter: Adapter, names: Names) -> list[Slot]:
+    """Copies of the module's own leaves that are trained; on an adapted projection PEFT says `.base_layer`."""
+    slots = []
+    acting = {name for name, acts in zip(adapter.site.names, adapter.site.active, strict=True) if acts}
+    for leaf, layers in adapter.saved_layers.items():
+        mask = np.array(layers).reshape(adapter.site.lead)
+        for slot in base_slots(path, [leaf], names):
+            if mask[slot.index]:
+                module, _, tensor = slot.key.rpartition(".")
+                key = f"{module}.base_layer.{tensor}" if module in acting else slot.key
+                slots.append(dataclasses.replace(slot, key=key, leaf=adapter.saved[leaf]))
+    return slots
+
+
+def layer_index(lead: tuple[int, ...], layer: int) -> tuple[int, ...]:
+    """Where layer number `layer` lies in a leaf with the layer axes `lead`."""
+    return tuple(int(i) for i in np.unravel_index(layer, lead)) if lead else ()
+
+
+def host(value: jax.Array, key: str) -> np.ndarray:
+    """A leaf's values in this process's memory, as float32.
+
+    Raises:
+      ValueError: parts of it are on other hosts.
+    """
+    if not (value.is_fully_addressable or value.is_fully_replicated):
+        raise ValueError(f"{key} lies on several hosts; gather the trainable leaves on one before saving them")
+    return np.asarray(value).astype(np.float32)

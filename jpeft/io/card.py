@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README.md of an exported adapter: what it was trained from and on, how well it does, and how to load it."""
+
+import dataclasses
+import importlib.metadata
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .._summary import Row
+
+_PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+_AUTO = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def installed() -> dict[str, str]:
+    """The versions of what an adapter is made with."""
+    return {name: importlib.metadata.version(name) for name in ("jpeft", "jax", "flax")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a model card says beyond what the adapter itself tells.
+
+    Attributes:
+      data: what it was trained and evaluated on, in words.
+      metrics: figures by name, such as `{"validation accuracy": 0.847}`.
+      versions: of the software; those installed by default.
+    """
+
+    data: str = ""
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=installed)
+
+
+def render(card: Card, config: Mapping[str, Any], row: Row) -> str:
+    """README.md for an adapter with this adapter_config.json, of which `row` is the summary."""
+    base = config["base_model_name_or_path"]
+    blocks = [
+        _front_matter(config),
+        f"# {config['peft_type']} adapter" + (f" for {base}" if base else ""),
+        f"Trained with jpeft: {row.trainable:,} parameters, which change {row.changed:,} of the base model's.",
+        f"    {_short(row.method)}",
+    ]
+    if card.data:
+        blocks += ["## Data", card.data]
+    if card.metrics:
+        blocks += ["## Results", _table("metric", "value", {k: f"{v:.4g}" for k, v in card.metrics.items()})]
+    blocks += ["## Use", _use(config), "## Versions", _table("software", "version", card.versions)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _short(method: Any) -> str:
+    """The method with the options that are not its defaults."""
+    plain = type(method)()
+    names = [f.name for f in dataclasses.fields(method) if getattr(method, f.name) != getattr(plain, f.name)]
+    return f"{type(method).__name__}({', '.join(f'{name}={getattr(method, name)!r}' for name in names)})"
+
+
+def _front_matter(config: Mapping[str, Any]) -> str:
+    base, task = config["base_model_name_or_path"], config["task_type"]
+    entries: dict[str, Any] = {"library_name": "peft", "tags": ["jpeft", config["peft_type"].lower()]}
+    if base and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):  # the Hub takes ids of its own only, and no folders
+        entries["base_model"] = base
+    if task in _PIPELINES:
+        entries["pipeline_tag"] = _PIPELINES[task]
+    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in sorted(entries.items())), "---"])
+
+
+def _use(config: Mapping[str, Any]) -> str:
+    base = config["base_model_name_or_path"] or "path/to/base"
+    auto = _AUTO.get(config["task_type"], "AutoModel")
+    return (
+        "```python\n"
+        f"base = transformers.{auto}.from_pretrained({base!r})\n"
+        'model = peft.PeftModel.from_pretrained(base, "path/to/this/folder")\n'
+        "\n"
+        f"base = jpeft.models.load({base!r}, task={config['task_type']!r})  # or in JAX\n"
+        'model = jpeft.import_peft(base, "path/to/this/folder")\n'
+        "```"
+    )
+
+
+def _table(left: str, right: str, rows: Mapping[str, Any]) -> str:
+    return "\n".join([f"| {left} | {right} |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters in the format of Hugging Face's PEFT 0.21.2: adapter_config.json and adapter_model.safetensors.
+
+Both directions go through one list of slots (a tensor and the part of a leaf that it is), and both are strict: what
+the format cannot hold is refused on the way out; what is missing, unknown or ill-shaped is refused on the way in.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._adapt import adapt
+from .._graft import grafts
+from .._method import Adapter
+from .._summary import summary
+from .._walk import own_leaves
+from ..models import CheckpointError
+from ..models import _safetensors as safetensors
+from ._lora_codec import LORA
+from ._names import HEADS, Names, names_of
+from ._peft_folder import CONFIG, README, WEIGHTS, installing, read_config, weights_file
+from ._slots import PREFIX, Codec, Slot, all_slots, base_slots, host, whole
+from .card import Card, render
+
+#: Every method that PEFT has a format for, by its kind; a method joins with one entry.
+CODECS: Mapping[str, Codec] = {codec.method.kind: codec for codec in (LORA,)}
+
+PEFT_VERSION = "0.21.2"
+
+
+def export_peft(
+    model: Any, folder: str | Path, *, name: str | None = None, base: str | None = None, card: Card | None = None
+) -> Path:
+    """Writes an adapter as PEFT does: `peft.PeftModel.from_pretrained(base, folder)` computes the same as `model`.
+
+    The files are written beside their place and moved into it, so a save that is killed leaves no half adapter. PiSSA
+    and OLoRA are written as plain LoRA of twice the rank, which is right on the base as it is.
+
+    Args:
+      model: a model of the zoo with an adapter on it.
+      folder: where adapter_config.json, adapter_model.safetensors and README.md go; what else it holds stays.
+      name: which adapter, where the model has several.
+      base: the base model's id on the Hub, or its folder; for adapter_config.json and the card.
+      card: data, metrics and versions for README.md.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: no adapter, or several and no `name`; a model without Hugging Face names; a method, or a choice of
+        modules, that PEFT has no form for; values that are not finite.
+
+    Example:
+      >>> jpeft.export_peft(model, "out/adapter", base="meta-llama/Llama-3.2-1B")
+    """
+    name, names = _adapter_name(model, name), names_of(model)
+    adapters = _adapters(model, name)
+    kind = next(iter(adapters.values())).method.kind
+    if kind not in CODECS:
+        raise ValueError(f"PEFT has no format for the adapter {name!r}, a {kind}; it has one for {', '.join(CODECS)}")
+    codec = CODECS[kind]
+    adapters = {path: codec.portable(adapter) for path, adapter in adapters.items()}
+    slots = all_slots(codec, adapters, names) + _untrained_heads(model, adapters, names)
+    config, tensors = _config(model, codec, adapters, names, slots, base), _tensors(slots)
+    row = next(row for row in summary(model).rows if row.name == name)
+    with installing(Path(folder)) as new:
+        sources = {key: safetensors.Source(t.shape, t.dtype, lambda t=t: t) for key, t in sorted(tensors.items())}
+        safetensors.write(new / WEIGHTS, sources, {"format": "pt"})
+        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (new / README).write_text(render(card or Card(), config, row))
+    return Path(folder)
+
+
+def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None, name: str | None = None) -> Any:
+    """`model` with the adapter that PEFT saved in `folder` on it, to be used or trained on; `model` is untouched.
+
+    Tensors in float16 and bfloat16 become float32. A copy of the base, as PEFT puts beside an adapted embedding, must
+    equal the model's own. Configurations of older and newer PEFT are read too: a key that is unknown, or stands for
+    something unsupported, is accepted while its value is empty (null, false, [], {}) and else refused by name; keys
+    that tell where an adapter came from or how it was started count for nothing.
+
+    Args:
+      model: the base, a model of the zoo.
+      folder: with adapter_config.json and adapter_model.safetensors.
+      key: PRNG key for leaves that a method's file leaves out by its format. LoRA's leaves out none, so that with it
+        no key changes anything; `jax.random.key(0)` by default.
+      name: the adapter's name in leaf paths; the method's kind by default.
+
+    Raises:
+      FileNotFoundError: no adapter there, or a pickled one.
+      CheckpointError: a damaged file, or tensors that do not fit the model: all of them in one message.
+      ValueError: the configuration asks for what is not supported, or for what the model does not have.
+
+    Example:
+      >>> model = jpeft.import_peft(jpeft.models.load("llama-3.2-1b"), "adapter")
+    """
+    folder, names = Path(folder), names_of(model)
+    config = read_config(folder)
+    codec = _codec(config, folder / CONFIG)
+    tensors = safetensors.header(weights_file(folder))
+    _check_task(config, model, folder / CONFIG)
+    name = name or codec.method.kind
+    try:
+        adapted = adapt(model, codec.read(config, names), key=jax.random.key(0) if key is None else key, name=name)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    slots = {PREFIX + slot.key: slot for slot in all_slots(codec, _adapters(adapted, name), names)}
+    problems = _fill(slots, _without_repeats(tensors, config), names)
+    if problems:
+        raise CheckpointError(f"{folder / WEIGHTS} does not fit the model\n  " + "\n  ".join(problems))
+    return adapted
+
+
+def _adapters(model: Any, name: str) -> dict[str, Adapter]:
+    """The parts of one adapter, by the path of their module."""
+    return {path: module.adapters[name] for path, module in grafts(model) if name in module.adapters}
+
+
+# Writing ------------------------------------------------------------------------------------------------------------
+
+
+def _adapter_name(model: Any, name: str | None) -> str:
+    there = sorted({name for _, module in grafts(model) for name in module.adapters})
+    if not there:
+        raise ValueError("the model has no adapter to export; jpeft.adapt puts one on it")
+    if name is None and len(there) > 1:
+        raise ValueError(f"the model has the adapters {', '.join(there)}, and a PEFT folder holds one: pass name=")
+    if name is not None and name not in there:
+        raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(there)}")
+    return name or there[0]
+
+
+def _untrained_heads(model: Any, adapters: Mapping[str, Adapter], names: Names) -> list[Slot]:
+    """The leaves of the task's head that are not trained: PEFT keeps every such head with the adapter all the same."""
+    slots = []
+    for path in model.head if model.task in HEADS else ():
+        adapter = adapters.get(path)
+        if adapter is not None and adapter.acts:
+            raise ValueError(
+                f"{path} carries {adapter.method.kind}, but PEFT puts no adapter on the head of a {model.task} model, "
+                "which it saves whole; train it by modules_to_save"
+            )
+        saved = adapter.saved_layers if adapter is not None else {}
+        slots += base_slots(path, own_leaves(names.found[path].module).keys() - saved.keys(), names)
+    return slots
+
+
+def _config(
+    model: Any, codec: Codec, adapters: Mapping[str, Adapter], names: Names, slots: list[Slot], base: str | None
+) -> dict[str, Any]:
+    """adapter_config.json, with every key that PEFT writes."""
+    method = next(iter(adapters.values())).method
+    config = {
+        "auto_mapping": None,  # set by PEFT only where there is no task_type
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "modules_to_save": _modules_to_save(model, adapters, names),
+        "peft_type": codec.peft_type,
+        "peft_version": PEFT_VERSION,
+        "revision": None,
+        "task_type": model.task,
+        **codec.write(method, list(adapters.values()), names),
+    }
+    if any(slot.key.startswith(f"{head}.") for heads in names.tied.values() for head in heads for slot in slots):
+        config["ensure_weight_tying"] = True
+    return config
+
+
+def _modules_to_save(model: Any, adapters: Mapping[str, Adapter], names: Names) -> list[str] | None:
+    """Names of the modules that are saved whole; a ValueError where PEFT would read them as more than these."""
+    paths = {path for path, adapter in adapters.items() if whole(adapter, names.found[path].module)}
+    paths |= {*model.head} if model.task in HEADS else set()
+    chosen = {name for name, path in names.paths.items() if path in paths}
+    chosen |= {head for name in chosen for head in names.tied.get(name, ())}
+    more = {name for name in names.every if name.endswith(tuple(chosen))} - chosen if chosen else set()
+    if more:
+        raise ValueError(
+            f"PEFT reads modules_to_save as endings of names, so {safetensors.names(chosen)} would take in "
+            f"{safetensors.names(more)} as well: PEFT has no form for this adapter"
+        )
+    return sorted(chosen) or None
+
+
+def _tensors(slots: Iterable[Slot]) -> dict[str, np.ndarray]:
+    values: dict[int, np.ndarray] = {}
+    tensors = {}
+    for slot in slots:
+        if id(slot.leaf) not in values:
+            values[id(slot.leaf)] = host(slot.leaf[...], slot.key)
+        tensors[PREFIX + slot.key] = np.ascontiguousarray(slot.view(values[id(slot.leaf)]))
+    broken = [key for key, tensor in tensors.items() if not np.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"the adapter has values that are not finite, in {safetensors.names(broken)}")
+    return tensors
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def _codec(config: Mapping[str, Any], file: Path) -> Codec:
+    codecs = {codec.peft_type: codec for codec in CODECS.values()}
+    if config.get("peft_type") not in codecs:
+        raise ValueError(f"{file} has peft_type {config.get('peft_type')!r}; jpeft reads {', '.join(codecs)}")
+    return codecs[config["peft_type"]]
+
+
+def _check_task(config: Mapping[str, Any], model: Any, file: Path) -> None:
+    task = config.get("task_type")
+    if task not in (None, model.task):
+        raise ValueError(
+            f"{file} is an adapter for {task}, the model is one for {model.task}; load it with task={task!r}"
+        )
+
+
+def _without_repeats(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """With bias="all" PEFT writes the biases of saved modules a second and a third time, and reads them never."""
+    repeats = (".original_module.", ".modules_to_save.") if config.get("bias") == "all" else ()
+    return {key: tensor for key, tensor in tensors.items() if not any(part in key for part in repeats)}
+
+
+def _fill(slots: Mapping[str, Slot], tensors: Mapping[str, safetensors.Tensor], names: Names) -> list[str]:
+    """Sets every leaf from the file, or says all that keeps from it."""
+    values = {id(slot.leaf): host(slot.leaf[...], key).copy() for key, slot in slots.items()}
+    views = {key: slot.view(values[id(slot.leaf)]) for key, slot in slots.items()}
+    views |= {key: base for key in tensors.keys() - slots.keys() if (base := _base(key, names)) is not None}
+    problems = [f"{key} is missing" for key in sorted(slots.keys() - tensors.keys())]
+    problems += [f"{key} is unknown" for key in sorted(tensors.keys() - views.keys())]
+    problems += [
+        text for key in sorted(views.keys() & tensors.keys()) for text in _misfit(key, tensors[key], views[key])
+    ]
+    if problems:
+        return problems
+    read = {key: _read(tensors[key]) for key in sorted(views)}
+    for key in slots:
+        views[key][...] = read[key]
+    for key, view in views.items():
+        if not np.isfinite(read[key]).all():
+            problems.append(f"{key} has values that are not finite")
+        elif not np.array_equal(read[key].astype(view.dtype), view):
+            problems.append(
+                f"{key} differs from {'the tensor that it is tied to' if key in slots else 'the base model'}"
+            )
+    for leaf in {id(slot.leaf): slot.leaf for slot in slots.values()}.values():
+        leaf.set_value(jax.device_put(values[id(leaf)].astype(leaf.dtype), leaf[...].sharding))
+    return problems
+
+
+def _base(key: str, names: Names) -> np.ndarray | None:
+    """The base's own tensor of which `key` is a copy."""
+    place = names.tensors.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+    if place is None:
+        return None
+    path, _, leaf = place.path.rpartition("/")
+    return np.asarray(getattr(names.found[path].module, leaf)[...][place.index]).transpose(place.axes)
+
+
+def _misfit(key: str, tensor: safetensors.Tensor, view: np.ndarray) -> list[str]:
+    if tensor.dtype not in safetensors.FLOATS:
+        return [f"{key} is {tensor.dtype}, not one of {', '.join(safetensors.FLOATS)}"]
+    if tensor.shape != view.shape:
+        return [f"{key} is {list(tensor.shape)}, the model needs {list(view.shape)}"]
+    return []
+
+
+def _read(tensor: safetensors.Tensor) -> np.ndarray:
+    out = np.empty(tensor.shape, np.float32)
+    safetensors.read(tensor, (slice(None),) * out.ndim, out)
+    return out
