@@ -31,6 +31,10 @@ class Scope:
 
 _SCOPE: contextvars.ContextVar[Scope] = contextvars.ContextVar("jpeft_scope", default=Scope())  # noqa: B039 (frozen)
 
+#: JAX keeps the traces of functions jitted or checkpointed *inside* a model, and would run one that was made without a
+#: key, or under another, again. This value is part of its caches' keys, so that no trace serves two scopes.
+_TRACED_IN = jax.make_user_context(None)
+
 
 def current() -> Scope:
     """The scope of the running call."""
@@ -42,9 +46,13 @@ def scope(**changes: Any) -> Iterator[Scope]:
     """Runs the block with `changes` made to the current scope; a `key` of None keeps the outer one."""
     if changes.get("key", ...) is None:
         del changes["key"]
+    if not changes:
+        yield current()
+        return
     token = _SCOPE.set(dataclasses.replace(current(), **changes))
     try:
-        yield _SCOPE.get()
+        with _TRACED_IN(object()):
+            yield _SCOPE.get()
     finally:
         _SCOPE.reset(token)
 
