@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from . import seams
 from ._graft import graft, grafts, is_grafted, saved_leaves, ungraft
-from ._method import Adapter, AdapterConstant, Method, Site, Start
+from ._method import Adapter, AdapterConstant, Method, Site, Start, wide
 from ._scope import fold_path
 from ._targets import Planned, plan
 from ._walk import dims
@@ -39,7 +38,7 @@ def adapt(model: nnx.Module, method: Method, *, key: jax.Array, name: str | None
         raise TypeError(f"adapt takes a jpeft method such as jpeft.LoRA(...), got {method!r}")
     if not isinstance(model, nnx.Module):
         raise TypeError(f"adapt takes an nnx.Module, got {type(model).__name__}")
-    name = _checked_name(name or method.kind)
+    name = _checked_name(method.kind if name is None else name)
     model = nnx.clone(model)
     for planned in plan(model, method):
         found = planned.found
@@ -47,7 +46,7 @@ def adapt(model: nnx.Module, method: Method, *, key: jax.Array, name: str | None
             raise ValueError(
                 f"{found.path} already has an adapter {name!r}; pass another name= to put a second one there"
             )
-        graft(found.module, name, _adapter(planned, method, fold_path(key, f"{found.path}/{name}")))
+        graft(found.module, name, _adapter(planned, method, name, fold_path(key, f"{found.path}/{name}")))
     return model
 
 
@@ -61,7 +60,7 @@ def merge(model: nnx.Module) -> Any:
     """
     model = nnx.clone(model)
     for _, module in grafts(model):
-        for name, value in saved_leaves(module).items():
+        for name, value in saved_leaves(module, running=False).items():
             _set(getattr(module, name), value)
         for adapter in module.adapters.values():
             if adapter.acts:
@@ -79,22 +78,30 @@ def strip(model: nnx.Module) -> Any:
     return model
 
 
-def _adapter(planned: Planned, method: Method, key: jax.Array) -> Adapter:
-    found = planned.found
-    lead, d_in, d_out = dims(found) if seams.kind(found.module) == "projection" else (found.lead, 0, 0)
-    site = Site(found.path, found.names, planned.active, lead, d_in, d_out, found.scanned)
-    start = method.start(site, found.module, key) if any(planned.active) else Start({})
-    saved = {name: getattr(found.module, name)[...].astype(jnp.float32) for name in planned.saved}
+def _adapter(planned: Planned, method: Method, name: str, key: jax.Array) -> Adapter:
+    found, acts = planned.found, any(planned.active)
+    lead, d_in, d_out = dims(found) if acts and method.seam == "projection" else (found.lead, 0, 0)
+    site = Site(found.path, found.names, planned.active, lead, d_in, d_out, found.scanned, name)
+    start = method.start(site, found.module, key) if acts else Start({})
+    saved = {leaf: _widened(getattr(found.module, leaf)[...]) for leaf in planned.saved}
     adapter = Adapter(method, site, start, saved, planned.saved)
     partly = not all(all(layers) for layers in planned.saved.values())
-    if lead and not found.scanned and (partly or method.depends_on_layer(site)):
+    if lead and not found.scanned and (partly or (acts and method.depends_on_layer(site))):
         adapter.layer_index = AdapterConstant(jnp.arange(len(site.names)).reshape(lead))
     return adapter
 
 
+def _widened(value: jax.Array) -> jax.Array:
+    return value.astype(wide(value.dtype))
+
+
 def _checked_name(name: str) -> str:
-    if not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"an adapter's name must be an identifier, for it is a part of leaf paths; got {name!r}")
+    if hasattr(nnx.Dict, name):
+        raise ValueError(
+            f"an adapter cannot be named {name!r}, which means something else to an nnx.Dict; choose another"
+        )
     return name
 
 

@@ -6,6 +6,7 @@ subclass is made once per class, which keeps graphdefs equal between models.
 """
 
 import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ def _grafted_type(base: type) -> type:
 
     def __call__(self: Any, *inputs: Any, **options: Any) -> Any:
         y = base.__call__(with_saved(self), *inputs, **options)
+        if options:  # an input may come by its keyword
+            inputs = _signature(base).bind(self, *inputs, **options).args[1:]
         for adapter in self.adapters.values():
             if adapter.acts:
                 y = adapter.method.apply(adapter, self, y, *inputs)
@@ -49,6 +52,11 @@ def _grafted_type(base: type) -> type:
         members["attend"] = attend
     # One base class alone: with a mixin beside it the object layouts differ, and the class could not be swapped.
     return type(f"Grafted{base.__name__}", (base,), members)
+
+
+@functools.cache
+def _signature(base: type) -> inspect.Signature:
+    return inspect.signature(base.__call__)
 
 
 def _rebuild(base: type, attributes: dict[str, Any]) -> Any:
@@ -97,25 +105,24 @@ def grafts(model: nnx.Module) -> Iterator[tuple[str, Any]]:
 
 def with_saved(module: Any) -> Any:
     """The base module with its saved leaves in place; `module` itself where nothing is saved."""
-    leaves = saved_leaves(module)
+    leaves = saved_leaves(module, running=True)
     return replace_leaves(module, leaves) if leaves else module
 
 
-def saved_leaves(module: Any) -> dict[str, jax.Array]:
-    """What stands in for `module`'s own leaves; a later adapter's copy goes before an earlier one's."""
-    return {name: _in_its_layers(module, a, name) for a in module.adapters.values() for name in a.saved}
+def saved_leaves(module: Any, *, running: bool) -> dict[str, jax.Array]:
+    """What stands in for `module`'s own leaves: of one layer while a stack is running, else of all at once."""
+    return {name: _in_its_layers(module, a, name, running) for a in module.adapters.values() for name in a.saved}
 
 
-def _in_its_layers(module: Any, adapter: Adapter, name: str) -> jax.Array:
-    saved, layers = adapter.saved[name][...], adapter.saved_layers[name]
+def _in_its_layers(module: Any, adapter: Adapter, name: str, running: bool) -> jax.Array:
+    saved, layers, lead = adapter.saved[name][...], adapter.saved_layers[name], adapter.site.lead
     if all(layers):
         return saved
-    own, layer = getattr(module, name)[...], adapter.layer
-    if layer is None or layer.ndim:  # the whole stack at once
-        lead = adapter.site.lead
-        mask = jnp.array(layers).reshape(lead + (1,) * (own.ndim - len(lead)))
+    own = getattr(module, name)[...]
+    if running:
+        mask = jnp.array(layers)[adapter.layer]
     else:
-        mask = jnp.array(layers)[layer]
+        mask = jnp.array(layers).reshape(lead + (1,) * (own.ndim - len(lead)))
     return jnp.where(mask, saved, own.astype(saved.dtype))
 
 

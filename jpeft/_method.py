@@ -11,12 +11,18 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from ._scope import current
+from ._scope import current, dropout
 
 #: What `bias=` may say: train no bias, those of the adapted projections, or all.
 BIAS_CHOICES = ("none", "lora_only", "all")
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype of adapters on leaves of `dtype`, and of their sums: float32, on a float64 base float64."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 class AdapterParam(nnx.Param):
@@ -33,8 +39,15 @@ class Frozen(dict):
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(self.items()))
 
+    def __eq__(self, other: object) -> bool:
+        same_order = not isinstance(other, Frozen) or list(self) == list(other)
+        return same_order and dict.__eq__(self, other)  # type: ignore[operator]
+
     def __setitem__(self, key: Any, value: Any) -> None:
         raise TypeError("a method's fields cannot be changed; use dataclasses.replace")
+
+    def __reduce__(self) -> Any:
+        return Frozen, (dict(self),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +63,7 @@ class Site:
       d_in: inputs of the projection seen as a matrix; 0 for a seam without one.
       d_out: outputs, likewise.
       scanned: whether jpeft's own scan runs the stack, so that the scope knows the layer.
+      adapter: the adapter's name, which leaf paths and dropout masks depend on.
     """
 
     path: str
@@ -59,6 +73,7 @@ class Site:
     d_in: int = 0
     d_out: int = 0
     scanned: bool = False
+    adapter: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +85,7 @@ class Targets:
     layers: tuple[int, ...] | None = None
     modules_to_save: tuple[str, ...] | None = None
     bias: str = "none"
+    patterns: tuple[str, ...] = ()  # keys of rank_pattern and the like: each must match an adapted name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +101,8 @@ class Adapter(nnx.Module):
 
     `saved` holds trainable copies of the seam's own leaves (for `bias=` and `modules_to_save`), which stand in for
     the base's while the base module runs, in the layers that `saved_layers` names.
+
+    Trained leaves are copies: a train step may donate them, and neither a base leaf nor a constant may go with them.
     """
 
     layer_index: AdapterConstant  # in a stack that jpeft does not run itself, if the method depends on the layer
@@ -101,10 +119,10 @@ class Adapter(nnx.Module):
         self.site = site
         self.saved_layers = Frozen(saved_layers)
         for name, value in start.trainable.items():
-            setattr(self, name, AdapterParam(value))
+            setattr(self, name, AdapterParam(jnp.copy(value)))
         for name, value in start.constants.items():
             setattr(self, name, AdapterConstant(value))
-        self.saved = nnx.Dict({name: AdapterParam(value) for name, value in saved.items()})
+        self.saved = nnx.Dict({name: AdapterParam(jnp.copy(value)) for name, value in saved.items()})
 
     @property
     def acts(self) -> bool:
@@ -113,15 +131,38 @@ class Adapter(nnx.Module):
 
     @property
     def layer(self) -> jax.Array | None:
-        """Index of the running layer, in a stack; None outside of one."""
-        if hasattr(self, "layer_index"):
-            return self.layer_index[...]
-        return current().layer if self.site.scanned else None
+        """Index of the running layer, in a stack; None outside of one.
+
+        Raises:
+          ValueError: a stack runs in a way that hides which of its layers it is in.
+        """
+        if not self.site.lead:
+            return None
+        scanned = current().layer if self.site.scanned else None
+        index = self.layer_index[...] if hasattr(self, "layer_index") else scanned
+        if index is None or index.ndim:
+            raise ValueError(
+                f"{self.site.path} differs between the layers of its stack, and runs where its layer is not known; run "
+                "the stack by jax.lax.scan or jax.vmap over the whole module (a stack of jpeft's by jpeft's own scan), "
+                "or adapt all layers alike and without dropout"
+            )
+        return index
+
+    def dropout(self, x: jax.Array, rate: float) -> jax.Array:
+        """`x` with entries dropped while the call has a key; every adapter and every layer draws a mask of its own."""
+        if rate == 0.0 or current().key is None:
+            return x
+        return dropout(x, rate, f"{self.site.path}/{self.site.adapter}", self.layer)
+
+
+def pattern_matches(key: str, name: str) -> bool:
+    """PEFT's rule for the keys of a `rank_pattern`: a regular expression for the end of `name`, at a dot."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
 def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of the first key of a `rank_pattern` or `alpha_pattern` that matches the end of `name`."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in patterns.items() if pattern_matches(key, name)), default)
 
 
 class Method(abc.ABC):

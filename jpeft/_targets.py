@@ -10,15 +10,19 @@ exclusion of nothing, half of a shared module) is an error.
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from flax import nnx
 
 from . import seams
-from ._method import Method, Targets
+from ._graft import ADAPTERS
+from ._method import Method, Targets, pattern_matches
 from ._walk import Found, dims, modules, own_leaves
 
 ALL_LINEAR = "all-linear"
+
+#: By name of a leaf, or path of a module: the layers meant, as one bool per layer.
+Layers = dict[str, tuple[bool, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,30 +31,36 @@ class Planned:
 
     found: Found
     active: tuple[bool, ...]
-    saved: dict[str, tuple[bool, ...]]
+    saved: Layers
 
 
 def plan(model: nnx.Module, method: Method) -> list[Planned]:
     """Every module that `method` touches, in the model's order; a ValueError where the selection is wrong."""
     everything = modules(model)
     asked = method.select(getattr(getattr(model, "config", None), "model_type", None))
+    _check_expressions(asked)
     heads = tuple(getattr(model, "head", ()))
     saved = _saved_modules(everything, asked, heads, getattr(model, "task", None))
     active = _active(everything, asked, method.seam, heads, saved)
-    _check_sharing(everything, asked, active)
+    _check_patterns(asked.patterns, [n for f in everything for n in _named(f.names, active.get(f.path, ()))])
     planned = []
     for found in everything:
         acts = active.get(found.path, (False,) * len(found.names))
-        leaves = _saved_leaves(found, acts, _inside(found.path, saved), asked.bias)
+        leaves = _saved_leaves(found, acts, _inside(found.path, saved), _inside(found.path, heads), asked.bias)
         if any(acts) or leaves:
             planned.append(Planned(found, acts, leaves))
+    _check_sharing(everything, planned)
     return planned
 
 
 def matches(pattern: str | tuple[str, ...], name: str, path: str) -> bool:
-    """PEFT's rule: a string is a full regular expression, a tuple holds exact names or dotted suffixes."""
+    """PEFT's rule: a string is a full regular expression, a tuple holds exact names or dotted suffixes.
+
+    Either is read against the NNX path where it holds a `/`. (Else a `(?!...)` about a layer's number would match all
+    layers by their common path.)
+    """
     if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None or re.fullmatch(pattern, path) is not None
+        return re.fullmatch(pattern, path if "/" in pattern else name) is not None
     return any(_entry_matches(entry, name, path) for entry in pattern)
 
 
@@ -70,37 +80,72 @@ def _last(name: str) -> str:
 def _entry_matches(entry: str, name: str, path: str) -> bool:
     if "/" in entry:
         return path == entry or path.endswith("/" + entry)
-    return name == entry or name.endswith("." + entry)
+    return entry in (name, path) or name.endswith("." + entry)
 
 
 def _active(
     everything: list[Found], asked: Targets, seam: str, heads: tuple[str, ...], saved: frozenset[str]
-) -> dict[str, tuple[bool, ...]]:
+) -> Layers:
     """For every module in which the method acts, the layers in which it does."""
     if asked.targets is None:
         return {}
     fitting = [f for f in everything if seams.kind(f.module) == seam and not _inside(f.path, saved)]
     candidates = [name for found in fitting for name in found.names]
-    if asked.targets == ALL_LINEAR:
-        matched = {f.path: (True,) * len(f.names) for f in fitting if _is_linear(f) and not _inside(f.path, heads)}
-    else:
-        matched = {f.path: _match_layers(asked.targets, f) for f in fitting}
-        _check_entries(asked.targets, fitting, everything, seam, candidates, saved)
-    matched = _within_layers(matched, asked.layers, fitting)
-    matched = _without(matched, asked.exclude, fitting, candidates)
-    active = {path: layers for path, layers in matched.items() if any(layers)}
+    _check_entries(asked.targets, fitting, everything, seam, candidates, saved)
+    _check_layers(asked, fitting)
+    _check_exclude(asked.exclude, fitting, candidates)
+    active = {}
+    for found in fitting:
+        layers = {
+            path: tuple(_selects(asked, found, path, name, heads) for name in names) for path, names in found.places
+        }
+        _check_places(layers)
+        if any(layers[found.path]):
+            active[found.path] = layers[found.path]
     if not active:
-        raise ValueError(f"targets={asked.targets!r} matches no {seam} of the model; nearest: "
-                         f"{nearest(str(asked.targets), candidates)}")  # fmt: skip
+        raise ValueError(
+            f"targets={asked.targets!r} matches no {seam} of the model that is not left out again by exclude= or "
+            f"modules_to_save=; nearest: {nearest(str(asked.targets), candidates)}"
+        )
     for found in fitting:
         if found.path in active and seam == "projection":
             dims(found)  # raises where it has no matrix
     return active
 
 
+def _selects(asked: Targets, found: Found, path: str, name: str, heads: tuple[str, ...]) -> bool:
+    """Whether the method acts on `found` at one of its places, in one layer."""
+    if matches(asked.exclude, name, path):
+        return False
+    if asked.targets == ALL_LINEAR:
+        return _is_linear(found) and not _inside(path, heads) and _in_layers(asked, name)
+    return matches(asked.targets, name, path) and _in_layers(asked, name)  # type: ignore[arg-type]
+
+
+def _in_layers(asked: Targets, name: str) -> bool:
+    if asked.layers is None or _layer_of(name) in asked.layers:
+        return True
+    return isinstance(asked.targets, tuple) and name in asked.targets  # a name in full says its layer itself
+
+
+def _check_places(layers: Mapping[str, tuple[bool, ...]]) -> None:
+    """A shared module is adapted at all its places or at none."""
+    if len(set(layers.values())) > 1:
+        left = [path for path, acts in layers.items() if not all(acts)]
+        raise ValueError(
+            f"{' and '.join(layers)} are one shared module, but the selection leaves out {', '.join(left)}; an adapter "
+            "acts at every place, so select all of them or none"
+        )
+
+
 def _match_layers(pattern: str | tuple[str, ...], found: Found) -> tuple[bool, ...]:
-    aliased = any(matches(pattern, alias.replace("/", "."), alias) for alias in found.aliases)
-    return tuple(aliased or matches(pattern, name, found.path) for name in found.names)
+    """The layers of `found` in which the pattern matches it at any of its places."""
+    hits = [[matches(pattern, name, path) for name in names] for path, names in found.places]
+    return tuple(map(any, zip(*hits, strict=True)))
+
+
+def _named(names: tuple[str, ...], acts: tuple[bool, ...]) -> list[str]:
+    return [name for name, act in zip(names, acts, strict=False) if act]
 
 
 def _is_linear(found: Found) -> bool:
@@ -120,6 +165,8 @@ def _check_entries(
     saved: frozenset[str],
 ) -> None:
     """Every entry of a list must match something; says what it matched instead."""
+    if targets == ALL_LINEAR:
+        return
     for entry in (targets,) if isinstance(targets, str) else targets:
         pattern = entry if isinstance(targets, str) else (entry,)
         if any(any(_match_layers(pattern, found)) for found in fitting):
@@ -142,92 +189,105 @@ def _layer_of(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
-def _within_layers(
-    matched: dict[str, tuple[bool, ...]], layers: tuple[int, ...] | None, fitting: list[Found]
-) -> dict[str, tuple[bool, ...]]:
-    if layers is None:
-        return matched
-    names = {found.path: found.names for found in fitting}
-    there = {_layer_of(n) for path, acts in matched.items() for n, act in zip(names[path], acts, strict=True) if act}
-    missing = [layer for layer in layers if layer not in there]
-    if missing:
-        known = sorted(layer for layer in there if layer is not None)
-        raise ValueError(f"layers={list(layers)}: the targets stand in layers {known}, and not in {missing}")
-    return {
-        path: tuple(act and _layer_of(name) in layers for name, act in zip(names[path], acts, strict=True))
-        for path, acts in matched.items()
-    }
+def _check_layers(asked: Targets, fitting: list[Found]) -> None:
+    """Every layer asked for must have a target in it."""
+    if asked.layers is None:
+        return
+    names = [name for found in fitting for _, names in found.places for name in names]
+    if asked.targets != ALL_LINEAR:
+        names = [n for f in fitting for path, named in f.places for n in named if matches(asked.targets, n, path)]  # type: ignore[arg-type]
+    known = {layer for layer in map(_layer_of, names) if layer is not None}
+    missing = [layer for layer in asked.layers if layer not in known]
+    if missing or not asked.layers:
+        raise ValueError(f"layers={list(asked.layers)}: the targets stand in layers {sorted(known)}, not in {missing}")
 
 
-def _without(
-    matched: dict[str, tuple[bool, ...]], exclude: str | tuple[str, ...], fitting: list[Found], candidates: list[str]
-) -> dict[str, tuple[bool, ...]]:
+def _check_exclude(exclude: str | tuple[str, ...], fitting: list[Found], candidates: list[str]) -> None:
     for entry in (exclude,) if isinstance(exclude, str) else exclude:
         pattern = entry if isinstance(exclude, str) else (entry,)
         if not any(any(_match_layers(pattern, found)) for found in fitting):
             raise ValueError(f"exclude {entry!r} matches nothing; nearest: {nearest(entry, candidates)}")
-    if not exclude:
-        return matched
-    excluded = {found.path: _match_layers(exclude, found) for found in fitting}
-    return {
-        path: tuple(act and not out for act, out in zip(acts, excluded[path], strict=True))
-        for path, acts in matched.items()
-    }
+
+
+def _check_expressions(asked: Targets) -> None:
+    """Strings, and the keys of patterns, are regular expressions; a glob is not."""
+    for pattern in (asked.targets, asked.exclude, *asked.patterns):
+        try:
+            re.compile(pattern if isinstance(pattern, str) else "")
+        except re.error as error:
+            raise ValueError(
+                f"{pattern!r} is read as a regular expression, and is not a valid one ({error}); names go in a list"
+            ) from error
+
+
+def _check_patterns(patterns: tuple[str, ...], adapted: list[str]) -> None:
+    for key in patterns:
+        if not any(pattern_matches(key, name) for name in adapted):
+            raise ValueError(
+                f"the key {key!r} of rank_pattern or alpha_pattern matches the end of no adapted module's name; "
+                f"nearest: {nearest(key, adapted)}"
+            )
 
 
 def _saved_modules(everything: list[Found], asked: Targets, heads: tuple[str, ...], task: str | None) -> frozenset[str]:
-    """Paths of the modules trained whole: those asked for, and the fresh head of a classification task."""
-    if asked.modules_to_save is None:
-        return frozenset(heads if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else ())
-    paths = set()
-    for entry in asked.modules_to_save:
-        found = [f for f in everything if (f.path and any(_match_layers((entry,), f))) or f.path == entry]
-        if not found:
+    """Paths of the modules trained whole: those asked for, and (unless that is `()`) a classification task's head."""
+    entries = asked.modules_to_save
+    paths = set(heads if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and entries != () else ())
+    for entry in entries or ():
+        found = {
+            path: [matches((entry,), name, path) for name in names]
+            for module in everything
+            for path, names in module.places
+        }
+        matched = {path: hits for path, hits in found.items() if any(hits)}
+        if not matched:
             raise ValueError(
                 f"modules_to_save entry {entry!r} matches no module; "
                 f"nearest: {nearest(entry, [n for f in everything for n in f.names])}"
             )
-        if not all(any(_match_layers((entry,), f)) for f in found):
-            raise ValueError(f"modules_to_save entry {entry!r} matches only some layers of a stack")
-        paths |= {f.path for f in found}
+        partly = [path for path, hits in matched.items() if not all(hits)]
+        if partly:
+            raise ValueError(f"modules_to_save entry {entry!r} matches only some layers of the stack {partly[0]}")
+        paths |= set(matched)
+    for module in everything:
+        _check_places({path: (_inside(path, paths),) for path, _ in module.places})
     return frozenset(paths)
 
 
-def _saved_leaves(found: Found, acts: tuple[bool, ...], whole: bool, bias: str) -> dict[str, tuple[bool, ...]]:
+def _saved_leaves(found: Found, acts: tuple[bool, ...], whole: bool, head: bool, bias: str) -> Layers:
     """The module's own leaves of which a copy is trained, each with the layers in which it stands in."""
     leaves = own_leaves(found.module)
     everywhere = (True,) * len(found.names)
-    if whole:
-        if leaves and not callable(found.module):
-            raise ValueError(f"{found.path} holds parameters but cannot be called, so modules_to_save cannot train it")
-        return dict.fromkeys(leaves, everywhere)
     name = (seams.kind(found.module) == "projection" and seams.projection(found.module).bias) or "bias"
-    if name not in leaves or bias == "none":
-        return {}
-    layers = everywhere if bias == "all" else acts
-    return {name: layers} if any(layers) else {}
+    wanted = dict.fromkeys(leaves, everywhere) if whole else {}
+    if not whole and name in leaves and bias != "none":
+        wanted = {name: everywhere if bias == "all" else acts}
+    wanted = {leaf: layers for leaf, layers in wanted.items() if any(layers)}
+    if wanted and not callable(found.module):
+        raise ValueError(f"{found.path} holds parameters but cannot be called, so a copy of them cannot stand in")
+    trained = {leaf: name for name, adapter in getattr(found.module, ADAPTERS, {}).items() for leaf in adapter.saved}
+    twice = sorted(set(wanted) & set(trained))
+    if twice and not head:
+        raise ValueError(
+            f"{found.path}/{twice[0]} is trained by the adapter {trained[twice[0]]!r} already, whose copy a second one "
+            "would hide; leave it out of bias= or modules_to_save="
+        )
+    return {leaf: layers for leaf, layers in wanted.items() if leaf not in trained}
 
 
-def _check_sharing(everything: list[Found], asked: Targets, active: dict[str, tuple[bool, ...]]) -> None:
-    """Half of a shared module cannot be adapted, nor a kernel that another module reads too."""
+def _check_sharing(everything: list[Found], planned: list[Planned]) -> None:
+    """A parameter that another module reads too cannot be changed through one of them."""
     owners: dict[int, list[str]] = {}
     for found in everything:
         for leaf in own_leaves(found.module).values():
             owners.setdefault(id(leaf), []).append(found.path)
-    for found in everything:
-        if found.path not in active:
-            continue
-        places = (found.path, *found.aliases)
-        if asked.targets is not None and asked.targets != ALL_LINEAR:
-            left = [p for p in places if not matches(asked.targets, p.replace("/", "."), p)]
-            if found.aliases and left:
+    for plan in planned:
+        leaves = own_leaves(plan.found.module)
+        touched = leaves if any(plan.active) else plan.saved
+        for name in touched:
+            shared = owners[id(leaves[name])]
+            if len(shared) > 1:
                 raise ValueError(
-                    f"{' and '.join(places)} are one shared module, but the targets leave out {', '.join(left)}; "
-                    "an adapter acts at both, so name both"
+                    f"{' and '.join(shared)} share one parameter, {name}, so an adapter on {plan.found.path} would "
+                    "change them all when merged; share the module instead of the parameter, or choose another target"
                 )
-        shared = next((owners[id(v)] for v in own_leaves(found.module).values() if len(owners[id(v)]) > 1), None)
-        if shared:
-            raise ValueError(
-                f"{' and '.join(shared)} share one parameter, so an adapter on {found.path} would change them all when "
-                "merged; share the module instead of the parameter, or choose another target"
-            )

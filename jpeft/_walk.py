@@ -2,14 +2,17 @@
 """The modules of a model, by path and by name: what targets are matched against and what `sites` lists."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
 from . import seams
-from ._graft import ADAPTERS, base_type
+from ._graft import ADAPTERS, base_type, is_grafted
+
+#: The stacks around a module: of each, how many parts its own path has, and how many layers it holds.
+Stacks = tuple[tuple[int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Found:
       path: its first NNX path, `"layers/attention/query"`.
       module: the object itself.
       names: one name per layer of its stack: Hugging Face's where the model maps it, else the dotted path.
-      aliases: every other path at which the same object stands.
+      aliases: every other path at which the same object stands, with its names there.
       lead: leading (layer) axes of its leaves.
       scanned: whether jpeft's own scan runs the stack.
     """
@@ -28,9 +31,14 @@ class Found:
     path: str
     module: Any
     names: tuple[str, ...]
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, tuple[str, ...]], ...] = ()
     lead: tuple[int, ...] = ()
     scanned: bool = False
+
+    @property
+    def places(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """(path, names) of every place at which it stands."""
+        return ((self.path, self.names), *self.aliases)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +69,13 @@ class Seam:
 
 def modules(model: nnx.Module) -> list[Found]:
     """Every module of `model` once, children after parents, adapters left out."""
-    paths: dict[int, list[tuple[Any, ...]]] = {}
+    places: dict[int, list[tuple[tuple[Any, ...], Stacks]]] = {}
     objects: dict[int, Any] = {}
-    stacks: dict[int, int | None] = {}
-    for path, module, stack in _walk(model, (), None, ()):
-        paths.setdefault(id(module), []).append(path)
-        objects[id(module)], stacks[id(module)] = module, stack
-    mapped = getattr(model, "module_names", dict)()
-    return [_found(objects[i], found, mapped, stacks[i]) for i, found in paths.items()]
+    for path, module, stacks in _walk(model, (), (), ()):
+        places.setdefault(id(module), []).append((path, stacks))
+        objects[id(module)] = module
+    mapped = model.module_names() if hasattr(model, "module_names") else {}  # type: ignore[attr-defined]
+    return [_found(objects[i], found, mapped) for i, found in places.items()]
 
 
 def sites(model: nnx.Module) -> list[Seam]:
@@ -105,35 +112,59 @@ def own_leaves(module: Any) -> dict[str, nnx.Variable]:
 
 
 def _walk(
-    module: Any, path: tuple[Any, ...], stack: int | None, parents: tuple[int, ...]
-) -> Iterator[tuple[tuple[Any, ...], Any, int | None]]:
-    """(path, module, size of the scanned stack around it) at every path, shared modules more than once."""
-    stack = getattr(module, "stack_size", stack)
-    yield path, module, stack
-    for name, child in nnx.iter_children(module):
-        if isinstance(child, nnx.Module) and name != ADAPTERS and id(child) not in parents:
-            yield from _walk(child, (*path, name), stack, (*parents, id(module)))
+    node: Any, path: tuple[Any, ...], stacks: Stacks, parents: tuple[int, ...]
+) -> Iterator[tuple[tuple[Any, ...], Any, Stacks]]:
+    """(path, module, scanned stacks around it) at every path, shared modules more than once."""
+    if isinstance(node, nnx.Module):
+        size = vars(node).get("stack_size")
+        stacks = stacks if size is None else (*stacks, (len(path), size))
+        yield path, node, stacks
+    for name, child in _children(node):
+        if id(child) not in parents:
+            yield from _walk(child, (*path, name), stacks, (*parents, id(node)))
 
 
-def _found(module: Any, paths: list[tuple[Any, ...]], mapped: dict[str, tuple[str, ...]], stack: int | None) -> Found:
-    path, *others = ["/".join(map(str, p)) for p in paths]
-    lead = (stack,) if stack is not None else _lead(module)
-    names = mapped.get(path) or _layer_names(paths[0], math.prod(lead) if lead else None)
-    return Found(path, module, tuple(names), tuple(others), lead, stack is not None)
+def _children(node: Any) -> list[tuple[Any, Any]]:
+    """What NNX sees directly below `node`: modules, and the plain lists and dicts that may hold some."""
+    below = nnx.graph.get_node_impl(node).node_dict(node)  # type: ignore[union-attr]
+    hidden = ADAPTERS if isinstance(node, nnx.Module) and is_grafted(node) else None
+    return [(name, child) for name, child in below.items() if nnx.graph.is_node(child) and name != hidden]
 
 
-def _lead(module: Any) -> tuple[int, ...]:
+def _found(module: Any, places: list[tuple[tuple[Any, ...], Stacks]], mapped: dict[str, tuple[str, ...]]) -> Found:
+    stacks = places[0][1]
+    scanned = tuple(size for _, size in stacks)
+    lead = _lead(module, scanned)
+    named = []
+    for path, around in places:
+        joined = "/".join(map(str, path))
+        named.append((joined, tuple(mapped.get(joined) or _layer_names(path, lead, around))))
+    (path, names), *aliases = named
+    return Found(path, module, names, tuple(aliases), lead, len(scanned) == 1 and lead == scanned)
+
+
+def _lead(module: Any, scanned: tuple[int, ...]) -> tuple[int, ...]:
+    """Leading axes of the module's leaves: a projection's own shape tells, else the stacks around it."""
     if seams.kind(module) != "projection":
-        return ()
+        return scanned
     try:
         return seams.projection(module).dims(module).lead
     except ValueError:
-        return ()
+        return scanned
 
 
-def _layer_names(path: tuple[Any, ...], num_layers: int | None) -> tuple[str, ...]:
-    """The dotted path; in a stack once per layer, the index behind the first part: `blocks.3.up`."""
-    parts = [str(part) for part in path]
-    if num_layers is None:
-        return (".".join(parts),)
-    return tuple(".".join([parts[0], str(i), *parts[1:]]) for i in range(num_layers))
+def _layer_names(path: tuple[Any, ...], lead: tuple[int, ...], stacks: Stacks) -> tuple[str, ...]:
+    """The dotted path, once per layer: the index stands behind the stack's own path, `blocks.3.up`.
+
+    Of a stack that jpeft did not build only the size is known, so its index stands behind the first part.
+    """
+    behind = [depth for depth, _ in stacks]
+    if len(behind) != len(lead):
+        behind = [min(1, len(path))] * len(lead)
+    names = []
+    for index in np.ndindex(*lead):
+        parts = [str(part) for part in path]
+        for depth, i in reversed(list(zip(behind, index, strict=True))):
+            parts.insert(depth, str(i))
+        names.append(".".join(parts))
+    return tuple(names)

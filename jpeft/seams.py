@@ -13,8 +13,8 @@ low-rank method needs of it is small: the matrix, `contract` (the input times an
 """
 
 import abc
-import copy
 import math
+import string
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -91,6 +91,11 @@ class Matmul(Projection):
                 f"the axes {', '.join(batched)} of {equation!r} are in input, kernel and output at once: "
                 f"{type(module).__name__} is many small matrices, which adapters do not handle"
             )
+        if len(set(w)) < len(w) or not set(w) <= set(x + out) - {"."}:
+            raise ValueError(
+                f"the kernel {w!r} of {equation!r} is no plain matrix: each of its axes must be named, once, and stand "
+                f"in the input or in the output of {type(module).__name__}"
+            )
         return x, w, out
 
     def _split(self, module: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], str, str, dict[str, int]]:
@@ -121,7 +126,7 @@ class Matmul(Projection):
         _, d_in, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
         kept = "".join(c for c in out if c not in d_out)
         weight = matrix.reshape(*(sizes[c] for c in d_in), matrix.shape[-1])
-        rank = next(c for c in "zyxwvutsrq" if c not in x_axes + out)
+        rank = next(c for c in string.ascii_letters if c not in x_axes + out)
         return jnp.einsum(f"{x_axes},{d_in}{rank}->{kept}{rank}", x, weight)
 
     def emit(self, module: Any, y: jax.Array) -> jax.Array:
@@ -167,6 +172,8 @@ class Convolution(Projection):
                 f"a convolution with feature_group_count={module.feature_group_count} is many small matrices, "
                 "which adapters do not handle"
             )
+        if module.mask is not None:
+            raise ValueError("a convolution with a mask has no low-rank change that keeps the mask")
         shape = getattr(module, self.kernel).shape
         window = len(module.kernel_size)
         lead = shape[: len(shape) - window - 2]
@@ -180,9 +187,10 @@ class Convolution(Projection):
         return matrix.reshape(getattr(module, self.kernel).shape)
 
     def contract(self, module: Any, x: jax.Array, matrix: jax.Array) -> jax.Array:
-        window = copy.copy(module)
-        window.kernel = nnx.Param(matrix.reshape(*module.kernel.shape[:-1], matrix.shape[-1]))
-        window.use_bias, window.bias, window.mask = False, nnx.data(None), None
+        kernel = matrix.reshape(*getattr(module, self.kernel).shape[:-1], matrix.shape[-1])
+        window = object.__new__(nnx.Conv)  # past NNX, which lets nobody set attributes inside an inner jit
+        vars(window).update(vars(module), kernel=nnx.Param(kernel), use_bias=False, bias=None)
+        vars(window).update(dtype=None, preferred_element_type=None)  # in the adapter's precision, not the base's
         return nnx.Conv.__call__(window, x)
 
     def emit(self, module: Any, y: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import seams
-from .._method import Site, Start
+from .._method import Site, Start, wide
 from .._scope import fold_path
 
 Draw = Callable[[jax.Array, int], jax.Array]
@@ -110,7 +110,8 @@ def _from_kernel(site: Site, a: jax.Array, b: jax.Array, ranks: tuple[int, ...])
 
 
 def _matrix(base: Any) -> jax.Array:
-    return seams.projection(base).read(base).astype(jnp.float32)
+    kernel = seams.projection(base).read(base)
+    return kernel.astype(wide(kernel.dtype))
 
 
 def _safe(site: Site, scales: tuple[float, ...]) -> jax.Array:

@@ -13,7 +13,7 @@ Ranks that differ between the layers of a stack are padded to the largest, and t
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -22,8 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import seams
-from .._method import BIAS_CHOICES, Adapter, Frozen, Method, Site, Start, Targets, pattern_value
-from .._scope import dropout
+from .._method import BIAS_CHOICES, Adapter, Frozen, Method, Site, Start, Targets, pattern_value, wide
 from ._lora_start import STARTS
 
 #: What PEFT adapts by default, by the model's type.
@@ -74,13 +73,15 @@ class LoRA(Method):
     def __post_init__(self) -> None:
         for field in ("targets", "exclude", "modules_to_save"):
             object.__setattr__(self, field, _names(field, getattr(self, field)))
-        layers = (self.layers,) if isinstance(self.layers, int) else self.layers
-        object.__setattr__(self, "layers", None if layers is None else tuple(layers))
+        object.__setattr__(self, "layers", _indices(self.layers))
         object.__setattr__(self, "rank_pattern", Frozen(self.rank_pattern or {}))
         object.__setattr__(self, "alpha_pattern", Frozen(self.alpha_pattern or {}))
         for rank in (self.rank, *self.rank_pattern.values()):
-            if not isinstance(rank, int) or rank < 1:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"LoRA's rank must be a whole number of at least 1, got {rank!r}")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+                raise ValueError(f"LoRA's alpha must be a positive number (at 0 nothing is trained), got {alpha!r}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"LoRA's dropout must be in [0, 1), got {self.dropout}")
         if self.init not in STARTS:
@@ -99,28 +100,33 @@ class LoRA(Method):
                     f"{', '.join(DEFAULT_TARGETS)}); pass targets="
                 )
             targets = DEFAULT_TARGETS[model_type]
-        return Targets(targets, self.exclude, self.layers, self.modules_to_save, self.bias)
+        patterns = (*self.rank_pattern, *self.alpha_pattern)
+        return Targets(targets, self.exclude, self.layers, self.modules_to_save, self.bias, patterns)
 
     def start(self, site: Site, base: Any, key: jax.Array) -> Start:
-        return STARTS[self.init](site, base, key, self.ranks(site), self.scales(site))
+        start = STARTS[self.init](site, base, key, self.ranks(site), self.scales(site))
+        dtype = wide(getattr(base, seams.projection(base).kernel).dtype)
+        parts = (start.trainable, start.constants)
+        return Start(*({name: leaf.astype(dtype) for name, leaf in leaves.items()} for leaves in parts))
 
     def apply(self, adapter: Adapter, base: Any, y: jax.Array, *inputs: Any) -> Float[Array, "..."]:
         projection = seams.projection(base)
-        x, scale = inputs[0], self._running_scale(adapter)
-        if jnp.issubdtype(x.dtype, jnp.inexact):
-            x = dropout(x.astype(jnp.float32), self.dropout, adapter.site.path, adapter.layer)
+        x, scale = jnp.asarray(inputs[0]), self._running_scale(adapter)
+        if not isinstance(projection, seams.Lookup):
+            x = adapter.dropout(x.astype(wide(x.dtype)), self.dropout)
         delta = _difference(adapter, lambda a, b: projection.contract(base, x, a * scale) @ b)  # [..., d_out]
         return (y + projection.emit(base, delta)).astype(y.dtype)
 
     def attend(self, adapter: Adapter, base: Any, y: jax.Array, query: jax.Array) -> Float[Array, "..."]:
-        query, scale = query.astype(jnp.float32), self._running_scale(adapter)
+        query, scale = query.astype(wide(query.dtype)), self._running_scale(adapter)
         return (y + _difference(adapter, lambda a, b: (query @ b.T) @ (a * scale).T)).astype(y.dtype)
 
     def merge(self, adapter: Adapter, base: Any) -> Mapping[str, jax.Array]:
         projection = seams.projection(base)
         scale = jnp.asarray(self.table(adapter.site)).reshape(*adapter.site.lead, 1, -1)
         delta = _difference(adapter, lambda a, b: jnp.matmul(a * scale, b, precision="highest"))
-        return {projection.kernel: projection.unmatrix(base, projection.read(base).astype(jnp.float32) + delta)}
+        kernel = projection.read(base)
+        return {projection.kernel: projection.unmatrix(base, kernel.astype(wide(kernel.dtype)) + delta)}
 
     def depends_on_layer(self, site: Site) -> bool:
         return self.dropout > 0 or not _uniform(self.table(site))
@@ -149,11 +155,6 @@ class LoRA(Method):
         table = self.table(adapter.site)
         if _uniform(table):
             return float(table[0, 0])
-        if adapter.layer is None:
-            raise ValueError(
-                f"{adapter.site.path} has layers of different rank or alpha, and runs where its layer is not known; "
-                "run the stack by jax.lax.scan or vmap over the module, or adapt all layers alike"
-            )
         return jnp.asarray(table)[adapter.layer][None]  # [1, rank]
 
 
@@ -168,12 +169,25 @@ def _uniform(table: np.ndarray) -> bool:
 
 
 def _names(field: str, value: Any) -> Any:
-    if value is None or (isinstance(value, str) and field != "modules_to_save"):
-        return value
-    names = (value,) if isinstance(value, str) else tuple(sorted(value) if isinstance(value, set) else value)
-    wrong = [name for name in names if not isinstance(name, str)]
+    if isinstance(value, str) and field != "modules_to_save":
+        return "all-linear" if field == "targets" and value.lower() == "all-linear" else value
+    if value is None:
+        return () if field == "exclude" else None
+    names = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else value
+    wrong = [name for name in names if not isinstance(name, str) or not name]
     if wrong:
         raise TypeError(f"{field} takes module names, got {wrong[0]!r}")
+    names = tuple(sorted(names) if isinstance(names, (set, frozenset)) else names)
     if field == "targets" and not names:
         raise ValueError("targets is empty, so nothing would be trained; name at least one module")
     return names
+
+
+def _indices(layers: Any) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    indices = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+    wrong = [index for index in indices if not isinstance(index, int) or isinstance(index, bool) or index < 0]
+    if wrong or not indices:
+        raise ValueError(f"layers takes the indices of layers, counted from 0, got {layers!r}")
+    return tuple(sorted(set(indices)))
