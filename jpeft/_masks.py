@@ -57,9 +57,10 @@ def labels(tree: Any, rules: Mapping[Any, str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for selector, label in rules.items():
-        for path, hit in mask(tree, selector).items():
-            if hit:
-                found.setdefault(path, label)
+        mine = [path for path, hit in mask(tree, selector).items() if hit and path not in found]
+        if not mine:
+            raise ValueError(f"the rule {selector!r} comes too late: all its leaves have a label of an earlier rule")
+        found |= dict.fromkeys(mine, label)
     left = [path for path in _types(tree) if path not in found]
     if left:
         raise ValueError(
@@ -113,7 +114,7 @@ def _checked(tx: optax.GradientTransformation) -> optax.GradientTransformation:
             raise ValueError("there is nothing to train: the trainable tree is empty; adapt the model first")
         return tx.init(params)
 
-    return optax.GradientTransformation(init, tx.update)
+    return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(tx).update)
 
 
 def _types(tree: Any) -> dict[str, type | None]:

@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from ._graft import grafts
-from ._method import Adapter, AdapterConstant, AdapterParam
+from ._method import Adapter, AdapterParam
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Summary:
 
     Attributes:
       rows: one per adapter.
-      base: parameters of the base model; the denominator of `percent`.
+      base: parameters (`nnx.Param`) of the base model, not its statistics or caches; the denominator of `percent`.
       base_bytes: their memory.
-      trainable, changed, bytes: sums over the rows.
+      trainable, changed, bytes: sums over the rows; what two adapters change counts for each of them.
       percent: 100 * trainable / base.
     """
 
@@ -89,7 +89,7 @@ def summary(model: nnx.Module) -> Summary:
         for name, adapter in module.adapters.items():
             row, more = rows.get(name), _row(name, adapter)
             rows[name] = more if row is None else _sum(row, more)
-    base = [leaf for leaf in _leaves(model) if not isinstance(leaf, (AdapterParam, AdapterConstant)) and _counts(leaf)]
+    base = [leaf for leaf in _leaves(model) if isinstance(leaf, nnx.Param) and not isinstance(leaf, AdapterParam)]
     return Summary(tuple(rows.values()), sum(_size(leaf) for leaf in base), sum(_bytes(leaf) for leaf in base))
 
 
@@ -110,10 +110,6 @@ def _sum(a: Row, b: Row) -> Row:
 
 def _leaves(node: Any) -> list[Any]:
     return nnx.graph.flatten(node)[1].leaves  # type: ignore[union-attr]
-
-
-def _counts(leaf: Any) -> bool:
-    return not isinstance(leaf, nnx.RngState)
 
 
 def _size(leaf: Any) -> int:
