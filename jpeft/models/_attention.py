@@ -53,7 +53,7 @@ def attention(
       dropout: probability of dropping an attention weight, when the call has a key (`_scope`).
       path: names the dropout, unique in the model.
     """
-    _check(q, k, v, causal, window)
+    _check(q, k, v, causal, window, segment_ids)
     limits = _Limits(window if isinstance(window, jax.Array) else None, mask, segment_ids)
     rules = _Rules(q.shape[1], k.shape[1], causal, window if isinstance(window, int) else None, scale)
     if dropout > 0 and _scope.current().key is not None:
@@ -63,7 +63,7 @@ def attention(
     return _library(q, k, v, limits, rules)
 
 
-def _check(q: Any, k: Any, v: Any, causal: bool, window: Any) -> None:
+def _check(q: Any, k: Any, v: Any, causal: bool, window: Any, segment_ids: Any) -> None:
     if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0] or q.shape[2] % k.shape[2]:
         raise ValueError(
             "attention takes q [batch seq heads d_head] and k, v [batch keys kv_heads d_head] with heads a multiple of "
@@ -73,6 +73,8 @@ def _check(q: Any, k: Any, v: Any, causal: bool, window: Any) -> None:
         raise ValueError(f"a window looks back from a causal query; got window={window} with causal=False")
     if causal and k.shape[1] < q.shape[1]:
         raise ValueError(f"a causal query has a key of its own; got {q.shape[1]} queries and {k.shape[1]} keys")
+    if segment_ids is not None and k.shape[1] < q.shape[1]:
+        raise ValueError(f"segment_ids need a key for every query; got {q.shape[1]} queries and {k.shape[1]} keys")
 
 
 # Visibility ---------------------------------------------------------------------------------------------------------
