@@ -15,9 +15,11 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from . import io, models, seams, train
     from ._adapt import adapt, merge, strip
     from ._masks import labels, mask, optimizer
+    from ._mesh import gather, local_rows, mesh, shard_batch
     from ._method import AdapterConstant, AdapterParam, Method
     from ._partition import GraphDef, combine, partition
     from ._scope import dropout_key
+    from ._sharding import SHARDING_RULES, optimizer_state, placement, shard, shardings
     from ._summary import summary
     from ._walk import sites
     from .io import export_merged, export_peft, import_peft
@@ -33,6 +35,8 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "_walk": ("sites",),
     "_summary": ("summary",),
     "_masks": ("mask", "labels", "optimizer"),
+    "_mesh": ("mesh", "local_rows", "shard_batch", "gather"),
+    "_sharding": ("SHARDING_RULES", "placement", "shardings", "shard", "optimizer_state"),
     "methods": ("LoRA", "METHODS"),
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
     "_scope": ("dropout_key",),
@@ -44,6 +48,7 @@ _HOME = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
     "METHODS",
+    "SHARDING_RULES",
     "AdapterConstant",
     "AdapterParam",
     "GraphDef",
@@ -54,16 +59,24 @@ __all__ = [
     "dropout_key",
     "export_merged",
     "export_peft",
+    "gather",
     "import_peft",
     "io",
     "labels",
+    "local_rows",
     "mask",
     "merge",
+    "mesh",
     "models",
     "optimizer",
+    "optimizer_state",
     "partition",
+    "placement",
     "register",
     "seams",
+    "shard",
+    "shard_batch",
+    "shardings",
     "sites",
     "strip",
     "summary",

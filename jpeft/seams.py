@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ._stream import split_embedded, split_rows
+
 
 class Dims(NamedTuple):
     """A projection in numbers: leading (layer) axes, inputs and outputs of its matrix."""
@@ -250,13 +252,16 @@ def _registered(module: Any) -> Projection | None:
 
 
 class Residual(nnx.Module):
-    """Where a block's output `h` meets the residual stream `x`: `norm(h + x)`, or `h + x` in a pre-norm model."""
+    """Where a block's output `h` meets the residual stream `x`: `norm(h + x)`, or `h + x` in a pre-norm model.
+
+    On a mesh, each device keeps its own rows of the stream.
+    """
 
     def __init__(self, norm: nnx.Module | None = None):
         self.norm = norm
 
     def __call__(self, h: jax.Array, x: jax.Array) -> jax.Array:
-        y = h + x
+        y = split_rows(h + x)
         return y if self.norm is None else self.norm(y)
 
 
@@ -274,7 +279,7 @@ class InputEmbedding(nnx.Module):
     """The embedded input before the first layer: `e` `[batch, seq, d_model]`, its positions and its mask."""
 
     def __call__(self, e: jax.Array, positions: Any, mask: Any) -> tuple[jax.Array, Any, Any]:
-        return e, positions, mask
+        return split_embedded(e), positions, mask
 
 
 def kind(module: Any) -> str | None:

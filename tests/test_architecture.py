@@ -39,7 +39,7 @@ SOURCES = [
 LIMIT = 400
 
 #: The bottom: a method, a model or the core may build on these, which know nothing of them.
-FOUNDATION = {"jpeft._method", "jpeft.seams", "jpeft._scope", "jpeft._stack"}
+FOUNDATION = {"jpeft._method", "jpeft.seams", "jpeft._scope", "jpeft._stack", "jpeft._stream"}
 #: What one import name is called on PyPI, where the two differ.
 DISTRIBUTION = {"orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 

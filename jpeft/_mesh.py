@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mesh of devices, batches on it, and values back from it, on one process or many.
+
+`data` splits the batch, `fsdp` the batch and the weights, `tensor` the weights alone.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ._stream import AXES, BATCH_AXES
+
+
+def mesh(axes: str | Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the axes `data`, `fsdp` and `tensor`, over all devices of all processes.
+
+    Args:
+      axes: `"data=2,fsdp=2,tensor=2"` or a mapping. An axis left out has size 1; one size may be -1, for what the
+        others leave.
+      devices: other devices than `jax.devices()`, which may be a described topology's.
+
+    Raises:
+      ValueError: an unknown axis, a size that is no number, or a product that is not the number of devices.
+
+    Example:
+      >>> mesh = jpeft.mesh("fsdp=-1,tensor=2")
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = _filled(_sizes(axes), len(devices))
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def written(sizes: Mapping[str, int]) -> str:
+    """`"data=2,fsdp=2,tensor=2"`."""
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows split over `data` and `fsdp`; the devices along `tensor` share theirs."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def local_rows(mesh: Mesh, num_rows: int) -> slice:
+    """The rows of a batch of `num_rows` that this process feeds, for its data loader; all of them on one process.
+
+    Processes whose devices differ along `tensor` alone feed the same rows.
+
+    Raises:
+      ValueError: the rows do not divide by the devices along `data` and `fsdp`, or a process's rows lie apart.
+    """
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if num_rows % ways:
+        raise ValueError(
+            f"a batch of {num_rows} rows does not divide by the {ways} devices along data and fsdp of a mesh of "
+            f"{written(mesh.shape)}; pad it to a multiple, with rows whose labels are all ignored"
+        )
+    held = batch_sharding(mesh).addressable_devices_indices_map((num_rows,)).values()
+    spans = sorted({index[0].indices(num_rows)[:2] for index in held if index is not None})
+    if any(stop != start for (_, stop), (start, _) in itertools.pairwise(spans)):
+        raise ValueError(
+            f"the rows of process {jax.process_index()} lie apart on a mesh of {written(mesh.shape)}; "
+            "leave the order of the devices to jpeft.mesh"
+        )
+    return slice(spans[0][0], spans[-1][1])
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """A batch on the mesh, its rows split over `data` and `fsdp`.
+
+    On one process `batch` is the whole batch. On several it is this process's own part, `local_rows` of the whole,
+    and the result stands for all of them: `{"input_ids": [rows of all processes, seq]}`.
+
+    Args:
+      batch: pytree of host arrays, rows first.
+      mesh: as of `jpeft.mesh`.
+
+    Raises:
+      ValueError: as `local_rows`.
+
+    Example:
+      >>> batch = {name: rows[jpeft.local_rows(mesh, 64)] for name, rows in batch.items()}
+      >>> loss = step(trainable, frozen, jpeft.shard_batch(batch, mesh))
+    """
+    sharding = batch_sharding(mesh)
+    parts = _parts(mesh)
+
+    def place(leaf: Any) -> jax.Array:
+        rows = np.asarray(leaf)
+        local_rows(mesh, rows.shape[0] * parts)
+        return jax.make_array_from_process_local_data(sharding, rows, (rows.shape[0] * parts, *rows.shape[1:]))
+
+    return jax.tree.map(place, batch)
+
+
+def gather(leaves: Any) -> Any:
+    """The pytree with every array whole, in each process's host memory; every process must call it.
+
+    For what one process then writes: `if jax.process_index() == 0: save(...)`.
+    """
+    return jax.tree.map(_whole, leaves)
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
+def _parts(mesh: Mesh) -> int:
+    """How many processes' rows make a batch."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    mine = local_rows(mesh, ways)
+    return ways // (mine.stop - mine.start)
+
+
+def _sizes(axes: str | Mapping[str, int]) -> dict[str, int]:
+    """Size of every axis, as given."""
+    if isinstance(axes, str):
+        parts = [part.partition("=") for part in axes.replace(" ", "").split(",") if part]
+        pairs = [(name, size) for name, _, size in parts]
+    else:
+        pairs = [(name, str(size)) for name, size in axes.items()]
+    for name, size in pairs:
+        if name not in AXES:
+            raise ValueError(f"unknown mesh axis {name!r}; the axes are {', '.join(AXES)}, as in 'data=2,fsdp=4'")
+        if size != "-1" and not (size.isdecimal() and int(size)):
+            raise ValueError(f"mesh axis {name} needs a size of at least 1, or -1 for the rest; got {size!r}")
+    sizes = dict(pairs)
+    if len(sizes) < len(pairs):
+        raise ValueError(f"an axis stands twice in the mesh {axes!r}")
+    return {name: int(sizes.get(name, 1)) for name in AXES}
+
+
+def _filled(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
+    """The sizes with -1 worked out; they then make up all devices."""
+    known = math.prod(size for size in sizes.values() if size != -1)
+    rest = [name for name, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+        raise ValueError(f"one axis of a mesh may be -1; {written(sizes)} has {len(rest)}")
+    if rest and num_devices % known:
+        raise ValueError(
+            f"{num_devices} devices do not divide by {known}, so {rest[0]} of {written(sizes)} has no size"
+        )
+    if not rest and known != num_devices:
+        raise ValueError(f"a mesh of {written(sizes)} takes {known} devices; there are {num_devices}")
+    return {name: num_devices // known if size == -1 else size for name, size in sizes.items()}

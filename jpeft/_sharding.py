@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where every leaf lives on a mesh: rules from path to PartitionSpec, kept outside of the models.
+
+  mesh = jpeft.mesh("data=2,fsdp=2,tensor=2")
+  model = jpeft.models.load(folder, sharding=jpeft.placement(mesh))      # each slice straight to its device
+  model = jpeft.shard(jpeft.adapt(model, method, key=key), mesh)         # the adapters' leaves join the base
+  graphdef, trainable, frozen = jpeft.partition(model)
+  state = jpeft.optimizer_state(tx, trainable)
+
+The compiler (GSPMD) does the rest: no model knows of a mesh, and the numbers do not depend on it.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ._graft import ADAPTERS
+from ._masks import _pattern, mask
+from ._mesh import written
+from ._partition import combine, partition
+
+_LOG = logging.getLogger("jpeft")
+
+Rules = Sequence[tuple[str, P]]
+Spec = tuple[Any, ...]
+
+#: Projections out of the residual stream: what they give is split over `tensor`, and so is all that follows.
+_COLUMN = (
+    *("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"),
+    *("self/query", "self/key", "self/value", "intermediate/dense"),
+)
+#: Projections back into it: what they get is split over `tensor`.
+_ROW = ("o_proj", "down_proj", "output/dense")
+_TABLES = ("embed_tokens", "word_embeddings")
+
+#: The zoo's rules. A spec is about a leaf's last axes, `(d_in, d_out)` of a kernel; a layer axis in front is whole.
+#: The first rule that matches counts. What none matches is replicated: norms, small heads, biases of row projections.
+SHARDING_RULES: Rules = (
+    *((f"**/{name}/kernel", P("fsdp", "tensor")) for name in _COLUMN),
+    *((f"**/{name}/bias", P("tensor")) for name in _COLUMN),
+    *((f"**/{name}/kernel", P("tensor", "fsdp")) for name in _ROW),
+    *((f"**/{name}/embedding", P("tensor", "fsdp")) for name in _TABLES),
+)
+
+#: What the last axes of an adapter's leaf are on the kernel: `A` is [d_in, rank], `B` is [rank, d_out].
+_SIDES: Mapping[str, tuple[str | None, ...]] = {
+    **dict.fromkeys(("A", "A0"), ("in", None)),
+    **dict.fromkeys(("B", "B0"), (None, "out")),
+}
+
+
+def placement(mesh: Mesh, rules: Rules = SHARDING_RULES) -> Callable[[str, jax.ShapeDtypeStruct], NamedSharding]:
+    """(path, shape) -> where a leaf of a base model lives: what `jpeft.models.load(..., sharding=)` takes."""
+    return lambda path, leaf: _fit({path: _ruled(path, leaf, rules)}, {path: leaf}, mesh)[path]
+
+
+def shardings(leaves: Any, mesh: Mesh, rules: Rules = SHARDING_RULES) -> dict[str, NamedSharding]:
+    """`{path: where the leaf lives}` for a model, or for a flat dict of its arrays or shapes, adapters included.
+
+    An adapter's leaf derives its place from the base kernel beside it, whatever rule gave that: `A` has the kernel's
+    input axis, `B` its output axis, the rank is whole; a saved copy lies as the leaf that it is of; anything else is
+    replicated. An axis of a leaf that the mesh does not divide is kept whole, and a warning names it.
+
+    Args:
+      leaves: a model, or `{**trainable, **frozen}`: an adapter needs its base's kernel.
+      mesh: as of `jpeft.mesh`.
+      rules: (path pattern, PartitionSpec of the last axes), first match counts. For a model of your own put yours
+        before the zoo's: `[("**/w1", P("fsdp", "tensor")), *jpeft.SHARDING_RULES]`.
+
+    Raises:
+      ValueError: a rule of your own that matches nothing; rules that shard nothing on a mesh with `fsdp` or `tensor`;
+        a spec with more axes than its leaf, or with one that the mesh lacks; an adapter without its base.
+
+    Example:
+      >>> shapes = nnx.eval_shape(lambda: jpeft.models.build(config, key=jax.random.key(0)))
+      >>> places = jpeft.shardings(shapes, jpeft.mesh("fsdp=4,tensor=2"))
+    """
+    leaves = _flat(leaves)
+    base = {path: leaf for path, leaf in leaves.items() if ADAPTERS not in path.split("/")}
+    for pattern, _ in (rule for rule in rules if rule not in SHARDING_RULES):
+        mask(base, pattern)  # an error where it selects nothing
+    specs = {path: _ruled(path, leaf, rules) for path, leaf in base.items()}
+    if mesh.size > mesh.shape.get("data", 1) and not any(map(any, specs.values())):
+        raise ValueError(
+            f"no rule shards any of the {len(base)} leaves, such as {next(iter(base), None)}, so each device of the "
+            f"mesh {written(mesh.shape)} would hold the whole model; pass rules= for it"
+        )
+    specs |= {path: _derived(path, leaf, leaves, specs) for path, leaf in leaves.items() if path not in base}
+    return _fit(specs, leaves, mesh)
+
+
+def shard(leaves: Any, mesh: Mesh, rules: Rules = SHARDING_RULES) -> Any:
+    """A model, or a flat dict of its arrays, with every leaf in its place; one that is there already is not copied.
+
+    With several processes each holds the same values, and keeps its own devices' slices of them.
+
+    Raises:
+      ValueError: as `shardings`.
+    """
+    if isinstance(leaves, nnx.Module):
+        graphdef, trainable, frozen = partition(leaves)
+        placed = shard({**trainable, **frozen}, mesh, rules)
+        return combine(graphdef, {p: placed[p] for p in trainable}, {p: placed[p] for p in frozen})
+    return {path: _put(leaves[path], place) for path, place in shardings(leaves, mesh, rules).items()}
+
+
+def optimizer_state(tx: optax.GradientTransformation, trainable: Mapping[str, jax.Array]) -> Any:
+    """`tx.init(trainable)` with every moment born where its parameter lives, and all else replicated.
+
+    So a jitted step that is told to return its arguments' shardings compiles once. On one device it works as well.
+    """
+    return jax.jit(tx.init, out_shardings=mirrored(jax.eval_shape(tx.init, trainable), trainable))(trainable)
+
+
+def mirrored(state: Any, trainable: Mapping[str, Any]) -> Any:
+    """The shardings of an optimizer's state beside placed parameters, given its shapes.
+
+    A leaf with a parameter's path and shape lies as that does; any other (a count, a factored moment) is replicated.
+    """
+    anchor = next(iter(trainable.values())).sharding
+    whole = NamedSharding(anchor.mesh, P()) if isinstance(anchor, NamedSharding) else anchor
+
+    def place(keys: tuple[Any, ...], leaf: Any) -> jax.sharding.Sharding:
+        twins = (trainable[key.key] for key in keys if getattr(key, "key", None) in trainable)
+        return next((twin.sharding for twin in twins if twin.shape == leaf.shape), whole)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _flat(leaves: Any) -> dict[str, Any]:
+    if not isinstance(leaves, nnx.Module):
+        return dict(leaves)
+    _, trainable, frozen = partition(leaves)
+    return {**trainable, **frozen}
+
+
+def _put(leaf: Any, place: NamedSharding) -> jax.Array:
+    if not isinstance(leaf, jax.Array) or (leaf.is_fully_addressable and not place.is_fully_addressable):
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, place, lambda index: values[index])
+    if leaf.sharding == place:
+        return leaf
+    return jax.device_put(jnp.copy(leaf), place)  # without the copy, donating what is placed may take `leaf` along
+
+
+def _ruled(path: str, leaf: Any, rules: Rules) -> Spec:
+    """What the first rule that matches says, one entry per axis of the leaf."""
+    pattern, spec = next((rule for rule in rules if _pattern(rule[0]).fullmatch(path)), ("", P()))
+    if len(spec) > leaf.ndim:
+        raise ValueError(f"the rule {pattern!r} has {spec}, of {len(spec)} axes; {path} is {list(leaf.shape)}")
+    return (None,) * (leaf.ndim - len(spec)) + tuple(spec)
+
+
+def _derived(path: str, leaf: Any, leaves: Mapping[str, Any], specs: Mapping[str, Spec]) -> Spec:
+    """An adapter leaf's spec, by its address `<module>/adapters/<name>/<leaf>`."""
+    parts = path.split("/")
+    at = parts.index(ADAPTERS)
+    own = [p for p in specs if p.split("/")[:-1] == parts[:at]]
+    if not own:
+        raise ValueError(f"{path} has no base leaf beside it; give the trainable and the frozen leaves together")
+    if parts[at + 2] == "saved":
+        return specs["/".join(parts[:at] + parts[at + 3 :])]
+    sides = _SIDES.get(parts[-1], (None,) * leaf.ndim)
+    lead = leaf.ndim - len(sides)
+    kernels = [(leaves[p].shape[lead:], specs[p][lead:]) for p in own if leaves[p].ndim >= leaf.ndim]
+    sizes = zip(sides, leaf.shape[lead:], strict=True)
+    return (None,) * lead + tuple(_side(side, size, kernels) for side, size in sizes)
+
+
+def _side(side: str | None, size: int, kernels: Sequence[tuple[tuple[int, ...], Spec]]) -> Any:
+    """The mesh axes of a kernel's inputs or outputs, which are its first or last axes that make up `size`.
+
+    Several axes laid into one can keep a split of the first alone.
+    """
+    for shape, spec in kernels if side else ():
+        for cut in range(1, len(shape)):
+            part = slice(cut) if side == "in" else slice(cut, None)
+            if math.prod(shape[part]) == size:
+                return None if any(spec[part][1:]) else spec[part][0]
+    return None
+
+
+def _fit(specs: Mapping[str, Spec], leaves: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Shardings of the specs, whole along every axis that the mesh does not divide."""
+    places, whole = {}, []
+    for path, spec in specs.items():
+        ways = [_ways(path, names, mesh) for names in spec]
+        fits = [size % n == 0 for size, n in zip(leaves[path].shape, ways, strict=True)]
+        whole += [f"{path} axis {i} of {leaves[path].shape[i]} over {spec[i]}" for i, ok in enumerate(fits) if not ok]
+        places[path] = NamedSharding(mesh, P(*(n if ok else None for n, ok in zip(spec, fits, strict=True))))
+    if whole:
+        more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
+        _LOG.warning("the mesh %s does not divide %s%s: whole", written(mesh.shape), "; ".join(whole[:3]), more)
+    return places
+
+
+def _ways(path: str, names: Any, mesh: Mesh) -> int:
+    """In how many parts the mesh axes `names` split an axis."""
+    names = () if names is None else (names,) if isinstance(names, str) else names
+    unknown = [name for name in names if name not in mesh.shape]
+    if unknown:
+        raise ValueError(f"the rule for {path} names the axis {unknown[0]!r}; the mesh has {written(mesh.shape)}")
+    return math.prod(mesh.shape[name] for name in names)

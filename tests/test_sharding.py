@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Places on a mesh, on 8 fake devices: rules, what derives from them, and that no number depends on them."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jpeft
+from jpeft._sharding import mirrored
+from jpeft._stack import scan, stack
+
+MESHES = ("data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4")
+
+
+class Mlp(nnx.Module):
+    """Two stacked layers under names that the zoo has too."""
+
+    def __init__(self, d_model: int, d_ff: int, *, rngs: nnx.Rngs):
+        self.up_proj = nnx.Linear(d_model, d_ff, rngs=rngs)
+        self.down_proj = nnx.Linear(d_ff, d_model, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down_proj(jnp.tanh(self.up_proj(x)))
+
+
+class Toy(nnx.Module):
+    def __init__(self, d_model: int = 16, d_ff: int = 32, *, rngs: nnx.Rngs):
+        self.embed_tokens = nnx.Embed(24, d_model, rngs=rngs)
+        self.layers = stack(lambda r: Mlp(d_model, d_ff, rngs=r), 2, rngs)
+        self.norm = nnx.LayerNorm(d_model, rngs=rngs)
+
+    def __call__(self, ids):
+        x, _ = scan(self.layers, lambda layer, x, _: (layer(x), None), self.embed_tokens(ids))
+        return self.embed_tokens.attend(self.norm(x))
+
+
+TARGETS = ("up_proj", "down_proj", "embed_tokens")
+
+
+def adapted(**options):
+    method = jpeft.LoRA(rank=4, targets=TARGETS, init="orthogonal", modules_to_save=("norm",), **options)
+    return jpeft.adapt(Toy(rngs=nnx.Rngs(0)), method, key=jax.random.key(1))
+
+
+def specs(leaves, mesh, **options):
+    return {path: place.spec for path, place in jpeft.shardings(leaves, mesh, **options).items()}
+
+
+# Meshes
+
+
+def test_mesh_has_auto_axes_in_order():
+    mesh = jpeft.mesh("tensor=4, data=2")
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+    assert mesh == jpeft.mesh({"data": 2, "tensor": 4})
+    assert list(mesh.devices.flat) == jax.devices()
+
+
+def test_mesh_works_out_an_open_axis():
+    assert dict(jpeft.mesh("fsdp=-1,tensor=2").shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert jpeft.mesh({}, jax.devices()[:1]).size == 1
+
+
+@pytest.mark.parametrize(
+    "axes, message",
+    [
+        ("model=8", "unknown mesh axis 'model'; the axes are data, fsdp, tensor"),
+        ("data=two", "mesh axis data needs a size of at least 1, or -1 for the rest; got 'two'"),
+        ("data", "mesh axis data needs a size of at least 1, or -1 for the rest; got ''"),
+        ("data=8,tensor=0", "mesh axis tensor needs a size of at least 1"),
+        ({"fsdp": -2}, "mesh axis fsdp needs a size of at least 1, or -1 for the rest; got '-2'"),
+        ("data=2,data=4", "an axis stands twice in the mesh 'data=2,data=4'"),
+        ("data=2,fsdp=2", "a mesh of data=2,fsdp=2,tensor=1 takes 4 devices; there are 8"),
+        ("data=3,fsdp=-1", "8 devices do not divide by 3, so fsdp of data=3,fsdp=-1,tensor=1 has no size"),
+        ("data=-1,fsdp=-1", "one axis of a mesh may be -1; data=-1,fsdp=-1,tensor=1 has 2"),
+    ],
+)
+def test_mesh_refuses(axes, message):
+    with pytest.raises(ValueError, match=message):
+        jpeft.mesh(axes)
+
+
+# Rules and what derives from them
+
+
+def test_places_of_base_and_adapters():
+    found = specs(adapted(bias="all"), jpeft.mesh("data=2,fsdp=2,tensor=2"))
+    assert found["embed_tokens/embedding"] == P("tensor", "fsdp")
+    assert found["layers/up_proj/kernel"] == P(None, "fsdp", "tensor")
+    assert found["layers/up_proj/bias"] == P(None, "tensor")
+    assert found["layers/down_proj/kernel"] == P(None, "tensor", "fsdp")
+    assert found["layers/down_proj/bias"] == P(None, None)
+    assert found["norm/scale"] == P(None)
+    for module, lead, (d_in, d_out) in (
+        ("layers/up_proj", (None,), ("fsdp", "tensor")),
+        ("layers/down_proj", (None,), ("tensor", "fsdp")),
+        ("embed_tokens", (), ("tensor", "fsdp")),
+    ):
+        assert found[f"{module}/adapters/lora/A"] == P(*lead, d_in, None)
+        assert found[f"{module}/adapters/lora/B"] == P(*lead, None, d_out)
+    assert found["layers/up_proj/adapters/lora/saved/bias"] == P(None, "tensor")
+    assert found["norm/adapters/lora/saved/scale"] == P(None)
+
+
+def test_constants_of_an_adapter_follow_it_and_the_rest_is_replicated():
+    base = Toy(rngs=nnx.Rngs(0))
+    model = jpeft.adapt(base, jpeft.LoRA(rank=4, targets=TARGETS, init="pissa"), key=jax.random.key(1))
+    found = specs(model, jpeft.mesh("fsdp=2,tensor=4"))
+    assert found["layers/down_proj/adapters/lora/A0"] == P(None, "tensor", None)
+    assert found["layers/down_proj/adapters/lora/B0"] == P(None, None, "fsdp")
+    leaves = {"w/kernel": jnp.ones((16, 8)), "w/adapters/x/gate": jnp.ones((3, 5))}
+    rules = [("w/kernel", P("fsdp", "tensor"))]
+    assert specs(leaves, jpeft.mesh("fsdp=2,tensor=4"), rules=rules)["w/adapters/x/gate"] == P(None, None)
+
+
+def test_kernels_of_more_axes():
+    """Heads laid into one axis keep a split of the heads, not one inside of them."""
+    mesh = jpeft.mesh("fsdp=2,tensor=4")
+    model = nnx.MultiHeadAttention(4, 16, decode=False, rngs=nnx.Rngs(0))
+    names = ("query", "out")
+    model = jpeft.adapt(model, jpeft.LoRA(rank=4, targets=names), key=jax.random.key(1))
+    rules = [("query/kernel", P("fsdp", "tensor", None)), ("out/kernel", P("tensor", None, "fsdp"))]
+    found = specs(model, mesh, rules=rules)
+    assert found["query/adapters/lora/A"] == P("fsdp", None)
+    assert found["query/adapters/lora/B"] == P(None, "tensor")
+    assert found["out/adapters/lora/A"] == P("tensor", None)
+    assert found["out/adapters/lora/B"] == P(None, "fsdp")
+    within = specs(model, mesh, rules=[("query/kernel", P("fsdp", None, "tensor"))])
+    assert within["query/adapters/lora/B"] == P(None, None)
+
+
+def test_own_rules_come_first():
+    rules = [("layers/up_proj/*", P()), *jpeft.SHARDING_RULES]
+    found = specs(adapted(), jpeft.mesh("fsdp=8"), rules=rules)
+    assert found["layers/up_proj/adapters/lora/A"] == P(None, None, None)
+    assert found["layers/down_proj/adapters/lora/A"] == P(None, "tensor", None)
+
+
+def test_an_axis_that_does_not_divide_is_whole_and_named(caplog):
+    with caplog.at_level(logging.WARNING, "jpeft"):
+        found = specs(Toy(d_model=12, rngs=nnx.Rngs(0)), jpeft.mesh("fsdp=8"))
+    assert found["layers/up_proj/kernel"] == P(None, None, "tensor")
+    assert found["embed_tokens/embedding"] == P("tensor", None)
+    assert (
+        "the mesh data=1,fsdp=8,tensor=1 does not divide embed_tokens/embedding axis 1 of 12 over fsdp" in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    "rules, message",
+    [
+        ([("layers/up/kernel", P("fsdp"))], "selector 'layers/up/kernel' selects no leaf; nearest"),
+        ([("norm/scale", P("fsdp", "tensor"))], r"'norm/scale' has .* of 2 axes; norm/scale is \[16\]"),
+        ([("**/kernel", P("model"))], "names the axis 'model'; the mesh has data=1,fsdp=8,tensor=1"),
+        ([("**/kernel", P())], "no rule shards any of the 7 leaves, such as embed_tokens/embedding"),
+    ],
+)
+def test_rules_that_are_refused(rules, message):
+    with pytest.raises(ValueError, match=message):
+        jpeft.shardings(Toy(rngs=nnx.Rngs(0)), jpeft.mesh("fsdp=8"), rules)
+
+
+def test_an_adapter_needs_its_base():
+    _, trainable, frozen = jpeft.partition(adapted())
+    mesh = jpeft.mesh("fsdp=8")
+    with pytest.raises(ValueError, match="no base leaf beside it; give the trainable and the frozen leaves together"):
+        jpeft.shardings({**trainable, "layers/up_proj/kernel": frozen["layers/up_proj/kernel"]}, mesh)
+    assert len(jpeft.shardings({**trainable, **frozen}, mesh)) == len(trainable) + len(frozen)
+
+
+def test_shapes_are_enough():
+    shapes = nnx.eval_shape(lambda: Toy(rngs=nnx.Rngs(0)))
+    mesh = jpeft.mesh("fsdp=2,tensor=4")
+    places = jpeft.shardings(shapes, mesh)
+    place = jpeft.placement(mesh)
+    for path, shape in jpeft.partition(shapes)[2].items():
+        assert place(path, shape) == places[path]
+
+
+# Placing
+
+
+def test_shard_places_every_slice():
+    model = adapted()
+    mesh = jpeft.mesh("data=2,fsdp=2,tensor=2")
+    placed = jpeft.shard(model, mesh)
+    _, trainable, frozen = jpeft.partition(placed)
+    before = {**jpeft.partition(model)[1], **jpeft.partition(model)[2]}
+    for path, leaf in {**trainable, **frozen}.items():
+        assert leaf.sharding == jpeft.shardings(model, mesh)[path]
+        np.testing.assert_array_equal(leaf, before[path])
+    assert frozen["layers/up_proj/kernel"].addressable_shards[0].data.shape == (2, 8, 16)
+    assert trainable["layers/up_proj/adapters/lora/A"].addressable_shards[0].data.shape == (2, 8, 4)
+    assert trainable["layers/down_proj/adapters/lora/A"].addressable_shards[0].data.shape == (2, 16, 4)
+
+
+def test_shard_leaves_what_was_given_and_what_is_in_place():
+    """Donating the placed leaves must not take the given ones along; placing twice must not copy."""
+    _, trainable, frozen = jpeft.partition(adapted())
+    mesh = jpeft.mesh("data=8")
+    placed = jpeft.shard({**trainable, **frozen}, mesh)
+    again = jpeft.shard(placed, mesh)
+    assert all(again[path] is placed[path] for path in placed)
+    jax.jit(lambda leaves: {path: leaf + 1 for path, leaf in leaves.items()}, donate_argnums=0)(placed)
+    assert all(leaf.is_deleted() for leaf in placed.values())
+    assert not any(leaf.is_deleted() for leaf in {**trainable, **frozen}.values())
+
+
+def test_optimizer_state_lies_as_its_parameters():
+    _, trainable, _ = jpeft.partition(jpeft.shard(adapted(), jpeft.mesh("fsdp=2,tensor=4")))
+    tx = optax.MultiSteps(
+        optax.chain(
+            optax.clip_by_global_norm(1.0),
+            jpeft.optimizer({"a": optax.adamw(1e-3), "b": optax.adafactor(1e-3, min_dim_size_to_factor=2)}, rules={"**/B": "b", "**": "a"}),
+        ),
+        every_k_schedule=2,
+    )  # fmt: skip
+    state = jpeft.optimizer_state(tx.gradient_transformation(), trainable)
+    found = 0
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
+        path = next((key.key for key in keys if getattr(key, "key", None) in trainable), None)
+        if path is not None and leaf.shape == trainable[path].shape:
+            assert leaf.sharding == trainable[path].sharding
+            found += 1
+        else:
+            assert leaf.sharding.is_fully_replicated
+            assert len(leaf.sharding.device_set) == 8
+    adam = [path for path in trainable if not path.endswith("/B")]
+    assert found == len(trainable) + 2 * len(adam)  # accumulated gradients, and Adam's two moments
+
+
+def test_optimizer_state_on_one_device():
+    _, trainable, _ = jpeft.partition(adapted())
+    state = jpeft.optimizer_state(optax.adam(1e-3), trainable)
+    chex_equal = jax.tree.map(np.testing.assert_array_equal, state, optax.adam(1e-3).init(trainable))
+    assert jax.tree.structure(chex_equal) is not None
+
+
+# Batches
+
+
+def test_batches_split_over_data_and_fsdp():
+    mesh = jpeft.mesh("data=2,fsdp=2,tensor=2")
+    rows = np.arange(24).reshape(8, 3)
+    placed = jpeft.shard_batch({"input_ids": rows}, mesh)["input_ids"]
+    assert placed.sharding == NamedSharding(mesh, P(("data", "fsdp")))
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+    np.testing.assert_array_equal(jpeft.gather(placed), rows)
+    assert jpeft.local_rows(mesh, 8) == slice(0, 8)
+
+
+def test_batches_that_do_not_divide_are_refused():
+    mesh = jpeft.mesh("data=2,fsdp=2,tensor=2")
+    with pytest.raises(ValueError, match="a batch of 6 rows does not divide by the 4 devices along data and fsdp"):
+        jpeft.shard_batch({"input_ids": np.zeros((6, 3))}, mesh)
