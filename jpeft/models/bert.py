@@ -283,11 +283,12 @@ class Bert(nnx.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         with scope(key=key):
-            e = self.embeddings.words(input_ids) if inputs_embeds is None else inputs_embeds
+            e = inputs_embeds if input_ids is None else self.embeddings.words(input_ids)
+            assert e is not None
             if positions is None:
                 positions = self._positions(e.shape[1], segment_ids)
-            e, positions, attention_mask = self.input_embedding(e, positions, attention_mask)
-            x = self.embeddings(e, positions, self._token_types(token_type_ids, e.shape[1]))
+            e, places, attention_mask = self.input_embedding(e, positions, attention_mask)
+            x = self.embeddings(e, places, self._token_types(token_type_ids, e.shape[1]))
 
             def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
                 return layer(x, attention_mask, segment_ids), None
