@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two real processes on one machine, 4 fake devices each, through `jax.distributed`. Run as a script it is one of them.
+
+python tests/test_multiprocess.py FOLDER PORT PROCESS     # prints what it found as a line of JSON
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jpeft
+
+#: Losses in float32 against one device: sums of the same terms in another order.
+SAME = 1e-5
+
+#: Long enough for a slow machine to start and compile; a hanging collective ends here.
+SECONDS = 300
+
+MESH = "data=2,fsdp=2,tensor=2"
+BATCH, SEQ, UPDATES = 8, 10, 4
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+}
+
+
+def train(folder: Path, mesh) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Losses of a few LoRA updates of the model in `folder`, and the adapter's leaves after them."""
+    model = jpeft.models.load(folder, sharding=None if mesh is None else jpeft.placement(mesh))
+    method = jpeft.LoRA(rank=4, alpha=8, targets="all-linear", init="pissa", modules_to_save=("norm",))
+    model = jpeft.adapt(model, method, key=jax.random.key(1))
+    graphdef, trainable, frozen = jpeft.partition(model if mesh is None else jpeft.shard(model, mesh))
+    tx = optax.adamw(1e-2)
+    state = jpeft.optimizer_state(tx, trainable)
+
+    def loss(trainable, frozen, ids):
+        logits = jpeft.combine(graphdef, trainable, frozen)(ids)
+        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:]).mean()
+
+    def update(trainable, state, frozen, ids):
+        value, grads = jax.value_and_grad(loss)(trainable, frozen, ids)
+        changes, state = tx.update(grads, state, trainable)
+        return optax.apply_updates(trainable, changes), state, value
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, (trainable, state))
+    step = jax.jit(update, donate_argnums=(0, 1), out_shardings=(*places, None))
+    losses = []
+    ids = np.random.default_rng(0).integers(0, 64, (BATCH, SEQ)).astype(np.int32)
+    for _ in range(UPDATES):
+        batch = jnp.asarray(ids) if mesh is None else jpeft.shard_batch(ids[jpeft.local_rows(mesh, BATCH)], mesh)
+        trainable, state, value = step(trainable, state, frozen, batch)
+        losses.append(float(value))
+    assert mesh is None or step._cache_size() == 1
+    return losses, jpeft.gather(trainable)
+
+
+def rows_fed(axes: str) -> list[int]:
+    """First and last of the rows that this process feeds on a mesh, whose batch must come out whole."""
+    mesh = jpeft.mesh(axes)
+    rows = jpeft.local_rows(mesh, BATCH)
+    whole = np.arange(BATCH * 3).reshape(BATCH, 3)
+    placed = jpeft.shard_batch({"ids": whole[rows]}, mesh)["ids"]
+    assert placed.shape == whole.shape
+    for shard in placed.addressable_shards:
+        np.testing.assert_array_equal(shard.data, whole[shard.index])
+    return [rows.start, rows.stop]
+
+
+def work(folder: Path, port: str, process: int) -> None:
+    """What one of the two processes does."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=process)
+    losses, leaves = train(folder, jpeft.mesh(MESH))
+    if process == 0:
+        np.savez(folder / "leaves.npz", **{path.replace("/", "|"): leaf for path, leaf in leaves.items()})
+    fed = {axes: rows_fed(axes) for axes in (MESH, "data=8", "tensor=8")}
+    print(json.dumps({"devices": jax.device_count(), "losses": losses, "fed": fed}))
+
+
+def run_both(command, environment=None) -> list[str]:
+    """What two processes print, started as `command(port, process)`; an error shows all that they said."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **(environment or {})}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    running = [subprocess.Popen(command(port, process), env=environment, **pipes) for process in (0, 1)]
+    said = ["", ""]
+    try:
+        for process, child in enumerate(running):
+            said[process] = child.communicate(timeout=SECONDS)[0]
+    finally:
+        for process, child in enumerate(running):
+            if child.poll() is None:
+                child.kill()
+                said[process] += child.communicate()[0]
+        if any(child.returncode for child in running):
+            print("\n".join(f"--- process {i}, exit status {c.returncode}\n{said[i]}" for i, c in enumerate(running)))
+    assert [child.returncode for child in running] == [0, 0]
+    return said
+
+
+def test_two_processes_train_as_one_device(tmp_path):
+    jpeft.models.save(jpeft.models.build(CONFIG, key=jax.random.key(0)), tmp_path)
+    said = run_both(lambda port, process: [sys.executable, __file__, str(tmp_path), port, str(process)])
+    first, second = (json.loads(text.splitlines()[-1]) for text in said)
+    assert first["devices"] == second["devices"] == 8
+    assert first["losses"] == second["losses"]
+    expected, leaves = train(tmp_path, None)
+    assert expected[0] - expected[-1] > 0.05
+    np.testing.assert_allclose(first["losses"], expected, rtol=0, atol=SAME)
+    with np.load(tmp_path / "leaves.npz") as gathered:
+        for path, leaf in leaves.items():
+            np.testing.assert_allclose(gathered[path.replace("/", "|")], leaf, rtol=0, atol=SAME, err_msg=path)
+    assert (first["fed"][MESH], second["fed"][MESH]) == ([0, 4], [4, 8])
+    assert (first["fed"]["data=8"], second["fed"]["data=8"]) == ([0, 4], [4, 8])
+    assert (first["fed"]["tensor=8"], second["fed"]["tensor=8"]) == ([0, 8], [0, 8])
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
