@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ._graft import graft, grafts, is_grafted, saved_leaves, ungraft
+from ._graft import adapters, graft, grafts, saved_leaves, ungraft
 from ._method import Adapter, AdapterConstant, Method, Site, Start, wide
 from ._scope import fold_path
 from ._targets import Planned, plan
@@ -42,7 +42,7 @@ def adapt(model: nnx.Module, method: Method, *, key: jax.Array, name: str | None
     model = nnx.clone(model)
     for planned in plan(model, method):
         found = planned.found
-        if is_grafted(found.module) and name in found.module.adapters:
+        if name in adapters(found.module):
             raise ValueError(
                 f"{found.path} already has an adapter {name!r}; pass another name= to put a second one there"
             )

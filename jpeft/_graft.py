@@ -70,6 +70,11 @@ def is_grafted(module: Any) -> bool:
     return _ORIGIN in vars(type(module))
 
 
+def adapters(module: Any) -> Mapping[str, Adapter]:
+    """The adapters that `module` carries, by name; none where it has an attribute `adapters` of its own."""
+    return module.adapters if is_grafted(module) else {}
+
+
 def base_type(module: Any) -> type:
     """The class that `module` had before any graft."""
     return vars(type(module)).get(_ORIGIN, type(module))

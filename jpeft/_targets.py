@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from flax import nnx
 
 from . import seams
-from ._graft import ADAPTERS
+from ._graft import adapters
 from ._method import Method, Targets, pattern_matches
 from ._walk import Found, dims, modules, own_leaves
 
@@ -89,11 +89,12 @@ def _active(
     """For every module in which the method acts, the layers in which it does."""
     if asked.targets is None:
         return {}
-    fitting = [f for f in everything if seams.kind(f.module) == seam and not _inside(f.path, saved)]
+    of_kind = [f for f in everything if seams.kind(f.module) == seam]
+    fitting = [f for f in of_kind if not _inside(f.path, saved)]
     candidates = [name for found in fitting for name in found.names]
     _check_entries(asked.targets, fitting, everything, seam, candidates, saved)
     _check_layers(asked, fitting)
-    _check_exclude(asked.exclude, fitting, candidates)
+    _check_exclude(asked.exclude, of_kind, candidates)
     active = {}
     for found in fitting:
         layers = {
@@ -202,10 +203,10 @@ def _check_layers(asked: Targets, fitting: list[Found]) -> None:
         raise ValueError(f"layers={list(asked.layers)}: the targets stand in layers {sorted(known)}, not in {missing}")
 
 
-def _check_exclude(exclude: str | tuple[str, ...], fitting: list[Found], candidates: list[str]) -> None:
+def _check_exclude(exclude: str | tuple[str, ...], of_kind: list[Found], candidates: list[str]) -> None:
     for entry in (exclude,) if isinstance(exclude, str) else exclude:
         pattern = entry if isinstance(exclude, str) else (entry,)
-        if not any(any(_match_layers(pattern, found)) for found in fitting):
+        if not any(any(_match_layers(pattern, found)) for found in of_kind):
             raise ValueError(f"exclude {entry!r} matches nothing; nearest: {nearest(entry, candidates)}")
 
 
@@ -265,7 +266,7 @@ def _saved_leaves(found: Found, acts: tuple[bool, ...], whole: bool, head: bool,
     wanted = {leaf: layers for leaf, layers in wanted.items() if any(layers)}
     if wanted and not callable(found.module):
         raise ValueError(f"{found.path} holds parameters but cannot be called, so a copy of them cannot stand in")
-    trained = {leaf: name for name, adapter in getattr(found.module, ADAPTERS, {}).items() for leaf in adapter.saved}
+    trained = {leaf: name for name, adapter in adapters(found.module).items() for leaf in adapter.saved}
     twice = sorted(set(wanted) & set(trained))
     if twice and not head:
         raise ValueError(

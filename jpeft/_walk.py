@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from . import seams
-from ._graft import ADAPTERS, base_type, is_grafted
+from ._graft import ADAPTERS, adapters, base_type, is_grafted
 
 #: The stacks around a module: of each, how many parts its own path has, and how many layers it holds.
 Stacks = tuple[tuple[int, int], ...]
@@ -90,20 +90,23 @@ def sites(model: nnx.Module) -> list[Seam]:
         if kind is None:
             continue
         module_type = base_type(found.module).__name__
-        adapters = tuple(getattr(found.module, ADAPTERS, ()))
+        carried = tuple(adapters(found.module))
         d_in, d_out, refused = 0, 0, ""
         if kind == "projection":
             try:
                 _, d_in, d_out = dims(found)
             except ValueError as error:
                 refused = str(error)
-        listed.append(Seam(found.path, kind, module_type, found.names, found.lead, d_in, d_out, adapters, refused))
+        listed.append(Seam(found.path, kind, module_type, found.names, found.lead, d_in, d_out, carried, refused))
     return listed
 
 
 def dims(found: Found) -> seams.Dims:
-    """Sizes of the projection `found`; ValueError where it has no matrix form."""
-    return seams.projection(found.module).dims(found.module)
+    """Sizes of the projection `found`; ValueError, with its path, where it has no matrix form."""
+    try:
+        return seams.projection(found.module).dims(found.module)
+    except ValueError as error:
+        raise ValueError(f"{found.path}: {error}") from error
 
 
 def own_leaves(module: Any) -> dict[str, nnx.Variable]:
