@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -101,17 +102,28 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def gather(leaves: Any) -> Any:
-    """The pytree with every array whole, in each process's host memory; every process must call it.
+    """The pytree with every array whole in this process's own memory; every process must call it.
 
-    For what one process then writes: `if jax.process_index() == 0: save(...)`.
+    For what one process then writes: `if jax.process_index() == 0: jpeft.export_peft(...)`.
     """
-    return jax.tree.map(_whole, leaves)
+    memory = _memory()
+    return jax.tree.map(lambda leaf: _whole(leaf, memory), leaves)
 
 
-def _whole(leaf: Any) -> np.ndarray:
+def _whole(leaf: Any, memory: Any) -> jax.Array:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    elif isinstance(leaf, jax.Array) and memory in leaf.devices():
+        leaf = jnp.copy(leaf)  # or device_put may share a buffer, which goes when `leaf` is donated
+    return jax.device_put(leaf, memory)
+
+
+def _memory() -> Any:
+    """The device that is this process's memory; its first one where JAX_PLATFORMS leaves the CPU out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
 
 
 def _parts(mesh: Mesh) -> int:

@@ -58,8 +58,8 @@ _SIDES: Mapping[str, tuple[str | None, ...]] = {
 }
 
 
-def placement(mesh: Mesh, rules: Rules = SHARDING_RULES) -> Callable[[str, jax.ShapeDtypeStruct], NamedSharding]:
-    """(path, shape) -> where a leaf of a base model lives: what `jpeft.models.load(..., sharding=)` takes."""
+def placement(mesh: Mesh, rules: Rules = SHARDING_RULES) -> Callable[[str, Any], NamedSharding]:
+    """(path, leaf or its shape) -> where a base model's leaf lives: what `jpeft.models.load(..., sharding=)` takes."""
     return lambda path, leaf: _fit({path: _ruled(path, leaf, rules)}, {path: leaf}, mesh)[path]
 
 
@@ -145,6 +145,8 @@ def _flat(leaves: Any) -> dict[str, Any]:
 
 def _put(leaf: Any, place: NamedSharding) -> jax.Array:
     if not isinstance(leaf, jax.Array) or (leaf.is_fully_addressable and not place.is_fully_addressable):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), place), impl=jax.random.key_impl(leaf))
         values = np.asarray(leaf)
         return jax.make_array_from_callback(values.shape, place, lambda index: values[index])
     if leaf.sharding == place:

@@ -9,14 +9,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jpeft
-from jpeft._sharding import mirrored
 from jpeft._stack import scan, stack
-
-MESHES = ("data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4")
 
 
 class Mlp(nnx.Module):
@@ -216,13 +213,9 @@ def test_shard_leaves_what_was_given_and_what_is_in_place():
 
 def test_optimizer_state_lies_as_its_parameters():
     _, trainable, _ = jpeft.partition(jpeft.shard(adapted(), jpeft.mesh("fsdp=2,tensor=4")))
-    tx = optax.MultiSteps(
-        optax.chain(
-            optax.clip_by_global_norm(1.0),
-            jpeft.optimizer({"a": optax.adamw(1e-3), "b": optax.adafactor(1e-3, min_dim_size_to_factor=2)}, rules={"**/B": "b", "**": "a"}),
-        ),
-        every_k_schedule=2,
-    )  # fmt: skip
+    adafactor = optax.adafactor(1e-3, min_dim_size_to_factor=2)
+    each = jpeft.optimizer({"a": optax.adamw(1e-3), "b": adafactor}, rules={"**/B": "b", "**": "a"})
+    tx = optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), each), every_k_schedule=2)
     state = jpeft.optimizer_state(tx.gradient_transformation(), trainable)
     found = 0
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -240,8 +233,24 @@ def test_optimizer_state_lies_as_its_parameters():
 def test_optimizer_state_on_one_device():
     _, trainable, _ = jpeft.partition(adapted())
     state = jpeft.optimizer_state(optax.adam(1e-3), trainable)
-    chex_equal = jax.tree.map(np.testing.assert_array_equal, state, optax.adam(1e-3).init(trainable))
-    assert jax.tree.structure(chex_equal) is not None
+    jax.tree.map(np.testing.assert_array_equal, state, optax.adam(1e-3).init(trainable))
+
+
+def test_gathered_leaves_outlive_what_they_were_gathered_from():
+    mesh = jpeft.mesh("data=2,fsdp=2,tensor=2")
+    placed = jpeft.shard(jpeft.partition(Toy(rngs=nnx.Rngs(0)))[2], mesh)
+    gathered = jpeft.gather(placed)
+    jax.jit(lambda leaves: {path: leaf + 1 for path, leaf in leaves.items()}, donate_argnums=0)(placed)
+    for path, leaf in jpeft.partition(Toy(rngs=nnx.Rngs(0)))[2].items():
+        assert gathered[path].devices() == {jax.devices()[0]}
+        np.testing.assert_array_equal(gathered[path], leaf)
+
+
+def test_keys_are_placed_too():
+    model = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Dropout(0.1, rngs=nnx.Rngs(1)))
+    placed = jpeft.shard(model, jpeft.mesh("fsdp=8"), [("**/kernel", P("fsdp"))])
+    keys = [leaf for leaf in jpeft.partition(placed)[2].values() if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    assert [key.sharding.is_fully_replicated for key in keys] == [True]
 
 
 # Batches
