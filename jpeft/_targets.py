@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from flax import nnx
 
 from . import seams
-from ._graft import adapters
+from ._graft import adapters, base_type
 from ._method import Method, Targets, pattern_matches
 from ._walk import Found, dims, modules, own_leaves
 
@@ -89,12 +89,11 @@ def _active(
     """For every module in which the method acts, the layers in which it does."""
     if asked.targets is None:
         return {}
-    of_kind = [f for f in everything if seams.kind(f.module) == seam]
-    fitting = [f for f in of_kind if not _inside(f.path, saved)]
+    fitting = [f for f in everything if seams.kind(f.module) == seam and not _inside(f.path, saved)]
     candidates = [name for found in fitting for name in found.names]
-    _check_entries(asked.targets, fitting, everything, seam, candidates, saved)
+    _check_entries(asked, fitting, everything, seam, candidates, saved)
     _check_layers(asked, fitting)
-    _check_exclude(asked.exclude, of_kind, candidates)
+    _check_exclude(asked.exclude, everything, candidates)
     active = {}
     for found in fitting:
         layers = {
@@ -158,31 +157,40 @@ def _inside(path: str, roots: Iterable[str]) -> bool:
 
 
 def _check_entries(
-    targets: str | tuple[str, ...],
+    asked: Targets,
     fitting: list[Found],
     everything: list[Found],
     seam: str,
     candidates: list[str],
     saved: frozenset[str],
 ) -> None:
-    """Every entry of a list must match something; says what it matched instead."""
-    if targets == ALL_LINEAR:
-        return
-    for entry in (targets,) if isinstance(targets, str) else targets:
+    """Every entry of a list must match something, and nothing with parameters that the method does not fit."""
+    targets = asked.targets
+    for entry in () if targets in (None, ALL_LINEAR) else (targets,) if isinstance(targets, str) else targets:
         pattern = entry if isinstance(targets, str) else (entry,)
-        if any(any(_match_layers(pattern, found)) for found in fitting):
+        matched = [found for found in everything if any(_match_layers(pattern, found))]
+        fit = [found for found in matched if found in fitting]
+        odd = [f for f in matched if seam == "projection" and _is_odd(f, asked.exclude, saved)]
+        if fit and not odd:
             continue
-        other = next((f for f in everything if any(_match_layers(pattern, f))), None)
+        other = next(iter(odd or matched), None)
         if other is not None and _inside(other.path, saved):
             raise ValueError(
                 f"target {entry!r} is in modules_to_save already, which trains all of {other.path}; name it once"
             )
         if other is not None:
             raise ValueError(
-                f"target {entry!r} matches {other.path}, a {type(other.module).__name__}, which is no {seam}; "
+                f"target {entry!r} matches {other.path}, a {base_type(other.module).__name__}, which is no {seam}; "
                 f"nearest: {nearest(entry, candidates)}"
             )
         raise ValueError(f"target {entry!r} matches no {seam} of the model; nearest: {nearest(entry, candidates)}")
+
+
+def _is_odd(found: Found, exclude: str | tuple[str, ...], saved: frozenset[str]) -> bool:
+    """Whether it holds parameters, below the root, and is no projection: matched, yet nothing that could be adapted."""
+    if not found.path or not own_leaves(found.module) or seams.kind(found.module) == "projection":
+        return False
+    return not _inside(found.path, saved) and not all(_match_layers(exclude, found))
 
 
 def _layer_of(name: str) -> int | None:
@@ -203,10 +211,10 @@ def _check_layers(asked: Targets, fitting: list[Found]) -> None:
         raise ValueError(f"layers={list(asked.layers)}: the targets stand in layers {sorted(known)}, not in {missing}")
 
 
-def _check_exclude(exclude: str | tuple[str, ...], of_kind: list[Found], candidates: list[str]) -> None:
+def _check_exclude(exclude: str | tuple[str, ...], everything: list[Found], candidates: list[str]) -> None:
     for entry in (exclude,) if isinstance(exclude, str) else exclude:
         pattern = entry if isinstance(exclude, str) else (entry,)
-        if not any(any(_match_layers(pattern, found)) for found in of_kind):
+        if not any(any(_match_layers(pattern, found)) for found in everything):
             raise ValueError(f"exclude {entry!r} matches nothing; nearest: {nearest(entry, candidates)}")
 
 
