@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: all that is needed to see, repeat and use it.
+
+config.yaml     the configuration, every key written out
+run.json        command, versions, device, data and tokenizer hashes, counts
+metrics.jsonl   one line per log interval and per evaluation
+adapter/        PEFT's format, with the tokenizer, label names and a model card
+failure/        only where the loss was not finite: the batch, and the state before it
+"""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from . import config as configuration
+from .config import Config
+from .job import Dataset, Parts
+
+_VERSIONS = ("jpeft", "jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "datasets")
+
+
+class RunFolder:
+    """Where one run writes; on a process that is not the main one, nothing.
+
+    Args:
+      path: the folder, made if need be.
+      writes: whether this process writes.
+
+    Raises:
+      FileExistsError: it holds a run already.
+    """
+
+    def __init__(self, path: str | Path, writes: bool = True):
+        self.path = Path(path)
+        self._writes = writes
+        self._start = time.time()
+        if writes and (self.path / "metrics.jsonl").exists():
+            raise FileExistsError(f"{self.path} holds a run already; give another out=, or --overwrite to replace it")
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    def begin(self, config: Config, dataset: Dataset, parts: Parts) -> None:
+        """Writes config.yaml and run.json."""
+        if not self._writes:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+        (self.path / "metrics.jsonl").touch()
+        record = {
+            "command": sys.argv,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._start)),
+            "versions": {"python": platform.python_version(), **{v: importlib.metadata.version(v) for v in _VERSIONS}},
+            "devices": [str(device) for device in jax.devices()],
+            "processes": jax.process_count(),
+            "data_sha256": dataset.digests,
+            "tokenizer_sha256": dataset.tokenizer.digest,
+            "label_names": dataset.label_names,
+            "updates": dataset.num_updates,
+            "widths": dataset.train.buckets.widths,
+            "trainable": parts.summary.trainable,
+            "base": parts.summary.base,
+        }
+        (self.path / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Appends a line to metrics.jsonl, with the seconds since the run began."""
+        if self._writes:
+            line = json.dumps({**entry, "seconds": round(time.time() - self._start, 3)}, allow_nan=False)
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def save_failure(self, state: Any, batch: Mapping[str, np.ndarray]) -> Path:
+        """Writes the batch whose loss was not finite, and the state before it, as arrays; returns the folder."""
+        folder = self.path / "failure"
+        if self._writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+            arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+            for name, content in (("batch", dict(batch)), ("state", arrays)):
+                np.savez(folder / f"{name}.npz", allow_pickle=False, **content)
+        return folder
+
+
+def remove_run(path: str | Path) -> None:
+    """Deletes what a run wrote into a folder, and the folder if nothing else is in it.
+
+    Raises:
+      FileExistsError: the folder is no run's.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        return
+    if not (folder / "metrics.jsonl").is_file() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds something that is no run; it is not replaced")
+    for name in ("adapter", "failure"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("config.yaml", "run.json", "metrics.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A configuration made real: data as batches, and the adapted model as arrays in their places."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from .. import _mesh, models
+from .._adapt import adapt
+from .._partition import GraphDef, Leaves, partition
+from .._sharding import placement, shard
+from .._summary import Summary, summary
+from . import config as configuration
+from . import data, tokenizer
+from .config import Config
+from .data import Batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What a run trains and is evaluated on.
+
+    Attributes:
+      tokenizer: of the model's folder.
+      label_names: in the order of the head's outputs; None for a language model.
+      train: batches of one update each.
+      eval: batches of one evaluation, or None.
+      num_updates: updates of the whole run.
+    """
+
+    tokenizer: tokenizer.Tokenizer
+    label_names: tuple[str, ...] | None
+    train: Batches
+    eval: Batches | None
+    num_updates: int
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every data file."""
+        return self.train.examples.digests | (self.eval.examples.digests if self.eval else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The adapted model, partitioned, and its counts."""
+
+    graphdef: GraphDef
+    trainable: Leaves
+    frozen: Leaves
+    summary: Summary
+
+
+def read_data(config: Config) -> Dataset:
+    """Reads and tokenises the data of a configuration.
+
+    Raises:
+      FileNotFoundError, DataError: see `data`.
+    """
+    words, task, options = tokenizer.load(config.model.path), config.model.task, config.data
+    rows = data.read_rows(options, task, "train")
+    names = None
+    if task == "SEQ_CLS":
+        names = options.label_names or data.label_names(rows, options.label)
+    shapes: dict[str, Any] = {"max_length": options.max_length, "num_widths": options.num_widths}
+    shapes |= {"batch_size": config.train.batch_size, "pad_id": words.pad_id}
+    train = data.make_batches(
+        data.encode(rows, options, words, names), accumulation=config.train.accumulation, **shapes
+    )
+    held = None
+    if configuration.paths(options.eval):
+        examples = data.encode(data.read_rows(options, task, "eval"), options, words, names)
+        held = data.make_batches(examples, accumulation=1, **shapes)
+    updates = config.train.max_steps or (config.train.epochs or 1) * train.buckets.num_batches
+    return Dataset(words, names, train, held, updates)
+
+
+def make_mesh(config: Config) -> Mesh | None:
+    """The mesh that a configuration names, which must divide its batch.
+
+    Raises:
+      ValueError: it does not fit the devices, or the batch.
+    """
+    if config.mesh is None:
+        return None
+    mesh = _mesh.mesh(config.mesh)
+    _mesh.local_rows(mesh, config.train.batch_size)
+    return mesh
+
+
+def build(config: Config, label_names: tuple[str, ...] | None, mesh: Mesh | None) -> Parts:
+    """Loads the base, puts the method on it, and every leaf in its place.
+
+    Raises:
+      FileNotFoundError, CheckpointError, ConfigError, ValueError: the folder or the method is not right.
+    """
+    method = configuration.method(config.method)
+    head, start = _keys(config)
+    base = models.load(
+        config.model.path,
+        config.model.task,
+        config.model.dtype,
+        key=head,
+        num_labels=None if label_names is None else len(label_names),
+        remat=config.model.remat,
+        sharding=None if mesh is None else placement(mesh),
+    )
+    model = adapt(base, method, key=start)
+    counts = summary(model)
+    return Parts(*partition(model if mesh is None else shard(model, mesh)), counts)
+
+
+def count(config: Config, label_names: tuple[str, ...] | None) -> Summary:
+    """The counts of the adapted model by shape alone, without reading its weights."""
+    method, key = configuration.method(config.method), jax.random.key(0)
+    hf, num_labels = read_hf_config(config.model.path), None if label_names is None else len(label_names)
+
+    def adapted() -> Any:
+        return adapt(models.build(hf, config.model.task, key=key, num_labels=num_labels), method, key=key)
+
+    return summary(nnx.eval_shape(adapted))
+
+
+def read_hf_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a model folder.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"no {file}; a model folder holds config.json and model.safetensors")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def dropout_key(config: Config) -> jax.Array | None:
+    """The key of a run's dropout, or None where it is off."""
+    return jax.random.fold_in(jax.random.key(config.train.seed), 2) if config.train.dropout else None
+
+
+def describe(config: Config, dataset: Dataset) -> str:
+    """What will be trained on, in lines."""
+    real, padded = map(
+        sum, zip(*map(dataset.train.sizes, dataset.train.buckets.epoch(config.train.seed, 0)), strict=True)
+    )
+    lines = [f"train: {dataset.train.examples}"]
+    if dataset.eval:
+        lines.append(f"eval:  {dataset.eval.examples}")
+    if dataset.label_names:
+        lines.append(f"labels: {', '.join(dataset.label_names)}")
+    widths = ", ".join(map(str, dataset.train.buckets.widths))
+    lines += [
+        f"batches of {config.train.batch_size} x {config.train.accumulation} rows, padded to one of {widths} tokens;"
+        f" {100 * real / padded:.1f} % of what is computed is real",
+        f"{dataset.num_updates:,} updates, {dataset.train.buckets.num_batches:,} an epoch;"
+        f" at most {len(dataset.train.buckets.widths)} compilations",
+    ]
+    return "\n".join(lines)
+
+
+def _keys(config: Config) -> tuple[jax.Array, jax.Array]:
+    """Keys of a new head's and of the adapter's first values."""
+    key = jax.random.key(config.train.seed)
+    return jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)

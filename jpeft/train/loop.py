@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: what `jpeft train` runs.
+
+The device runs ahead of the host: nothing is read back between two log lines. What training is made of at any moment
+is one `step.State`, from which the next batch and dropout key follow; so whatever saves a state can go on from it.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import _mesh
+from .._partition import combine
+from ..io.card import Card
+from . import config as configuration
+from . import devices, job
+from .buckets import Batch
+from .config import Config
+from .evaluate import Evaluation, Evaluator
+from .folder import RunFolder
+from .losses import SUMS
+from .optim import make_optimizer, schedule
+from .progress import Meter, say
+from .saved import Info, save_adapter
+from .step import Metrics, State, begin, make_step
+
+
+class TrainingStopped(FloatingPointError):
+    """A loss or gradient was not finite; the update was not made."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run leaves.
+
+    Attributes:
+      state: after the last update.
+      evaluation: the last one, or None without evaluation data.
+      losses: of every update.
+      real_rate, padded_rate: tokens/s over the whole run, compilation and evaluation left out.
+      adapter: folder of the saved adapter.
+    """
+
+    state: State
+    evaluation: Evaluation | None
+    losses: list[float]
+    real_rate: float
+    padded_rate: float
+    adapter: Path
+
+
+def train(config: Config) -> Result:
+    """Trains as configured, and saves the adapter.
+
+    Raises:
+      ConfigError, DataError, FileNotFoundError, FileExistsError, CheckpointError: before anything is trained.
+      TrainingStopped: the loss was not finite.
+
+    Example:
+      >>> result = train(config.load("sst2.yaml", ["train.seed=1"]))
+    """
+    configuration.method(config.method)  # wrong options before minutes of reading
+    folder = RunFolder(config.out, devices.is_main())
+    dataset = job.read_data(config)
+    mesh = job.make_mesh(config)
+    say(job.describe(config, dataset))
+    parts = job.build(config, dataset.label_names, mesh)
+    say(str(parts.summary))
+    folder.begin(config, dataset, parts)
+    return Loop(config, dataset, parts, mesh, folder).run()
+
+
+class Loop:
+    """One run, from a state to its end."""
+
+    def __init__(self, config: Config, dataset: job.Dataset, parts: job.Parts, mesh: Any, folder: RunFolder):
+        self._config, self._dataset, self._parts, self._mesh, self._folder = config, dataset, parts, mesh, folder
+        self._tx = make_optimizer(config.optimizer, dataset.num_updates)
+        self._rate = schedule(config.optimizer, dataset.num_updates)
+        sums, groups = SUMS[config.model.task], devices.num_groups(mesh)
+        self._update = make_step(parts.graphdef, sums, self._tx, groups=groups)
+        self._evaluate = Evaluator(parts.graphdef, config.model.task, mesh)
+        self._key = job.dropout_key(config)
+
+    def run(self, state: State | None = None) -> Result:
+        """Trains from `state`, by default from the beginning, and saves the adapter."""
+        state = begin(self._tx, self._parts.trainable) if state is None else state
+        meter = Meter(self._dataset.num_updates, int(state.updates))
+        pending: list[Metrics] = []
+        losses: list[float] = []
+        evaluation = None
+        for number, batch in self._batches(int(state.updates)):
+            arrays = devices.place(self._dataset.train.collate(batch), self._mesh)
+            state, metrics = self._update(state, self._parts.frozen, arrays, self._key)
+            meter.add(*self._dataset.train.sizes(batch))
+            pending.append(metrics)
+            evaluates = self._evaluates_at(number)
+            if number % self._config.train.log_every == 0 or evaluates or number == self._dataset.num_updates:
+                losses += self._log(number, state, pending, meter)
+                pending = []
+            if evaluates:
+                evaluation = self._evaluation(number, state)
+                meter.restart()
+        meter.close()
+        self._save(state, evaluation)
+        return Result(state, evaluation, losses, *meter.overall(), self._folder.adapter)
+
+    def _batches(self, done: int) -> Iterator[tuple[int, Batch]]:
+        """(number of the update, from 1; its batch) of every update that is still to be made."""
+        buckets, seed = self._dataset.train.buckets, self._config.train.seed
+        epoch, order = -1, []
+        for index in range(done, self._dataset.num_updates):
+            if index // buckets.num_batches != epoch:
+                epoch = index // buckets.num_batches
+                order = buckets.epoch(seed, epoch)
+            yield index + 1, order[index % buckets.num_batches]
+
+    def _evaluates_at(self, number: int) -> bool:
+        every = self._config.train.eval_every or self._dataset.train.buckets.num_batches
+        return self._dataset.eval is not None and (number % every == 0 or number == self._dataset.num_updates)
+
+    def _log(self, number: int, state: State, pending: list[Metrics], meter: Meter) -> list[float]:
+        """Waits for the device, writes a line, and gives the losses since the last one."""
+        figures = np.array([jax.device_get(tuple(metrics)) for metrics in pending], np.float64)  # [updates, 3]
+        if bool(state.failed):
+            self._stop(state, figures)
+        losses, labels, norms = figures.T
+        entry = {
+            "update": number,
+            "epoch": round(number / self._dataset.train.buckets.num_batches, 4),
+            "loss": float(losses @ labels / labels.sum()),
+            "losses": losses.tolist(),
+            "grad_norm": float(norms[-1]),
+            "lr": float(np.asarray(self._rate(number - 1))),
+            **meter.lap(self._update.compile_seconds),
+        }
+        self._folder.log(entry)
+        meter.show(entry)
+        return losses.tolist()
+
+    def _stop(self, state: State, figures: np.ndarray) -> None:
+        done = int(state.updates)
+        batch = next(batch for _, batch in self._batches(done))
+        loss, _, norm = figures[~np.isfinite(figures).all(axis=1)][0]
+        folder = self._folder.save_failure(_mesh.gather(state), self._dataset.train.collate(batch))
+        raise TrainingStopped(
+            f"update {done + 1}: loss {loss}, gradient norm {norm}. The update was not made; its batch and the state "
+            f"before it lie in {folder}. A lower optimizer.lr or model.dtype=float32 may help"
+        )
+
+    def _evaluation(self, number: int, state: State) -> Evaluation:
+        assert self._dataset.eval is not None
+        evaluation = self._evaluate(state.trainable, self._parts.frozen, self._dataset.eval)
+        epoch = number / self._dataset.train.buckets.num_batches
+        self._folder.log({"update": number, "epoch": round(epoch, 4), "eval": evaluation.metrics})
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
+        say(f"update {number}, epoch {epoch:.2f}: {figures}")
+        return evaluation
+
+    def _save(self, state: State, evaluation: Evaluation | None) -> None:
+        trainable = _mesh.gather(state.trainable)  # by all processes
+        if not devices.is_main():
+            return
+        trainable = jax.tree.map(jnp.asarray, trainable)
+        config, data = self._config, self._config.data
+        files = {"trained on": configuration.paths(data.train), "evaluated on": configuration.paths(data.eval)}
+        said = [
+            f"{what.capitalize()} {', '.join(Path(f).name for f in names)}." for what, names in files.items() if names
+        ]
+        card = Card(" ".join(said), evaluation.metrics if evaluation else {})
+        model = combine(self._parts.graphdef, trainable, self._parts.frozen)
+        info = Info(self._dataset.label_names, data.max_length)
+        save_adapter(model, self._folder.adapter, config.model.path, info, card)
+        say(f"adapter: {self._folder.adapter}")
+
+
+def dry_run(config: Config) -> str:
+    """What a run would be, without loading weights: data, shapes, counts. Raises what `train` would before training."""
+    dataset = job.read_data(config)
+    job.make_mesh(config)
+    return "\n".join([job.describe(config, dataset), str(job.count(config, dataset.label_names))])

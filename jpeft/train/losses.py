@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses of fine-tuning, one per task: functions of a model and a batch, for any `jax.grad`.
+
+A batch holds `input_ids`, `attention_mask` `[batch seq]` and `labels`, and may hold `token_type_ids`, `segment_ids`
+and `positions`. A label of -100 is ignored, so a row or a token of padding weighs nothing. Every loss is a mean over
+the labels that count; `SUMS` gives sum and count apart, for means over several batches.
+
+  CAUSAL_LM     labels `[batch seq]`, the tokens themselves: position t is to predict label t + 1 (as transformers does)
+  SEQ_CLS       labels `[batch]`
+  TOKEN_CLS     labels `[batch seq]`, not shifted
+  QUESTION_ANS  labels `[batch 2]`, first and last token of the answer; the mean over both
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import core
+from jaxtyping import Array, Float, Int
+
+from .._scope import dropout_key, scope
+from ._head import IGNORED, head_nll, nll
+
+Batch = Mapping[str, Any]
+Sums = tuple[Float[Array, ""], Float[Array, ""]]
+
+#: Entries of a batch that a model takes beside `input_ids` and `attention_mask`.
+_EXTRAS = ("token_type_ids", "segment_ids", "positions")
+
+
+def lm_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Array, ""]:
+    """Mean over the labelled tokens of -log p(token | the tokens before it), in nats.
+
+    A model of the zoo computes logits only where a label is. Any other is called as `model(input_ids,
+    attention_mask)` and must return logits `[batch seq vocab]`.
+
+    Args:
+      model: an nnx model, adapted or not.
+      batch: see above; labels `[batch seq]`.
+      key: turns dropout on.
+
+    Raises:
+      ValueError: not one label counts.
+
+    Example:
+      >>> loss = lambda trainable: lm_loss(jpeft.combine(graphdef, trainable, frozen), batch)
+      >>> grads = jax.grad(loss)(trainable)
+    """
+    return _mean(lm_sums, model, batch, key)
+
+
+def cls_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Array, ""]:
+    """Mean over the labelled rows of -log p(label | row); labels `[batch]`. Arguments and errors as of `lm_loss`."""
+    return _mean(cls_sums, model, batch, key)
+
+
+def token_cls_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Array, ""]:
+    """Mean over the labelled tokens of -log p(label | row); labels `[batch seq]`. Otherwise as `lm_loss`."""
+    return _mean(cls_sums, model, batch, key)
+
+
+def qa_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Array, ""]:
+    """Mean over first and last token of -log p(its position); labels `[batch 2]`. Otherwise as `lm_loss`."""
+    return _mean(qa_sums, model, batch, key)
+
+
+def lm_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Sums:
+    """Sum of `lm_loss`'s terms, and their number; `groups` as in `head_nll`."""
+    targets = next_tokens(batch)
+    if not hasattr(model, "hidden"):
+        return nll(logits_of(model, batch, key), targets), _count(targets)
+    hidden = model.hidden(batch["input_ids"], batch["attention_mask"], **_extras(batch), key=key)
+    return head_nll(model.logits, hidden, targets, key, groups=groups), _count(targets)
+
+
+def cls_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Sums:
+    """Sum of `cls_loss`'s or `token_cls_loss`'s terms, and their number."""
+    del groups  # few classes: all logits are computed
+    logits = logits_of(model, batch, key)
+    if logits.shape[-1] < 2:
+        raise ValueError(f"classification needs at least 2 labels; the model's head gives {logits.shape[-1]}")
+    return nll(logits, batch["labels"]), _count(batch["labels"])
+
+
+def qa_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Sums:
+    """Sum of `qa_loss`'s terms, and their number."""
+    del groups
+    logits = jnp.swapaxes(logits_of(model, batch, key), 1, 2)  # [batch, 2, seq]
+    return nll(logits, batch["labels"]), _count(batch["labels"])
+
+
+#: The sums of every task, by PEFT's name of it.
+SUMS: Mapping[str, Callable[..., Sums]] = {
+    "CAUSAL_LM": lm_sums,
+    "SEQ_CLS": cls_sums,
+    "TOKEN_CLS": cls_sums,
+    "QUESTION_ANS": qa_sums,
+}
+
+
+def next_tokens(batch: Batch) -> Int[Array, "batch seq"]:
+    """What each position of a language model is to predict: the label after it, within its own segment."""
+    labels = batch["labels"]
+    targets = jnp.concatenate([labels[:, 1:], jnp.full_like(labels[:, :1], IGNORED)], axis=1)
+    if "segment_ids" not in batch:
+        return targets
+    segments = batch["segment_ids"]
+    return targets.at[:, :-1].set(jnp.where(segments[:, 1:] == segments[:, :-1], targets[:, :-1], IGNORED))
+
+
+def _mean(sums: Callable[..., Sums], model: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+    labels = next_tokens(batch) if sums is lm_sums else batch["labels"]
+    if not isinstance(labels, core.Tracer) and not (np.asarray(labels) != IGNORED).any():
+        raise ValueError(
+            f"none of the {labels.size} labels counts (all are {IGNORED}), so the batch trains nothing; leave it out"
+        )
+    total, count = sums(model, batch, key)
+    return total / count
+
+
+def _count(labels: Any) -> jax.Array:
+    return (labels != IGNORED).sum().astype(jnp.float32)
+
+
+def _extras(batch: Batch) -> dict[str, Any]:
+    return {name: batch[name] for name in _EXTRAS if name in batch}
+
+
+def logits_of(model: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+    """A model's logits for a batch; one that takes no `key` gets it through the scope."""
+    if hasattr(model, "hidden"):
+        return model(batch["input_ids"], batch["attention_mask"], **_extras(batch), key=key)
+    with scope() if key is None else dropout_key(key):
+        return model(batch["input_ids"], batch["attention_mask"])

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One update of training as one compiled function: gradients, clipping, optimizer, and the guard against NaN.
+
+  state = begin(tx, trainable)
+  update = make_step(graphdef, lm_sums, tx)
+  state, metrics = update(state, frozen, batch, key)
+
+A batch's arrays are `[accumulation, rows, ...]`: the micro-batches of one update. Losses and gradients are summed over
+all of them and divided once by the number of labels that count, so k micro-batches of b rows are the update of one of
+k * b, however unequally the labels are spread.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from .._partition import GraphDef, Leaves, combine
+from .._sharding import mirrored
+from .losses import Batch, Sums, cls_loss, lm_loss, qa_loss, token_cls_loss
+
+__all__ = ["Metrics", "State", "begin", "cls_loss", "lm_loss", "make_step", "qa_loss", "token_cls_loss"]
+
+
+class State(NamedTuple):
+    """All that training changes; saved and restored, it goes on as if it had not been stopped.
+
+    Attributes:
+      trainable: the adapter's leaves.
+      optimizer: the optimizer's state.
+      updates: updates made so far; the next batch and the dropout key follow from it.
+      failed: a loss or gradient was not finite: no update has been made since, and none will be.
+    """
+
+    trainable: Leaves
+    optimizer: Any
+    updates: Int[Array, ""]
+    failed: Bool[Array, ""]
+
+
+class Metrics(NamedTuple):
+    """What one update measured, still on the device.
+
+    Attributes:
+      loss: mean over the labels that count.
+      labels: their number.
+      grad_norm: of the whole trainable tree, before clipping.
+    """
+
+    loss: Float[Array, ""]
+    labels: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+
+
+Update = Callable[..., tuple[State, Metrics]]
+
+
+def begin(tx: optax.GradientTransformation, trainable: Leaves) -> State:
+    """The state before the first update. Its arrays are its own: the first update may donate them."""
+
+    def first(trainable: Leaves) -> State:
+        return State(jax.tree.map(jnp.copy, trainable), tx.init(trainable), jnp.int32(0), jnp.bool(False))
+
+    places = mirrored(jax.eval_shape(first, trainable), trainable)
+    return jax.jit(first, out_shardings=places)(trainable)
+
+
+def make_step(
+    graphdef: GraphDef, sums: Callable[..., Sums], tx: optax.GradientTransformation, *, groups: int = 1
+) -> "Compiled":
+    """`update(state, frozen, batch, key) -> (state, metrics)`, compiled; `state` is donated.
+
+    Where the loss or the gradients' norm is not finite, the state comes back as it was, marked `failed`.
+
+    Args:
+      graphdef: of `jpeft.partition`.
+      sums: (model, batch, key, groups) -> (sum of losses, number of labels), one of `losses.SUMS`.
+      tx: optimizer of the trainable tree, clipping included.
+      groups: number of devices that a batch's rows are split over.
+
+    The function's arguments: `frozen` of `jpeft.partition`; `batch` with arrays `[accumulation, rows, ...]`; `key`
+    turns dropout on, another one in each update and micro-batch, and may be None.
+    """
+
+    def gradients(state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> Any:
+        """Sums over the micro-batches: (loss, labels), gradients."""
+
+        def add(carry: Any, micro: Any) -> tuple[Any, None]:
+            index, batch = micro
+            own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, state.updates), index)
+
+            def loss(trainable: Leaves) -> Sums:
+                return sums(combine(graphdef, trainable, frozen), batch, own, groups)
+
+            got = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+            return jax.tree.map(jnp.add, carry, got), None
+
+        zeros = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.trainable)
+        return jax.lax.scan(add, zeros, (jnp.arange(len(batch["labels"])), batch))[0]
+
+    def update(state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> tuple[State, Metrics]:
+        (loss, labels), grads = gradients(state, frozen, batch, key)
+        loss, grads = loss / labels, jax.tree.map(lambda g: g / labels, grads)
+        norm = optax.tree.norm(grads)
+        failed = state.failed | ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+        changes, optimizer = tx.update(grads, state.optimizer, state.trainable)
+        trainable: Any = optax.apply_updates(state.trainable, changes)
+        new = State(trainable, optimizer, state.updates + 1, failed)
+        kept = jax.tree.map(lambda new, old: jnp.where(failed, old, new), new, state)
+        return kept._replace(failed=failed), Metrics(loss, labels, norm)
+
+    return Compiled(update)
+
+
+class Compiled:
+    """`update`, compiled once for each shape of batch, with the new state in the places of the old one.
+
+    Attributes:
+      compile_seconds: spent on compiling so far.
+    """
+
+    def __init__(self, update: Update):
+        self._update = update
+        self._programs: dict[Any, Any] = {}
+        self.compile_seconds = 0.0
+
+    @property
+    def num_compiled(self) -> int:
+        """Programs compiled so far."""
+        return len(self._programs)
+
+    def __call__(self, state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> tuple[State, Metrics]:
+        shapes = tuple((name, batch[name].shape) for name in sorted(batch)), key is None
+        if shapes not in self._programs:
+            start = time.perf_counter()
+            places = jax.tree.map(lambda leaf: leaf.sharding, state)
+            jitted = jax.jit(self._update, donate_argnums=0, out_shardings=(places, None))
+            self._programs[shapes] = jitted.lower(state, frozen, batch, key).compile()
+            self.compile_seconds += time.perf_counter() - start
+        return self._programs[shapes](state, frozen, batch, key)
