@@ -19,7 +19,7 @@ import numpy as np
 
 from .. import seams
 from .._method import Adapter, Start, pattern_matches, pattern_value
-from ..methods import LoRA
+from ..methods import METHODS
 from ._names import HEADS, Names
 from ._selection import describe, selected, tie
 from ._slots import Codec, Slot, host, layer_index
@@ -70,7 +70,7 @@ _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def _portable(adapter: Any) -> Adapter:
     if not hasattr(adapter, "A0"):
         return adapter
-    method: LoRA = adapter.method
+    method = adapter.method
     grow = math.sqrt(2) if method.rslora else 2
     plain = dataclasses.replace(
         method,
@@ -82,8 +82,8 @@ def _portable(adapter: Any) -> Adapter:
     )
     site = adapter.site
     now = {name: host(getattr(adapter, name)[...], f"{site.path}/{name}") for name in ("A", "B", "A0", "B0")}
-    rank = now["A"].shape[-1]
-    a, b = np.zeros((*site.lead, site.d_in, 2 * rank)), np.zeros((*site.lead, 2 * rank, site.d_out))
+    most = 2 * now["A"].shape[-1]
+    a, b = np.zeros((*site.lead, site.d_in, most)), np.zeros((*site.lead, most, site.d_out))
     for i, rank in enumerate(method.ranks(site)):
         at, old, new = layer_index(site.lead, i), slice(rank), slice(rank, 2 * rank)
         a[(*at, ..., old)], a[(*at, ..., new)] = now["A"][(*at, ..., old)], now["A0"][(*at, ..., old)]
@@ -117,8 +117,8 @@ def _slots(adapter: Any, module: Any, tied: Mapping[str, tuple[str, ...]]) -> li
     return slots
 
 
-def _write(method: LoRA, adapters: Sequence[Adapter], names: Names) -> dict[str, Any]:
-    ranks: dict[str, int] = {}
+def _write(method: Any, adapters: Sequence[Adapter], names: Names) -> dict[str, Any]:
+    ranks: dict[str, Any] = {}
     alphas: dict[str, Any] = {}
     for site in (adapter.site for adapter in adapters if adapter.acts):
         for name, rank in zip(site.names, method.ranks(site), strict=True):
@@ -154,13 +154,14 @@ def _number(value: float) -> float:
     return int(value) if value == int(value) else float(value)
 
 
-def _read(config: dict[str, Any], names: Names) -> LoRA:
+def _read(config: dict[str, Any], names: Names) -> Any:
     _check(config)
     ensure = bool(config.get("ensure_weight_tying"))
     whole = _modules_to_save(config, names, ensure)
     adapted = tie(_adapted(config, names, whole), names.tied, ensure, "target_modules")
     targets, layers = describe(adapted, names.every - {head for heads in names.tied.values() for head in heads})
-    return LoRA(
+    lora: Any = METHODS["lora"]
+    return lora(
         rank=config.get("r", 8),
         alpha=config.get("lora_alpha", 8),
         targets=targets,
@@ -223,4 +224,4 @@ def _modules_to_save(config: Mapping[str, Any], names: Names, ensure: bool) -> l
     return sorted(tie(chosen, names.tied, ensure, "modules_to_save"))
 
 
-LORA = Codec(LoRA, "LORA", _portable, _slots, _write, _read)
+LORA = Codec("lora", "LORA", _portable, _slots, _write, _read)

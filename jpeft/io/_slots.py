@@ -35,7 +35,7 @@ class Slot:
 
     def view(self, values: np.ndarray) -> np.ndarray:
         """The tensor as a view of its leaf's `values`."""
-        return values[self.index].transpose(self.axes)
+        return transposed(values[self.index], self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Codec:
     """How one method looks in PEFT's files; a method joins `CODECS` in `peft.py` with one of these.
 
     Attributes:
-      method: the method's class.
+      kind: the method's kind.
       peft_type: PEFT's word for it.
       portable: an adapter in the form that PEFT's file can hold, the same function of its input.
       slots: the tensors of one adapter: (adapter, module, heads tied to it) -> slots.
@@ -51,7 +51,7 @@ class Codec:
       read: the method of an adapter_config.json: (config, names) -> method.
     """
 
-    method: type[Method]
+    kind: str
     peft_type: str
     portable: Callable[[Adapter], Adapter]
     slots: Callable[[Adapter, Any, Mapping[str, tuple[str, ...]]], list[Slot]]
@@ -97,6 +97,11 @@ def _saved(path: str, adapter: Adapter, names: Names) -> list[Slot]:
                 key = f"{module}.base_layer.{tensor}" if module in acting else slot.key
                 slots.append(dataclasses.replace(slot, key=key, leaf=adapter.saved[leaf]))
     return slots
+
+
+def transposed(values: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
+    """`values` with its axes in this order; None keeps them, where NumPy would turn them round."""
+    return values if axes is None else values.transpose(axes)
 
 
 def layer_index(lead: tuple[int, ...], layer: int) -> tuple[int, ...]:

@@ -73,7 +73,7 @@ def _short(method: Any) -> str:
 def _front_matter(config: Mapping[str, Any]) -> str:
     base, task = config["base_model_name_or_path"], config["task_type"]
     entries: dict[str, Any] = {"library_name": "peft", "tags": ["jpeft", config["peft_type"].lower()]}
-    if base and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):  # the Hub takes ids of its own only, and no folders
+    if base and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base):  # the Hub takes ids of its own only, and no folders
         entries["base_model"] = base
     if task in _PIPELINES:
         entries["pipeline_tag"] = _PIPELINES[task]

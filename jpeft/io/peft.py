@@ -23,11 +23,11 @@ from ..models import _safetensors as safetensors
 from ._lora_codec import LORA
 from ._names import HEADS, Names, names_of
 from ._peft_folder import CONFIG, README, WEIGHTS, installing, read_config, weights_file
-from ._slots import PREFIX, Codec, Slot, all_slots, base_slots, host, whole
+from ._slots import PREFIX, Codec, Slot, all_slots, base_slots, host, transposed, whole
 from .card import Card, render
 
 #: Every method that PEFT has a format for, by its kind; a method joins with one entry.
-CODECS: Mapping[str, Codec] = {codec.method.kind: codec for codec in (LORA,)}
+CODECS: Mapping[str, Codec] = {codec.kind: codec for codec in (LORA,)}
 
 PEFT_VERSION = "0.21.2"
 
@@ -103,7 +103,7 @@ def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None,
     codec = _codec(config, folder / CONFIG)
     tensors = safetensors.header(weights_file(folder))
     _check_task(config, model, folder / CONFIG)
-    name = name or codec.method.kind
+    name = name or codec.kind
     try:
         adapted = adapt(model, codec.read(config, names), key=jax.random.key(0) if key is None else key, name=name)
     except ValueError as error:
@@ -153,7 +153,7 @@ def _config(
     model: Any, codec: Codec, adapters: Mapping[str, Adapter], names: Names, slots: list[Slot], base: str | None
 ) -> dict[str, Any]:
     """adapter_config.json, with every key that PEFT writes."""
-    method = next(iter(adapters.values())).method
+    method = next(adapter.method for adapter in adapters.values() if adapter.acts)
     config = {
         "auto_mapping": None,  # set by PEFT only where there is no task_type
         "base_model_name_or_path": base,
@@ -255,7 +255,7 @@ def _base(key: str, names: Names) -> np.ndarray | None:
     if place is None:
         return None
     path, _, leaf = place.path.rpartition("/")
-    return np.asarray(getattr(names.found[path].module, leaf)[...][place.index]).transpose(place.axes)
+    return transposed(np.asarray(getattr(names.found[path].module, leaf)[...][place.index]), place.axes)
 
 
 def _misfit(key: str, tensor: safetensors.Tensor, view: np.ndarray) -> list[str]:

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real transformers and peft on tiny random models: what jpeft's files are held against."""
+
+import contextlib
+import functools
+import tempfile
+import unittest.mock
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+
+import jpeft
+
+_SMALL = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4}
+_BERT = _SMALL | {"num_hidden_layers": 3, "max_position_embeddings": 24, "num_labels": 3}
+_LLAMA = _SMALL | {"num_hidden_layers": 3, "num_key_value_heads": 2, "tie_word_embeddings": False}
+_LLAMA |= {"num_labels": 3, "pad_token_id": 0, "max_position_embeddings": 32}
+
+#: name -> (model type, task, attributes of its config)
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert cls": ("bert", "SEQ_CLS", _BERT),
+    "bert tokens": ("bert", "TOKEN_CLS", _BERT),
+    "bert answers": ("bert", "QUESTION_ANS", _BERT | {"num_labels": 2}),
+    "bert": ("bert", "FEATURE_EXTRACTION", _BERT),
+    "llama": ("llama", "CAUSAL_LM", _LLAMA | {"attention_bias": True}),
+    "llama tied": ("llama", "CAUSAL_LM", _LLAMA | {"tie_word_embeddings": True}),
+    "llama cls": ("llama", "SEQ_CLS", _LLAMA),
+    "llama states": ("llama", "FEATURE_EXTRACTION", _LLAMA),
+    "mistral": ("mistral", "CAUSAL_LM", _LLAMA | {"sliding_window": 5}),
+    "qwen2": ("qwen2", "CAUSAL_LM", _LLAMA),
+    "qwen3": ("qwen3", "CAUSAL_LM", _LLAMA | {"head_dim": 6}),
+}
+
+_AUTO = {
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+}
+
+_RNG = np.random.default_rng(0)
+#: Three rows: padded on the right, padded on the left, full.
+IDS = _RNG.integers(1, 48, (3, 8))
+MASK = np.array([[1] * 5 + [0] * 3, [0] * 2 + [1] * 6, [1] * 8])
+IDS[MASK == 0] = 0
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Makes every warning an error but those that transformers and peft give in each call, whatever the adapter is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", category=ResourceWarning)
+        yield
+
+
+@functools.cache
+def folder(family: str) -> Path:
+    """The Hugging Face folder of a family's model: random, no bias or norm at its start, outputs of unit size."""
+    model_type, task, attributes = FAMILIES[family]
+    with quiet():
+        config = transformers.AutoConfig.for_model(model_type, **attributes)
+        model = _AUTO[task].from_config(config)
+        generator = torch.Generator().manual_seed(0)
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.data = 1 + 0.2 * noise if "norm" in name.lower() and name.endswith("weight") else 0.25 * noise
+        path = Path(tempfile.mkdtemp()) / "base"
+        model.save_pretrained(path)
+    return path
+
+
+def torch_model(family: str, dtype: Any = torch.float32) -> Any:
+    """A fresh torch model, for PEFT changes the one that it is given."""
+    with quiet():
+        return _AUTO[FAMILIES[family][1]].from_pretrained(folder(family), dtype=dtype).eval()
+
+
+@functools.cache
+def jax_model(family: str) -> Any:
+    """The same model in jpeft."""
+    return jpeft.models.load(folder(family), FAMILIES[family][1])
+
+
+def torch_outputs(model: Any, task: str) -> torch.Tensor:
+    """Logits `[3, ...]`, or the last hidden state, for `IDS`."""
+    out = model(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(MASK))
+    if task == "QUESTION_ANS":
+        return torch.stack([out.start_logits, out.end_logits], -1)
+    return out.last_hidden_state if task == "FEATURE_EXTRACTION" else out.logits
+
+
+def seen(outputs: Any) -> Any:
+    """The outputs at tokens, in one row; what stands at padding is nobody's business."""
+    return outputs[MASK == 1] if outputs.ndim == 3 else outputs
+
+
+def load_real(family: str, adapter: Path) -> tuple[Any, Any]:
+    """(model, load result): the adapter as peft loads it. A warning is an error; the result lists unknown keys."""
+    results = []
+    load = peft.PeftModel.load_adapter
+
+    def spy(*args: Any, **options: Any) -> Any:
+        results.append(load(*args, **options))
+        return results[-1]
+
+    base = torch_model(family)
+    with quiet(), unittest.mock.patch.object(peft.PeftModel, "load_adapter", spy):
+        model = peft.PeftModel.from_pretrained(base, adapter).eval()
+    (result,) = results
+    return model, result
+
+
+def train_real(family: str, config: dict[str, Any], adapter: Path, dtype: Any = torch.float32) -> Any:
+    """Puts LoRA on a torch model, trains it a few steps so that no tensor is at its start, and saves it."""
+    torch.manual_seed(1)
+    base = torch_model(family, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of what some cases here are about
+        model = peft.get_peft_model(base, peft.LoraConfig(task_type=FAMILIES[family][1], **config))
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        optimizer = torch.optim.SGD(weights, 0.2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            torch_loss(model, family).backward()
+            optimizer.step()
+        model.save_pretrained(str(adapter))
+    return model.eval()
+
+
+def cotangent(outputs: Any) -> np.ndarray:
+    """Fixed weights of a loss that is linear in the outputs at tokens."""
+    weights = np.random.default_rng(2).standard_normal(outputs.shape).astype(np.float32) / outputs.shape[-1]
+    return weights * (MASK[..., None] if weights.ndim == 3 else 1)
+
+
+def torch_loss(model: Any, family: str) -> torch.Tensor:
+    """A loss that every output at a token counts in."""
+    outputs = torch_outputs(model, FAMILIES[family][1])
+    return (outputs * torch.tensor(cotangent(outputs), dtype=outputs.dtype)).sum()
