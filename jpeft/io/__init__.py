@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters and models in the formats of others: PEFT's adapter folders, and merged Hugging Face folders."""
 
+from .card import Card as Card
 from .merged import export_merged as export_merged
 from .peft import export_peft as export_peft
 from .peft import import_peft as import_peft

@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import peft_oracle as oracle
 import pytest
 import torch
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as torch_file
 from safetensors.torch import save_file
 
 import jpeft
@@ -294,6 +296,35 @@ def test_import_leaves_the_base_alone_and_does_not_depend_on_the_key(tmp_path):
     assert jpeft.partition(base)[1] == {}
     for path, leaf in one[2].items():
         np.testing.assert_array_equal(leaf, before[path], err_msg=path)
+
+
+def test_an_adapter_on_several_devices_is_written_whole(tmp_path):
+    model = adapted("llama", lora("q_proj", "down_proj", init="pissa"))
+    jpeft.export_peft(model, tmp_path / "one")
+    graphdef, trainable, frozen = jpeft.partition(model)
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = {
+        path: jax.sharding.NamedSharding(mesh, jax.P(None, "fsdp"))
+        for path, a in trainable.items()
+        if a.shape[1] % 4 == 0
+    }
+    assert split
+    spread = {path: jax.device_put(leaf, split.get(path)) for path, leaf in trainable.items()}
+    jpeft.export_peft(jpeft.combine(graphdef, spread, frozen), tmp_path / "four")
+    for key, tensor in tensors(tmp_path / "one").items():
+        np.testing.assert_array_equal(tensors(tmp_path / "four")[key], tensor)
+
+
+def test_an_adapter_of_a_bfloat16_base(tmp_path):
+    """PEFT's copy of the embedding is bfloat16 then, and equals ours to the bit; the adapter is float32 in both."""
+    oracle.train_real("llama", config("embed_tokens", "q_proj"), tmp_path, torch.bfloat16)
+    base = jpeft.models.load(oracle.folder("llama"), "CAUSAL_LM", dtype=jnp.bfloat16)
+    _, trainable, _ = jpeft.partition(jpeft.import_peft(base, tmp_path))
+    written = torch_file(tmp_path / "adapter_model.safetensors")
+    assert written["base_model.model.model.embed_tokens.base_layer.weight"].dtype == torch.bfloat16
+    for leaf, key in {"A": "lora_embedding_A", "B": "lora_embedding_B"}.items():
+        ours = trainable[f"embed_tokens/adapters/lora/{leaf}"]
+        np.testing.assert_array_equal(ours.T, written[f"base_model.model.model.embed_tokens.{key}"].numpy())
 
 
 def test_a_pissa_adapter_that_peft_converted_is_read(tmp_path):
