@@ -43,7 +43,7 @@ class Config:
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
+    num_key_value_heads: int = 0  # 0: as many as num_attention_heads
     head_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
@@ -70,6 +70,7 @@ class Config:
         if self.model_type not in _TYPES:
             raise ValueError(f"model_type must be one of {', '.join(_TYPES)}; got {self.model_type!r}")
         object.__setattr__(self, "rope_scaling", rope_scaling(self.rope_scaling))
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
         self._check_sizes()
         self._check_type()
 
@@ -79,10 +80,10 @@ class Config:
                 "without a head_dim, hidden_size must be a multiple of num_attention_heads; got "
                 f"{self.hidden_size} and {self.num_attention_heads}"
             )
-        if self.num_attention_heads % self.kv_heads:
+        if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 "num_attention_heads must be a multiple of num_key_value_heads; got "
-                f"{self.num_attention_heads} and {self.kv_heads}"
+                f"{self.num_attention_heads} and {self.num_key_value_heads}"
             )
         if self.d_head % 2:
             raise ValueError(f"the rotary embedding needs an even head size; got head_dim={self.d_head}")
@@ -120,18 +121,13 @@ class Config:
         new = hf.pop("rope_parameters", None)
         scaling = dict(hf.get("rope_scaling") or new or {})
         theta = scaling.pop("rope_theta", None) or hf.get("rope_theta") or cls.rope_theta
-        hf |= {"rope_theta": theta, "rope_scaling": scaling}
+        hf |= {"rope_theta": theta, "rope_scaling": scaling, "num_key_value_heads": hf.get("num_key_value_heads") or 0}
         return _config.read(cls, hf, fixed={"use_mrope": (False,)}, harmless=["pretraining_tp"])
 
     def to_hf(self) -> dict[str, Any]:
         """config.json, in the layout that every version of transformers reads."""
-        hf = _config.write(self, head_dim=self.d_head, num_key_value_heads=self.kv_heads)
-        return {name: value for name, value in hf.items() if name not in _foreign(self.model_type)}
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values."""
-        return self.num_key_value_heads or self.num_attention_heads
+        absent = _foreign(self.model_type) + (["head_dim"] if self.head_dim is None else [])
+        return {name: value for name, value in _config.write(self).items() if name not in absent}
 
     @property
     def d_head(self) -> int:

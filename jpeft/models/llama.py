@@ -43,7 +43,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype: Any):
         d_model, d_head = config.hidden_size, config.d_head
-        heads, kv_heads = config.num_attention_heads, config.kv_heads
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         bias = config.attention_bias
         self.d_head, self.dropout_rate = d_head, config.attention_dropout
         self.q_proj = _linear(config, d_model, heads * d_head, config.qkv_bias, rngs, dtype)
