@@ -15,8 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+import tokenizers
+from safetensors.numpy import load_file
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 import jpeft
+from jpeft.train.cli import main
 
 #: Losses in float32 against one device: sums of the same terms in another order.
 SAME = 1e-5
@@ -133,6 +139,75 @@ def test_two_processes_train_as_one_device(tmp_path):
     assert (first["fed"][MESH], second["fed"][MESH]) == ([0, 4], [4, 8])
     assert (first["fed"]["data=8"], second["fed"]["data=8"]) == ([0, 4], [4, 8])
     assert (first["fed"]["tensor=8"], second["fed"]["tensor=8"]) == ([0, 8], [0, 8])
+
+
+def recipe(folder: Path) -> Path:
+    """A model folder with a tokenizer, texts, and a configuration of a few updates."""
+    jpeft.models.save(jpeft.models.build(CONFIG, key=jax.random.key(0)), folder / "model")
+    words = ["[UNK]", *(f"w{i}" for i in range(1, 64))]
+    tokenizer = tokenizers.Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "model" / "tokenizer.json"))
+    rng = np.random.default_rng(0)
+    for name, rows in (("train", 24), ("eval", 10)):
+        texts = [" ".join(rng.choice(words[1:8], rng.integers(4, 15))) for _ in range(rows)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "config.yaml").write_text(f"""
+model: {{path: {folder}/model, task: CAUSAL_LM}}
+data: {{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl, max_length: 16, num_widths: 1}}
+method: {{kind: lora, rank: 4, alpha: 8, targets: all-linear, dropout: 0.1}}
+optimizer: {{lr: 1.0e-2}}
+train: {{max_steps: 4, batch_size: 4, accumulation: 2, log_every: 2, eval_every: 4}}
+out: {folder}/run
+""")
+    return folder / "config.yaml"
+
+
+def figures(run: Path) -> tuple[list[float], float]:
+    """Losses of all updates, and of the last evaluation."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line["eval"]["loss"] for line in lines if "eval" in line]
+    return [loss for line in lines for loss in line.get("losses", [])], evaluated[-1]
+
+
+@pytest.fixture(scope="module", name="single")
+def _single(tmp_path_factory):
+    """The configuration, and what `jpeft train` measures on one device."""
+    folder = tmp_path_factory.mktemp("cli")
+    main(["train", str(recipe(folder)), "--out", str(folder / "one")])
+    return folder, figures(folder / "one")
+
+
+def test_the_program_on_a_mesh_gives_the_losses_of_one_device(single):
+    """Dropout is on: the masks, too, are those of one device."""
+    folder, (losses, evaluated) = single
+    main(["train", str(folder / "config.yaml"), "--out", str(folder / "mesh"), "--mesh", MESH])
+    on_mesh = figures(folder / "mesh")
+    assert len(losses) == 4
+    assert losses[0] - losses[-1] > 0.05
+    np.testing.assert_allclose(on_mesh[0], losses, rtol=0, atol=SAME)
+    np.testing.assert_allclose(on_mesh[1], evaluated, rtol=0, atol=SAME)
+
+
+@pytest.mark.slow
+def test_the_program_in_two_processes_gives_the_losses_of_one_device(single):
+    folder, (losses, evaluated) = single
+
+    def command(port: str, process: int) -> list[str]:
+        code = "from jpeft.train.cli import main; main()"
+        options = ["--out", str(folder / "two"), "--mesh", MESH, "--distributed", f"localhost:{port},2,{process}"]
+        return [sys.executable, "-c", code, "train", str(folder / "config.yaml"), *options]
+
+    run_both(command, {"JAX_NUM_CPU_DEVICES": "4"})
+    in_two = figures(folder / "two")
+    np.testing.assert_allclose(in_two[0], losses, rtol=0, atol=SAME)
+    np.testing.assert_allclose(in_two[1], evaluated, rtol=0, atol=SAME)
+    names = [sorted(file.name for file in (folder / run / "adapter").iterdir()) for run in ("one", "two")]
+    assert names[0] == names[1]
+    one, two = (load_file(folder / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, rtol=0, atol=SAME, err_msg=name)
 
 
 if __name__ == "__main__":
