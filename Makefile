@@ -9,7 +9,7 @@ WORKERS ?= $(shell n=$$(nproc); echo $$(( n > 8 ? 8 : n )))
 TESTS ?= tests
 SPEC := pyproject.toml constraints.txt
 
-.PHONY: help demo test slow lint format bench wheel clean
+.PHONY: help demo test typed slow lint format bench wheel clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -19,6 +19,9 @@ demo: $(VENV)/.demo  ## fine-tune a real 22.7M encoder on Python's own docstring
 
 test: $(VENV)/.test  ## the fast tests
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
+
+typed: $(VENV)/.test  ## the fast tests with every annotation and array shape of jpeft checked
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not untyped" --jaxtyping-packages=jpeft,beartype.beartype $(TESTS)
 
 slow: $(VENV)/.test  ## the slow tests: training, several processes, the built wheel in an empty environment
 	$(BIN)/python -m pytest -m slow $(TESTS)

@@ -67,8 +67,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     info = f"{wheel.name.split('-py3')[0]}.dist-info"
     assert {name.split("/")[0] for name in names} == {"jpeft", info}
-    sources = {str(file.relative_to(ROOT)) for file in (ROOT / "jpeft").rglob("*.py")}
-    assert {name for name in names if name.startswith("jpeft/")} == sources | {"jpeft/py.typed"}
+    tree = [file for file in (ROOT / "jpeft").rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    assert {name for name in names if name.startswith("jpeft/")} == {str(file.relative_to(ROOT)) for file in tree}
     metadata = zipfile.ZipFile(wheel).read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert f"{info}/licenses/LICENSE" in names
