@@ -4,7 +4,6 @@
 `data` splits the batch, `fsdp` the batch and the weights, `tensor` the weights alone.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
 
 from ._stream import AXES, BATCH_AXES
 
@@ -49,28 +49,25 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def local_rows(mesh: Mesh, num_rows: int) -> slice:
-    """The rows of a batch of `num_rows` that this process feeds, for its data loader; all of them on one process.
+def local_rows(mesh: Mesh, num_rows: int) -> Int[np.ndarray, " rows"]:
+    """Which rows of a batch of `num_rows` this process feeds, ascending, for its data loader; all on one process.
 
-    Processes whose devices differ along `tensor` alone feed the same rows.
+    They need not be neighbours: the mesh follows the machine's wiring. Processes whose devices differ along `tensor`
+    alone feed the same rows.
 
     Raises:
-      ValueError: the rows do not divide by the devices along `data` and `fsdp`, or a process's rows lie apart.
+      ValueError: the rows do not divide by the devices along `data` and `fsdp`.
     """
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    ways = _ways(mesh)
     if num_rows % ways:
         raise ValueError(
             f"a batch of {num_rows} rows does not divide by the {ways} devices along data and fsdp of a mesh of "
             f"{written(mesh.shape)}; pad it to a multiple, with rows whose labels are all ignored"
         )
-    held = batch_sharding(mesh).addressable_devices_indices_map((num_rows,)).values()
-    spans = sorted({index[0].indices(num_rows)[:2] for index in held if index is not None})
-    if any(stop != start for (_, stop), (start, _) in itertools.pairwise(spans)):
-        raise ValueError(
-            f"the rows of process {jax.process_index()} lie apart on a mesh of {written(mesh.shape)}; "
-            "leave the order of the devices to jpeft.mesh"
-        )
-    return slice(spans[0][0], spans[-1][1])
+    mine = np.zeros(num_rows, bool)
+    for index in batch_sharding(mesh).addressable_devices_indices_map((num_rows,)).values():
+        mine[index] = True
+    return np.flatnonzero(mine)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
@@ -90,13 +87,19 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
       >>> batch = {name: rows[jpeft.local_rows(mesh, 64)] for name, rows in batch.items()}
       >>> loss = step(trainable, frozen, jpeft.shard_batch(batch, mesh))
     """
-    sharding = batch_sharding(mesh)
-    parts = _parts(mesh)
+    sharding, ways = batch_sharding(mesh), _ways(mesh)
+    shares = len(local_rows(mesh, ways))  # of the `ways`, how many are this process's
 
     def place(leaf: Any) -> jax.Array:
-        rows = np.asarray(leaf)
-        local_rows(mesh, rows.shape[0] * parts)
-        return jax.make_array_from_process_local_data(sharding, rows, (rows.shape[0] * parts, *rows.shape[1:]))
+        part = np.asarray(leaf)
+        num_rows = len(part) * ways // shares
+        rows = local_rows(mesh, num_rows)
+
+        def of_device(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(num_rows)
+            return part[np.searchsorted(rows, first) :][: last - first]
+
+        return jax.make_array_from_callback((num_rows, *part.shape[1:]), sharding, of_device)
 
     return jax.tree.map(place, batch)
 
@@ -126,11 +129,9 @@ def _memory() -> Any:
         return jax.local_devices()[0]
 
 
-def _parts(mesh: Mesh) -> int:
-    """How many processes' rows make a batch."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    mine = local_rows(mesh, ways)
-    return ways // (mine.stop - mine.start)
+def _ways(mesh: Mesh) -> int:
+    """In how many parts a batch's rows are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def _sizes(axes: str | Mapping[str, int]) -> dict[str, int]:

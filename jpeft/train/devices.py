@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .._mesh import BATCH_AXES, local_rows
+from .._mesh import BATCH_AXES
 
 
 def start_processes(spec: str | None) -> None:
@@ -51,13 +51,9 @@ def whole(mesh: Mesh | None) -> NamedSharding | None:
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
     """A batch of arrays `[accumulation, rows, ...]` on its devices, rows split over `data` and `fsdp`.
 
-    Every process has the whole batch and gives its own rows of it.
+    Every process has the whole batch and gives its own devices' rows of it.
     """
     if mesh is None:
         return jax.device_put(dict(batch))
-    rows = local_rows(mesh, next(iter(batch.values())).shape[1])
     split = NamedSharding(mesh, P(None, BATCH_AXES))
-    return {
-        name: jax.make_array_from_process_local_data(split, array[:, rows], array.shape)
-        for name, array in batch.items()
-    }
+    return {name: jax.make_array_from_callback(array.shape, split, array.__getitem__) for name, array in batch.items()}
