@@ -32,8 +32,8 @@ def in_float64(model):
     graphdef, *halves = jpeft.partition(model)
     model = jpeft.combine(graphdef, *({path: _double(v) for path, v in half.items()} for half in halves))
     for _, module in nnx.iter_modules(model):
-        if getattr(module, "dtype", None) == jnp.float32:
-            module.dtype = jnp.float64
+        if getattr(module, "dtype", None) is not None:
+            module.dtype = jnp.float64  # type: ignore[attr-defined]
     return model
 
 

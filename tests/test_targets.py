@@ -37,7 +37,7 @@ class TorchModel(PreTrainedModel):
     config_class = PretrainedConfig
 
     def __init__(self):
-        super().__init__(PretrainedConfig(tie_word_embeddings=False))
+        super().__init__(PretrainedConfig(tie_word_embeddings=False))  # type: ignore[call-arg]
         layers = torch.nn.ModuleList([TorchLayer() for _ in range(NUM_LAYERS)])
         self.model = torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(5, 4), "layers": layers})
         self.lm_head = torch.nn.Linear(4, 5, bias=False)

@@ -123,7 +123,7 @@ class LoRA(Method):
 
     def merge(self, adapter: Adapter, base: Any) -> Mapping[str, jax.Array]:
         projection = seams.projection(base)
-        scale = jnp.asarray(self.table(adapter.site)).reshape(*adapter.site.lead, 1, -1)
+        scale = jnp.asarray(self.table(adapter.site), adapter.A.dtype).reshape(*adapter.site.lead, 1, -1)
         delta = _difference(adapter, lambda a, b: jnp.matmul(a * scale, b, precision="highest"))
         kernel = projection.read(base)
         return {projection.kernel: projection.unmatrix(base, kernel.astype(wide(kernel.dtype)) + delta)}
@@ -148,14 +148,14 @@ class LoRA(Method):
 
     def table(self, site: Site) -> np.ndarray:
         """`[layers, largest rank]`: the factor of every column of A, zero in the padding."""
-        ranks, scales = np.array(self.ranks(site)), np.array(self.scales(site), np.float32)
-        return np.where(np.arange(ranks.max()) < ranks[:, None], scales[:, None], np.float32(0.0))
+        ranks, scales = np.array(self.ranks(site)), np.array(self.scales(site))
+        return np.where(np.arange(ranks.max()) < ranks[:, None], scales[:, None], 0.0)
 
     def _running_scale(self, adapter: Adapter) -> Any:
         table = self.table(adapter.site)
         if _uniform(table):
             return float(table[0, 0])
-        return jnp.asarray(table)[adapter.layer][None]  # [1, rank]
+        return jnp.asarray(table, adapter.A.dtype)[adapter.layer][None]  # [1, rank]
 
 
 def _difference(adapter: Any, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
