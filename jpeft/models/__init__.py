@@ -39,8 +39,8 @@ _LOG = logging.getLogger("jpeft")
 class _Family:
     """The models of one type: the file here, its class, and how transformers' class names start.
 
-    The file defines Config (with `from_hf`, `to_hf`), the class, WEIGHTS(config, task), TASKS, PREFIX (what a
-    checkpoint with a head puts before the backbone's names) and HEADS (modules that some tasks have and others lack).
+    The file defines Config (with `from_hf`, `to_hf`), the class, WEIGHTS(config, task), TASKS, PREFIXES (what
+    checkpoints with a head put before the backbone's names) and HEADS (modules that some tasks have and others lack).
     """
 
     file: str
@@ -144,7 +144,7 @@ def load(
         family.module.WEIGHTS(config, task),
         shapes,
         sharding,
-        prefix=family.module.PREFIX,
+        prefixes=family.module.PREFIXES,
         droppable=[f"{head}." for head in heads],
         fresh=[f"{head}/" for head in heads],
     )

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,7 +120,7 @@ def load_leaves(
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     sharding: Sharding | None = None,
     *,
-    prefix: str = "",
+    prefixes: Sequence[str] = (),
     droppable: Sequence[str] = (),
     fresh: Sequence[str] = (),
 ) -> dict[str, jax.Array]:
@@ -131,22 +131,23 @@ def load_leaves(
       entries: the model's table.
       shapes: every leaf of the model, with the dtype wanted.
       sharding: (path, shape) -> where the leaf goes; None puts all on the default device.
-      prefix: what a checkpoint with a head puts before the backbone's names (`"bert."`); it is added to the
-        table's names or taken off them to fit the checkpoint.
+      prefixes: what checkpoints with a head put before the backbone's names (`"bert."`); it is added to the table's
+        names, taken off them or exchanged to fit the checkpoint.
       droppable: starts of names (after the prefix) that another task's checkpoint may hold; dropped and logged.
       fresh: starts of paths that may be absent from the checkpoint; they are then absent from the result.
 
     Raises:
       CheckpointError: naming every unmapped key, missing key, leaf without a rule, wrong shape and wrong dtype.
     """
-    entries = _in_layout(entries, tensors, prefix)
+    entries = _in_layout(entries, tensors, prefixes)
     tensors = _renamed(tensors, entries)
     parts = {rule.path: _parts(rule, shapes[rule.path]) for rule in rules(entries) if rule.path in shapes}
     for path in [path for path in parts if path.startswith(tuple(fresh))]:
         if not any(part.key in tensors for part in parts[path]):
             del parts[path]
     unmapped = _unmapped(tensors, entries, parts)
-    dropped = {key for key in unmapped if key.removeprefix(prefix).startswith(tuple(droppable))}
+    starts = tuple(prefix + start for prefix in ("", *prefixes) for start in droppable)
+    dropped = {key for key in unmapped if key.startswith(starts)}
     strays = {
         "keys that the model has no place for": unmapped - dropped,
         "rules for leaves that the model does not have": {rule.path for rule in rules(entries)} - {*shapes},
@@ -187,14 +188,17 @@ def _parts(rule: Rule, leaf: jax.ShapeDtypeStruct) -> list[_Part]:
     return [_Part(fill(rule.hf, i), rule.how, leaf.shape[1:]) for i in range(leaf.shape[0])]
 
 
-def _in_layout(entries: Sequence[Entry], tensors: Mapping[str, Tensor], prefix: str) -> tuple[Entry, ...]:
-    """The table with its names as the checkpoint has them: with the backbone's prefix, or without."""
-    present = any(key.startswith(prefix) for key in tensors)
-    if not prefix or present == any(rule.hf.startswith(prefix) for rule in rules(entries)):
-        return tuple(entries)
+def _in_layout(entries: Sequence[Entry], tensors: Mapping[str, Tensor], prefixes: Sequence[str]) -> tuple[Entry, ...]:
+    """The table with its names as the checkpoint has them: with one of the backbone's prefixes, or without."""
+
+    def used(names: Iterable[str]) -> str:
+        found = [*names]
+        return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in found)), "")
+
+    ours, theirs = used(rule.hf for rule in rules(entries)), used(tensors)
 
     def rename(hf: str) -> str:
-        return hf.removeprefix(prefix) if not present or hf.startswith("...") else prefix + hf
+        return theirs + hf.removeprefix(ours) if hf.startswith(ours) and not hf.startswith("...") else hf
 
     return tuple(e if isinstance(e, Renamed) else dataclasses.replace(e, hf=rename(e.hf)) for e in entries)
 

@@ -25,7 +25,7 @@ from ._weights import TRANSPOSE, Entry, Ignore, Renamed, Rule, module_names
 
 TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 #: What a checkpoint with a head puts before the backbone's names.
-PREFIX = "bert."
+PREFIXES = ("bert.",)
 #: Modules that some tasks have and others lack; `cls` is the pretraining head, which no task here has.
 HEADS = ("pooler", "classifier", "qa_outputs", "cls")
 
@@ -395,6 +395,6 @@ def WEIGHTS(config: Config, task: str) -> tuple[Entry, ...]:
     rules = _BACKBONE + (_POOLER if task in _POOLED else ())
     if task in _HEAD:
         (head,) = _HEAD[task]
-        rules = tuple(dataclasses.replace(rule, hf=PREFIX + rule.hf) for rule in rules)
+        rules = tuple(dataclasses.replace(rule, hf=PREFIXES[0] + rule.hf) for rule in rules)
         rules += Rule(f"{head}.weight", f"{head}/kernel", TRANSPOSE), Rule(f"{head}.bias", f"{head}/bias")
     return rules + _NO_WEIGHTS

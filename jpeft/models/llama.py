@@ -29,11 +29,11 @@ from ._llama_config import PRESETS, Config
 from ._rope import rope_tables, rotate
 from ._weights import TRANSPOSE, Entry, Ignore, Rule, Tied, module_names
 
-__all__ = ["HEADS", "PREFIX", "PRESETS", "TASKS", "WEIGHTS", "Config", "Llama"]
+__all__ = ["HEADS", "PREFIXES", "PRESETS", "TASKS", "WEIGHTS", "Config", "Llama"]
 
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-#: What a checkpoint with a head puts before the backbone's names.
-PREFIX = "model."
+#: What checkpoints with a head put before the backbone's names; the second is QUESTION_ANS's.
+PREFIXES = ("model.", "transformer.")
 #: Modules that some tasks have and others lack.
 HEADS = ("lm_head", "score", "qa_outputs")
 
@@ -324,7 +324,7 @@ def _prefix(config: Config, task: str) -> str:
     """What transformers puts before the backbone's names."""
     if task == "FEATURE_EXTRACTION":
         return ""
-    return "transformer." if task == "QUESTION_ANS" and config.model_type != "mistral" else PREFIX
+    return PREFIXES[task == "QUESTION_ANS" and config.model_type != "mistral"]
 
 
 def _linears(config: Config) -> list[tuple[str, bool]]:
