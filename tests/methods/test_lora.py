@@ -21,6 +21,11 @@ KEY = jax.random.key(0)
 TORCH = 2e-6
 
 
+@pytest.fixture(autouse=True, name="torch_seed")
+def _torch_seed():
+    torch.manual_seed(0)
+
+
 class TorchNet(torch.nn.Module):
     """Every kind of module with a bias or a table that bias= and targets may mean."""
 
@@ -123,7 +128,7 @@ def _find(parameters, path):
     return found[0]
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"rslora": True},
     "rank pattern": {"rank_pattern": {"up": 5, "down": 1}},
@@ -141,13 +146,13 @@ OPTIONS = {
         "bias": "lora_only",
     },
 }
-PEFT_NAMES = {"targets": "target_modules", "rslora": "use_rslora", "exclude": "exclude_modules"}
+PEFT_NAMES: dict[str, str] = {"targets": "target_modules", "rslora": "use_rslora", "exclude": "exclude_modules"}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_outputs_and_gradients_are_those_of_peft(options):
     options = {"targets": ["emb", "up", "down"], **options}
-    theirs: dict[str, Any] = {PEFT_NAMES.get(key, key): value for key, value in options.items()}
+    theirs = {PEFT_NAMES[key] if key in PEFT_NAMES else key: value for key, value in options.items()}
     config = peft.LoraConfig(r=2, lora_alpha=3, **theirs)
     adapted, other = both(Net(nnx.Rngs(0)), TorchNet(), jpeft.LoRA(rank=2, alpha=3, **options), config)
     ids = np.array([[1, 0, 4, 6], [3, 3, 2, 5]])
@@ -214,23 +219,25 @@ def test_the_gaussian_start_is_normal_with_one_over_rank():
     assert (b == 0).all()
 
 
+def pefts(linear: torch.nn.Linear, rank: int, **options: Any) -> tuple[Any, Any, Any]:
+    """(model, weight of A, weight of B) of the real peft on one Linear."""
+    model: Any = peft.get_peft_model(
+        torch.nn.Sequential(linear), peft.LoraConfig(r=rank, target_modules=["0"], **options)
+    )
+    layer = model.base_model.model[0]
+    return model, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
 def test_the_default_start_is_distributed_as_pefts():
-    layer = peft.get_peft_model(
-        torch.nn.Sequential(torch.nn.Linear(40, 30)), peft.LoraConfig(r=8, target_modules=["0"])
-    )
-    theirs = layer.get_submodule("base_model.model.0").lora_A["default"].weight.detach().numpy()
-    assert scipy.stats.ks_2samp(factors(started("default"))[0].ravel(), theirs.ravel()).pvalue > 0.05
+    _, theirs, _ = pefts(torch.nn.Linear(40, 30), 8)
+    ours, _ = factors(started("default"))
+    assert scipy.stats.ks_2samp(ours.ravel(), theirs.detach().numpy().ravel()).pvalue > 0.05
 
 
-@pytest.mark.parametrize("factor", [0, 1])
-def test_the_orthogonal_start_is_distributed_as_pefts(factor):
-    config = peft.LoraConfig(r=8, target_modules=["0"], init_lora_weights="orthogonal")
-    layer = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(40, 30)), config).get_submodule(
-        "base_model.model.0"
-    )
-    theirs = (layer.lora_A if factor == 0 else layer.lora_B)["default"].weight.detach().numpy()
-    ours = factors(started("orthogonal"))[factor]
-    assert scipy.stats.ks_2samp(ours.ravel(), theirs.ravel()).pvalue > 0.05
+def test_the_orthogonal_start_is_distributed_as_pefts():
+    _, *theirs = pefts(torch.nn.Linear(40, 30), 8, init_lora_weights="orthogonal")
+    for ours, other in zip(factors(started("orthogonal")), theirs, strict=True):
+        assert scipy.stats.ks_2samp(ours.ravel(), other.detach().numpy().ravel()).pvalue > 0.05
 
 
 def test_the_orthogonal_start_is_random_and_changes_nothing():
@@ -251,40 +258,37 @@ def test_an_embedding_starts_with_a_zero_table(init):
 @pytest.mark.parametrize("shape", [(12, 9), (9, 12)], ids=str)
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_start_from_the_kernel_is_pefts(init, shape, options):
-    linear = torch.nn.Linear(*shape)
-    module = nnx.Linear(*shape, rngs=nnx.Rngs(0))
-    module.kernel[...] = jnp.asarray(linear.weight.detach().numpy().T)
+    linear, module = same_linears(*shape)
     a, b = factors(started(init, rank=3, module=module, **options))
-    config = peft.LoraConfig(
-        r=3, lora_alpha=16, target_modules=["0"], init_lora_weights=init, use_rslora=options.get("rslora", False)
-    )
-    layer = peft.get_peft_model(torch.nn.Sequential(linear), config).get_submodule("base_model.model.0")
-    theirs = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach().numpy()
-    assert subjects.error((a.astype(np.float64) @ b).T, theirs) < TORCH
+    rslora = bool(options)
+    _, their_a, their_b = pefts(linear, 3, lora_alpha=16, init_lora_weights=init, use_rslora=rslora)
+    assert subjects.error((a.astype(np.float64) @ b).T, (their_b @ their_a).detach()) < TORCH
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_start_from_the_kernel_trains_as_pefts(init):
     """Its first gradient equals peft's, although peft takes the start out of the base and jpeft does not."""
-    linear = torch.nn.Linear(12, 9)
-    module = nnx.Linear(12, 9, rngs=nnx.Rngs(0))
-    module.kernel[...] = jnp.asarray(linear.weight.detach().numpy().T)
-    module.bias = nnx.Param(jnp.asarray(linear.bias.detach().numpy()))
+    linear, module = same_linears(12, 9)
     model = started(init, rank=3, module=module)
-    config = peft.LoraConfig(r=3, lora_alpha=16, target_modules=["0"], init_lora_weights=init)
-    other = peft.get_peft_model(torch.nn.Sequential(linear), config)
-    layer = other.get_submodule("base_model.model.0")
+    other, a, b = pefts(linear, 3, lora_alpha=16, init_lora_weights=init)
     graphdef, trainable, frozen = jpeft.partition(model)
-    # The singular vectors' signs are free: give peft our factors, and its base our remainder.
-    layer.lora_A["default"].weight.data = torch.tensor(np.asarray(trainable["adapters/lora/A"]).T)
-    layer.lora_B["default"].weight.data = torch.tensor(np.asarray(trainable["adapters/lora/B"]).T)
+    # The singular vectors' signs are free, and the product is the same: give peft our factors.
+    a.data = torch.tensor(np.asarray(trainable["adapters/lora/A"]).T)
+    b.data = torch.tensor(np.asarray(trainable["adapters/lora/B"]).T)
     x = np.random.default_rng(0).standard_normal((5, 12)).astype(np.float32)
     expected = other(torch.tensor(x))
     (expected**2).sum().backward()
     assert subjects.error(model(x), expected.detach()) < TORCH
     gradients = jax.grad(lambda t: (jpeft.combine(graphdef, t, frozen)(x) ** 2).sum())(trainable)
-    assert subjects.error(gradients["adapters/lora/A"].T, layer.lora_A["default"].weight.grad) < 2 * TORCH
-    assert subjects.error(gradients["adapters/lora/B"].T, layer.lora_B["default"].weight.grad) < 2 * TORCH
+    assert subjects.error(gradients["adapters/lora/A"].T, a.grad) < 2 * TORCH
+    assert subjects.error(gradients["adapters/lora/B"].T, b.grad) < 2 * TORCH
+
+
+def same_linears(d_in, d_out):
+    linear, module = torch.nn.Linear(d_in, d_out), nnx.Linear(d_in, d_out, rngs=nnx.Rngs(0))
+    module.kernel = nnx.Param(jnp.asarray(linear.weight.detach().numpy().T))
+    module.bias = nnx.Param(jnp.asarray(linear.bias.detach().numpy()))
+    return linear, module
 
 
 MODULES = {
