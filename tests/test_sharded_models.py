@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jpeft
@@ -193,6 +194,23 @@ def test_a_step_of_the_users_own_compiles_once():
         losses.append(float(loss))
     assert losses[2] < losses[0]
     assert jitted._cache_size() == 1
+
+
+def test_a_program_compiles_ahead_of_time_from_shapes():
+    """No weights exist when it is compiled, and it runs on those that are placed later."""
+    mesh = jpeft.mesh("fsdp=4,tensor=2")
+    model = nnx.eval_shape(lambda: adapted.__wrapped__("llama"))
+    places = jpeft.shardings(model, mesh)
+    graphdef, *halves = jpeft.partition(model)
+    shapes = [
+        {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path]) for path, leaf in half.items()}
+        for half in halves
+    ]
+    batch = jpeft.shard_batch(batch_of("llama"), mesh)
+    program = jax.jit(make_loss(graphdef, "llama")).lower(*shapes, batch).compile()
+    _, trainable, frozen = jpeft.partition(jpeft.shard(adapted("llama"), mesh))
+    loss, _ = program(trainable, frozen, batch)
+    assert abs(float(loss) - float(on_one_device("llama")[0])) < SAME
 
 
 @pytest.mark.parametrize("family", CONFIGS)
