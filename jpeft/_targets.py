@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from flax import nnx
 
@@ -39,7 +40,7 @@ def plan(model: nnx.Module, method: Method) -> list[Planned]:
     everything = modules(model)
     asked = method.select(getattr(getattr(model, "config", None), "model_type", None))
     _check_expressions(asked)
-    heads = tuple(getattr(model, "head", ()))
+    heads = _heads(model)
     saved = _saved_modules(everything, asked, heads, getattr(model, "task", None))
     active = _active(everything, asked, method.seam, heads, saved)
     _check_patterns(asked.patterns, [n for f in everything for n in _named(f.names, active.get(f.path, ()))])
@@ -51,6 +52,12 @@ def plan(model: nnx.Module, method: Method) -> list[Planned]:
             planned.append(Planned(found, acts, leaves))
     _check_sharing(everything, planned)
     return planned
+
+
+def _heads(model: Any) -> tuple[str, ...]:
+    """Paths of the task's output layers, where the model tells: `head` may as well be a module of somebody's own."""
+    heads = getattr(model, "head", ())
+    return heads if isinstance(heads, tuple) and all(isinstance(head, str) for head in heads) else ()
 
 
 def matches(pattern: str | tuple[str, ...], name: str, path: str) -> bool:

@@ -152,7 +152,7 @@ PEFT_NAMES: dict[str, str] = {"targets": "target_modules", "rslora": "use_rslora
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_outputs_and_gradients_are_those_of_peft(options):
     options = {"targets": ["emb", "up", "down"], **options}
-    theirs = {PEFT_NAMES[key] if key in PEFT_NAMES else key: value for key, value in options.items()}
+    theirs: Any = {PEFT_NAMES.get(key, key): value for key, value in options.items()}
     config = peft.LoraConfig(r=2, lora_alpha=3, **theirs)
     adapted, other = both(Net(nnx.Rngs(0)), TorchNet(), jpeft.LoRA(rank=2, alpha=3, **options), config)
     ids = np.array([[1, 0, 4, 6], [3, 3, 2, 5]])
