@@ -124,7 +124,7 @@ def test_the_sources_are_found():
         "jpeft.train.cli",
     } <= set(FILES)
     assert set(FILES) >= FOUNDATION
-    assert {str(edge) for edge in INTERNAL} >= {"jpeft.methods.lora -> jpeft.seams", "jpeft._adapt -> jpeft.seams"}
+    assert {str(edge) for edge in INTERNAL} >= {"jpeft.methods.lora -> jpeft.seams", "jpeft.models.bert -> jpeft._stack"}
 
 
 def test_the_foundation_imports_only_itself():
