@@ -20,6 +20,7 @@ from .._scope import dropout, scope
 from ..seams import InputEmbedding, KeyValues, Residual
 from . import _config
 from ._attention import attention
+from ._layer_norm import LayerNorm
 from ._layers import ACTIVATIONS, segment_positions
 from ._weights import TRANSPOSE, Entry, Ignore, Renamed, Rule, module_names
 
@@ -102,7 +103,7 @@ class Embeddings(nnx.Module):
         self.word_embeddings = embed(config.vocab_size, words)
         self.position_embeddings = embed(config.max_position_embeddings)
         self.token_type_embeddings = embed(config.type_vocab_size)
-        self.LayerNorm = _norm(config, rngs, dtype)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype=dtype)
 
     def words(self, input_ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq d_model"]:
         """The tokens' own vectors. As in torch, the padding token's is not trained."""
@@ -162,7 +163,7 @@ class Output(nnx.Module):
         self.dropout_rate = config.hidden_dropout_prob
         self.path = path
         self.dense = _linear(config, d_in, config.hidden_size, rngs, dtype)
-        self.residual = Residual(_norm(config, rngs, dtype))
+        self.residual = Residual(LayerNorm(config.hidden_size, config.layer_norm_eps, dtype=dtype))
 
     def __call__(self, h: Float[Array, "batch seq d_in"], x: Float[Array, "batch seq d_model"]) -> Any:
         return self.residual(dropout(self.dense(h), self.dropout_rate, self.path), x)
@@ -339,17 +340,6 @@ class Bert(nnx.Module):
 def _linear(config: Config, d_in: int, d_out: int, rngs: nnx.Rngs, dtype: Any) -> nnx.Linear:
     init = nnx.initializers.normal(config.initializer_range)
     return nnx.Linear(d_in, d_out, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
-
-
-def _norm(config: Config, rngs: nnx.Rngs, dtype: Any) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        config.hidden_size,
-        epsilon=config.layer_norm_eps,
-        dtype=dtype,
-        param_dtype=dtype,
-        use_fast_variance=False,  # E[x²] - E[x]² loses half of the digits
-        rngs=rngs,
-    )
 
 
 _BACKBONE = (
