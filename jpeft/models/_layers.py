@@ -14,10 +14,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+
+def _gelu(x: jax.Array) -> jax.Array:
+    """x Φ(x) in float32, by erf: `jax.nn.gelu` computes erfc, which takes three times as long on CPU."""
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
+
+
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": _gelu,
     "gelu_new": jax.nn.gelu,
-    "gelu_python": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_python": _gelu,
     "gelu_pytorch_tanh": jax.nn.gelu,
     "gelu_fast": jax.nn.gelu,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
