@@ -5,7 +5,7 @@ What is cheap to compute and large to keep is recomputed in the backward pass (`
 layers stores the inputs of its matrix products and little more.
 """
 
-import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
