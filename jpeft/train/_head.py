@@ -20,6 +20,7 @@ from jax import core
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
+from .._method import wide
 from .._scope import scope
 
 #: A label that is ignored, as in torch.
@@ -39,8 +40,8 @@ class _Chunked(NamedTuple):
 
 
 def nll(logits: Float[Array, "*rows vocab"], targets: Int[Array, "*rows"]) -> Float[Array, ""]:
-    """Sum of -log softmax(logits)[target] over the targets that are not `IGNORED`, in float32."""
-    logits = logits.astype(jnp.float32)
+    """Sum of -log softmax(logits)[target] over the targets that are not `IGNORED`, in float32 or wider."""
+    logits = logits.astype(wide(logits.dtype))
     chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     return jnp.where(targets == IGNORED, 0.0, jax.nn.logsumexp(logits, axis=-1) - chosen).sum()
 
@@ -91,12 +92,11 @@ def _closed(head: Head, hidden: jax.Array, key: jax.Array | None) -> _Chunked:
 def _chunked_nll(
     head: Callable[..., jax.Array], size: int, hidden: jax.Array, targets: jax.Array, reads: tuple[Any, ...]
 ) -> jax.Array:
-    def body(total: jax.Array, chunk: tuple[Any, ...]) -> tuple[jax.Array, None]:
+    def loss(chunk: tuple[Any, ...]) -> jax.Array:
         index, h, t = chunk
-        return total + _unless_empty(t, lambda: nll(head(h, index, reads), t)), None
+        return _unless_empty(t, lambda: nll(head(h, index, reads), t))
 
-    chunks = _chunks(size, hidden, targets, _order(targets))
-    return jax.lax.scan(body, jnp.float32(0), chunks)[0]
+    return jax.lax.map(loss, _chunks(size, hidden, targets, _order(targets))).sum()
 
 
 def _forward(head: Any, size: int, hidden: Any, targets: Any, reads: Any) -> tuple[jax.Array, Any]:
@@ -117,20 +117,18 @@ def _forward(head: Any, size: int, hidden: Any, targets: Any, reads: Any) -> tup
         slope = jnp.where((t == IGNORED)[..., None], 0.0, jnp.exp(out - lse) - onehot)
         return nll(out, t), list(pull(slope.astype(out.dtype)))
 
-    def body(carry: Any, chunk: tuple[Any, ...]) -> tuple[Any, Any]:
+    def body(sums: Any, chunk: tuple[Any, ...]) -> tuple[Any, Any]:
         index, h, t = chunk
-        total, sums = carry
         loss, slopes = _unless_empty(t, lambda: grads(index, h, t))
         d_hidden = slopes.pop(0) if wanted[0] else None
-        return (total + loss, [a + b.astype(a.dtype) for a, b in zip(sums, slopes, strict=True)]), d_hidden
+        return [a + b.astype(a.dtype) for a, b in zip(sums, slopes, strict=True)], (loss, d_hidden)
 
-    zeros = [jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in _pick(wanted[1:], reads)]
-    chunks = _chunks(size, hidden, targets, order)
-    (loss, d_reads), d_hidden = jax.lax.scan(body, (jnp.float32(0), zeros), chunks)
+    zeros = [jnp.zeros(x.shape, wide(x.dtype)) for x in _pick(wanted[1:], reads)]
+    d_reads, (losses, d_hidden) = jax.lax.scan(body, zeros, _chunks(size, hidden, targets, order))
     d_reads = [d.astype(x.dtype) for d, x in zip(d_reads, _pick(wanted[1:], reads), strict=True)]
     if wanted[0]:
         d_hidden = jnp.take_along_axis(_unchunk(d_hidden), jnp.argsort(order, axis=1)[..., None], axis=1)
-    return loss, (d_hidden, _join(wanted[1:], d_reads, [None] * len(reads)))
+    return losses.sum(), (d_hidden, _join(wanted[1:], d_reads, [None] * len(reads)))
 
 
 def _backward(head: Any, size: int, saved: Any, slope: Any) -> tuple[Any, None, Any]:

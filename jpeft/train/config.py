@@ -308,16 +308,14 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 
 
 def nearest(key: str, known: Sequence[str]) -> str:
-    """`did you mean a.b?`, by the whole dotted key or by its last part; else all of its section."""
-    *section, last = key.split(".")
-    siblings = [name for name in known if name.split(".")[:-1] == section]
+    """`did you mean a.b?`: the same name in another section, a similar one in this, or a similar one anywhere."""
+    section, _, last = key.rpartition(".")
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
     tails = {name.rpartition(".")[2]: name for name in reversed(known)}
-    found = (
-        difflib.get_close_matches(key, siblings, 1)
-        or difflib.get_close_matches(key, known, 1, 0.8)
-        or [tails[tail] for tail in difflib.get_close_matches(last, [*tails], 1, 0.7)]
-    )
-    return f"did you mean {found[0]}?" if found else f"the keys are {', '.join(siblings or known)}"
+    close = difflib.get_close_matches
+    found = [tails[last]] if last in tails else [siblings[tail] for tail in close(last, siblings, 1)]
+    found = found or close(key, known, 1, 0.8) or [tails[tail] for tail in close(last, tails, 1, 0.7)]
+    return f"did you mean {found[0]}?" if found else f"the keys are {', '.join(siblings.values() or known)}"
 
 
 def _keys() -> list[str]:

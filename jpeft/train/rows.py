@@ -93,9 +93,9 @@ def _table(file: Path, options: dict[str, Any]) -> Any:
                 keep_in_memory=True,
                 **options,
             )
-        except DatasetGenerationError as error:
+        except (DatasetGenerationError, ValueError) as error:
             cause = error.__cause__ or error
-            raise DataError(f"{file} cannot be read: {' '.join(str(cause).split())}") from error
+            raise DataError(f"{file} holds no row, or cannot be read: {' '.join(str(cause).split())}") from error
 
 
 @contextlib.contextmanager

@@ -89,18 +89,21 @@ def make_step(
     def gradients(state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> Any:
         """Sums over the micro-batches: (loss, labels), gradients."""
 
-        def add(carry: Any, micro: Any) -> tuple[Any, None]:
+        def of_one(micro: Any) -> Any:
             index, batch = micro
             own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, state.updates), index)
 
             def loss(trainable: Leaves) -> Sums:
                 return sums(combine(graphdef, trainable, frozen), batch, own, groups)
 
-            got = jax.value_and_grad(loss, has_aux=True)(state.trainable)
-            return jax.tree.map(jnp.add, carry, got), None
+            return jax.value_and_grad(loss, has_aux=True)(state.trainable)
 
-        zeros = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.trainable)
-        return jax.lax.scan(add, zeros, (jnp.arange(len(batch["labels"])), batch))[0]
+        def add(total: Any, micro: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, of_one(micro)), None
+
+        micros = jnp.arange(len(batch["labels"])), batch
+        shapes = jax.eval_shape(of_one, jax.tree.map(lambda x: x[0], micros))
+        return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), micros)[0]
 
     def update(state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> tuple[State, Metrics]:
         (loss, labels), grads = gradients(state, frozen, batch, key)
