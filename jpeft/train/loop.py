@@ -157,9 +157,10 @@ class Loop:
         assert self._dataset.eval is not None
         evaluation = self._evaluate(state.trainable, self._parts.frozen, self._dataset.eval)
         epoch = number / self._dataset.train.buckets.num_batches
-        self._folder.log({"update": number, "epoch": round(epoch, 4), "eval": evaluation.metrics})
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
-        say(f"update {number}, epoch {epoch:.2f}: {figures}")
+        figures = {f"eval_{name}": value for name, value in evaluation.metrics.items()}
+        self._folder.log({"update": number, "epoch": round(epoch, 4), **figures})
+        said = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
+        say(f"update {number}, epoch {epoch:.2f}: {said}")
         return evaluation
 
     def _save(self, state: State, evaluation: Evaluation | None) -> None:

@@ -27,8 +27,9 @@ def test_a_classifier_learns_and_says_so(classify):
     assert losses == result.losses
     assert len(losses) == 6 * 10
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
-    assert [line["eval"] for line in logged if "eval" in line][-1] == result.evaluation.metrics
-    assert [line["update"] for line in logged if "eval" in line] == [10, 20, 30, 40, 50, 60]
+    evaluated = [line for line in logged if "eval_loss" in line]
+    assert [line["update"] for line in evaluated] == [10, 20, 30, 40, 50, 60]
+    assert {name: evaluated[-1][f"eval_{name}"] for name in result.evaluation.metrics} == result.evaluation.metrics
 
 
 def test_a_language_model_learns(generate):
