@@ -158,7 +158,7 @@ def load(
 
 
 def build(
-    hf_config: Mapping[str, Any],
+    hf_config: Mapping[str, Any] | Any,
     task: str | None = None,
     *,
     key: jax.Array,
@@ -190,7 +190,7 @@ def build(
     return nnx.graph.unflatten(graphdef, [leaves[path] for path in shapes])
 
 
-def num_parameters(hf_config: Mapping[str, Any], task: str | None = None) -> int:
+def num_parameters(hf_config: Mapping[str, Any] | Any, task: str | None = None) -> int:
     """How many parameters a model has, by shape alone; tied ones count once.
 
     Example:

@@ -44,7 +44,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 def torch_model(config, task, num_labels=2, seed=0):
     """A transformers model whose every weight is random, norms and biases too."""
     torch.manual_seed(seed)
-    hf = transformers.BertConfig(**config, num_labels=num_labels)
+    hf = transformers.BertConfig(**(config | {"num_labels": num_labels}))
     model = CLASSES[task](hf)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -344,7 +344,8 @@ def test_no_field_is_left_out():
 
 
 def test_every_attribute_of_transformers_config_is_known():
-    hf = transformers.BertConfig(num_labels=7).to_dict()
+    attributes = {"num_labels": 7}
+    hf = transformers.BertConfig(**attributes).to_dict()
     config = bert.Config.from_hf(hf)
     assert config == dataclasses.replace(bert.Config(), num_labels=7)
     assert transformers.BertConfig.from_dict(config.to_hf()).to_dict() == hf

@@ -14,7 +14,7 @@ ATOL = 1e-6
 
 def _torch(x, scale, bias, eps, weights):
     tensors = [torch.tensor(np.asarray(value), dtype=torch.float64, requires_grad=True) for value in (x, scale, bias)]
-    y = torch.nn.functional.layer_norm(tensors[0], scale.shape, *tensors[1:], eps)
+    y = torch.nn.functional.layer_norm(tensors[0], scale.shape, tensors[1], tensors[2], eps)
     (y * torch.tensor(np.asarray(weights))).sum().backward()
     return y.detach().numpy(), [tensor.grad.numpy() for tensor in tensors]
 

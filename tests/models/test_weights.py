@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def _folder(tmp_path):
 
 def _saved(folder, torch_class=transformers.BertForSequenceClassification, dtype=torch.float32, **options):
     torch.manual_seed(0)
-    model = torch_class(transformers.BertConfig(**TINY, num_labels=3)).to(dtype)
+    model = torch_class(transformers.BertConfig(**(TINY | {"num_labels": 3}))).to(dtype)
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(torch.randn_like(weight))
@@ -99,7 +100,8 @@ def test_shards_are_read_and_written(tmp_path):
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 4000
     shutil.copy(folder / "config.json", tmp_path / "ours")
     _assert_equal(_tensors(tmp_path / "ours"), _tensors(folder))
-    _, info = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    torch_class: Any = transformers.BertForSequenceClassification
+    _, info = torch_class.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
     index = json.loads((tmp_path / "ours" / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in _tensors(folder).values())
