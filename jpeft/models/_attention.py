@@ -2,8 +2,8 @@
 """The one function through which every model attends.
 
 On CPU a blocked kernel (`_blocked`): queries go in blocks of rows, keys that a whole block may not see are not
-computed, and the backward pass recomputes the probabilities from a row's log-sum-exp, so that nothing of size
-[seq, keys] is kept. Elsewhere `jax.nn.dot_product_attention`, which has kernels of its own.
+computed, and the backward pass recomputes the weights, so that nothing is kept but q, k and v. Elsewhere
+`jax.nn.dot_product_attention`, which has kernels of its own.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from .. import _scope
 #: Query rows in a block: wide enough for a matrix product, narrow enough to skip most of what causality masks.
 _ROWS = 64
 
-#: A finite stand-in for the maximum of a row without a visible key.
-_LOWEST = -1e30
+#: Added to the score of a key that is not visible: its exponential is 0, and a row of them is still finite.
+_HIDDEN = -1e30
 
 
 def attention(
@@ -149,39 +149,39 @@ def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, limits: _Limits, rules: _
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, limits: _Limits, rules: _Rules) -> tuple[jax.Array, Any]:
-    """The output, and what the backward pass needs: the log-sum-exp of each row is its normalizer."""
+    """The output, and what the backward pass needs: q · scale by blocks, k and v."""
     heads, kv_heads = q.shape[2], k.shape[2]
-    group = heads // kv_heads
-    q, k, v = _rows(q, kv_heads), _rows(k, kv_heads), _rows(v, kv_heads)
-    outs, normalizers = [], []
+    k, v = _rows(k, kv_heads), _rows(v, kv_heads)
+    qs, outs = [], []
     for queries, keys in rules.blocks(_ROWS):
-        s = _scores(q[:, :, _cut(queries, group)], k[:, :, _cut(keys)], limits, rules, queries, keys)
-        p, top, total = _softmax(s)
-        outs.append((_product("bhqk,bhkd->bhqd", p.astype(v.dtype), v[:, :, _cut(keys)]) / total).astype(q.dtype))
-        normalizers.append(top + jnp.log(total))
-    out, normalizer = jnp.concatenate(outs, 2), jnp.concatenate(normalizers, 2)
-    return _unrows(out, heads), (q, k, v, out, normalizer, limits)
+        qs.append(_rows(_scaled(q[:, _cut(queries)], rules), kv_heads))
+        p, share = _softmax(qs[-1], k[:, :, _cut(keys)], limits, rules, queries, keys)
+        y = _product("bhqk,bhkd->bhqd", p.astype(v.dtype), v[:, :, _cut(keys)]) * share
+        outs.append(_unrows(y.astype(q.dtype), heads))
+    return jnp.concatenate(outs, 1), (qs, k, v, limits)
 
 
 def _backward(rules: _Rules, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
-    """With p = softmax(s) and dp = g vᵀ: ds = p (dp - Σ p dp), where Σ p dp = Σ g out."""
-    q, k, v, out, normalizer, limits = residuals
+    """With weights w = p · share and dw = g vᵀ: ds = w (dw - Σ w dw). `share` goes into g, which is small."""
+    qs, k, v, limits = residuals
     heads, kv_heads = g.shape[2], k.shape[1]
-    group = heads // kv_heads
-    g = _rows(g, kv_heads)
-    shift = jnp.sum(out.astype(jnp.float32) * g, -1, keepdims=True)
-    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for queries, keys in rules.blocks(_ROWS):
-        cut, span = _cut(queries, group), _cut(keys)
-        s = _scores(q[:, :, cut], k[:, :, span], limits, rules, queries, keys)
-        p = jnp.exp(s - normalizer[:, :, cut])
-        dp = _product("bhqd,bhkd->bhqk", g[:, :, cut], v[:, :, span])
-        ds = (p * (dp - shift[:, :, cut]) * rules.scale).astype(q.dtype)
-        dq.append(_product("bhqk,bhkd->bhqd", ds, k[:, :, span]).astype(q.dtype))
-        dk = dk.at[:, :, span].add(_product("bhqk,bhqd->bhkd", ds, q[:, :, cut]))
-        dv = dv.at[:, :, span].add(_product("bhqk,bhqd->bhkd", p.astype(g.dtype), g[:, :, cut]))
-    dk, dv = dk.astype(k.dtype), dv.astype(v.dtype)
-    return _unrows(jnp.concatenate(dq, 2), heads), _unrows(dk, kv_heads), _unrows(dv, kv_heads), None
+    dq, dk, dv = [], [], []
+    for (queries, keys), q in zip(rules.blocks(_ROWS), qs, strict=True):
+        span = _cut(keys)
+        p, share = _softmax(q, k[:, :, span], limits, rules, queries, keys)
+        rows = (_rows(g[:, _cut(queries)], kv_heads) * share).astype(g.dtype)
+        dw = _product("bhqd,bhkd->bhqk", rows, v[:, :, span])
+        ds = (p * (dw - share * jnp.sum(p * dw, -1, keepdims=True))).astype(q.dtype)
+        dq.append(_unrows(_scaled(_product("bhqk,bhkd->bhqd", ds, k[:, :, span]), rules).astype(q.dtype), heads))
+        dk.append(_among(_product("bhqk,bhqd->bhkd", ds, q), keys, rules.keys))
+        dv.append(_among(_product("bhqk,bhqd->bhkd", p.astype(g.dtype), rows), keys, rules.keys))
+    dk, dv = (_unrows(sum(parts).astype(k.dtype), kv_heads) for parts in (dk, dv))
+    return jnp.concatenate(dq, 1), dk, dv, None
+
+
+def _among(x: jax.Array, span: range, keys: int) -> jax.Array:
+    """Zeros for all keys, but `x` at those of `span`."""
+    return jnp.pad(x, ((0, 0), (0, 0), (span.start, keys - span.stop), (0, 0)))
 
 
 _blocked.defvjp(_forward, _backward)
@@ -192,32 +192,38 @@ def _dropping(
 ) -> jax.Array:
     """Attention whose weights are dropped out: all rows at once, differentiated by JAX."""
     heads, kv_heads = q.shape[2], k.shape[2]
-    q, k, v = _rows(q, kv_heads), _rows(k, kv_heads), _rows(v, kv_heads)
-    p, _, total = _softmax(_scores(q, k, limits, rules, range(rules.seq), range(rules.keys)))
-    p = _scope.dropout(p / total, rate, path)
+    q, k, v = _rows(_scaled(q, rules), kv_heads), _rows(k, kv_heads), _rows(v, kv_heads)
+    p, share = _softmax(q, k, limits, rules, range(rules.seq), range(rules.keys))
+    p = _scope.dropout(p * share, rate, path)
     return _unrows(_product("bhqk,bhkd->bhqd", p.astype(v.dtype), v).astype(q.dtype), heads)
 
 
-def _softmax(s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """exp(s - top), top and the sum, of each row; a row of -inf gives zeros."""
-    top = jax.lax.stop_gradient(jnp.maximum(jnp.max(s, -1, keepdims=True), _LOWEST))
-    p = jnp.exp(s - top)
-    total = jnp.sum(p, -1, keepdims=True)
-    return p, top, jnp.where(total == 0, 1, total)
+def _softmax(
+    q: jax.Array, k: jax.Array, limits: _Limits, rules: _Rules, queries: range, keys: range
+) -> tuple[jax.Array, jax.Array]:
+    """exp(s - max s) for each row's scores s = q kᵀ, and one over its sum; 0 for a row that sees no key.
 
-
-def _scores(q: jax.Array, k: jax.Array, limits: _Limits, rules: _Rules, queries: range, keys: range) -> jax.Array:
-    """q kᵀ · scale in float32, -inf where a key is not visible."""
-    s = _product("bhqd,bhkd->bhqk", q, k) * rules.scale
+    Product, bias, maximum and exponential stand here in the order that XLA makes one kernel of.
+    """
+    s = _product("bhqd,bhkd->bhqk", q, k)
     visible = _visible(rules, limits, queries, keys)
-    if visible is None:
-        return s
-    grouped = s.reshape(*s.shape[:2], len(queries), -1, len(keys))
-    return jnp.where(visible[:, None, :, None], grouped, -jnp.inf).reshape(s.shape)
+    if visible is not None:
+        visible = jnp.repeat(visible, q.shape[2] // len(queries), axis=1)[:, None]
+        s = s + jnp.where(visible, 0, _HIDDEN)
+    p = jnp.exp(s - jax.lax.stop_gradient(jnp.max(s, -1, keepdims=True)))
+    share = 1 / jnp.sum(p, -1, keepdims=True)
+    if visible is not None and limits.mask is not None:
+        share = jnp.where(jnp.any(visible, -1, keepdims=True), share, 0)
+    return p, share
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _scaled(x: jax.Array, rules: _Rules) -> jax.Array:
+    """x · scale. Queries and their gradients are scaled, not scores, which are many more."""
+    return (x.astype(jnp.float32) * rules.scale).astype(x.dtype)
 
 
 def _rows(x: jax.Array, kv_heads: int) -> jax.Array:
