@@ -115,7 +115,7 @@ class _Limits:
 
 
 def _visible(rules: _Rules, limits: _Limits, queries: range, keys: range) -> jax.Array | None:
-    """Which of the keys each query sees, `[batch or 1, queries, keys]`; None where all see all."""
+    """Which of the keys each query sees, `[batch or 1, queries or 1, keys]`; None where all see all."""
     here = jnp.arange(queries.start, queries.stop)[:, None] + rules.offset
     there = jnp.arange(keys.start, keys.stop)[None]
     conditions = []
@@ -208,7 +208,8 @@ def _softmax(
     s = _product("bhqd,bhkd->bhqk", q, k)
     visible = _visible(rules, limits, queries, keys)
     if visible is not None:
-        visible = jnp.repeat(visible, q.shape[2] // len(queries), axis=1)[:, None]
+        group = q.shape[2] // len(queries)
+        visible = (visible if visible.shape[1] == 1 else jnp.repeat(visible, group, axis=1))[:, None]
         s = s + jnp.where(visible, 0, _HIDDEN)
     p = jnp.exp(s - jax.lax.stop_gradient(jnp.max(s, -1, keepdims=True)))
     share = 1 / jnp.sum(p, -1, keepdims=True)
