@@ -4,8 +4,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-# Test processes: one per usable core, at most 8 (each holds jax and torch, about 1 GB).
+# Test processes: one per usable core, at most 8 (each holds jax and torch, 1 to 2 GB).
 WORKERS ?= $(shell n=$$(nproc); echo $$(( n > 8 ? 8 : n )))
+# Each process takes a run of neighbouring tests, which share fixtures and compiled programs; an idle one steals.
+PARALLEL := -n $(WORKERS) --dist worksteal
 TESTS ?= tests
 SPEC := pyproject.toml constraints.txt
 
@@ -18,10 +20,10 @@ demo: $(VENV)/.demo  ## fine-tune a real 22.7M encoder on Python's own docstring
 	$(BIN)/jpeft demo
 
 test: $(VENV)/.test  ## the fast tests
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" --durations=15 $(TESTS)
 
 typed: $(VENV)/.test  ## the fast tests with every annotation and array shape of jpeft checked
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not untyped" --jaxtyping-packages=jpeft,beartype.beartype $(TESTS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not untyped" --jaxtyping-packages=jpeft,beartype.beartype $(TESTS)
 
 slow: $(VENV)/.test  ## the slow tests: training, several processes, the built wheel in an empty environment
 	$(BIN)/python -m pytest -m slow $(TESTS)

@@ -29,6 +29,15 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Drops a file's compiled programs after it: kept, those of all files fill several GB a process."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session", name="data")
 def _data() -> Path:
     """The folder of real data sets: `$JPEFT_DATA`, else `../shared/data` beside the project."""

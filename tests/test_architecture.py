@@ -124,7 +124,10 @@ def test_the_sources_are_found():
         "jpeft.train.cli",
     } <= set(FILES)
     assert set(FILES) >= FOUNDATION
-    assert {str(edge) for edge in INTERNAL} >= {"jpeft.methods.lora -> jpeft.seams", "jpeft.models.bert -> jpeft._stack"}
+    assert {str(edge) for edge in INTERNAL} >= {
+        "jpeft.methods.lora -> jpeft.seams",
+        "jpeft.models.bert -> jpeft._stack",
+    }
 
 
 def test_the_foundation_imports_only_itself():
@@ -392,7 +395,7 @@ assert not heavy & set(sys.modules), sorted(heavy & set(sys.modules))
 
 
 def test_help_imports_nothing_heavy():
-    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for command in ("train", "predict", "merge", "demo"):
         assert command in done.stdout
