@@ -167,7 +167,7 @@ out: {folder}/run
 def figures(run: Path) -> tuple[list[float], float]:
     """Losses of all updates, and of the last evaluation."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    evaluated = [line["eval"]["loss"] for line in lines if "eval" in line]
+    evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
     return [loss for line in lines for loss in line.get("losses", [])], evaluated[-1]
 
 
