@@ -155,19 +155,19 @@ class Batches:
 
 
 def make_batches(
-    examples: Examples,
-    *,
-    batch_size: int,
-    accumulation: int,
-    max_length: int,
-    num_widths: int,
-    pad_id: int,
-    widths: tuple[int, ...] | None = None,
+    examples: Examples, *, batch_size: int, accumulation: int, max_length: int, num_widths: int, pad_id: int
 ) -> Batches:
-    """Batches of `batch_size` rows, `accumulation` of them at a time; `widths` are chosen where none are given."""
-    widths = widths or choose_widths(examples.lengths, num_widths, max_length)
-    buckets = Buckets(examples.lengths, widths, batch_size * accumulation)
-    return Batches(examples, buckets, accumulation, pad_id)
+    """Batches of `batch_size` rows, `accumulation` of them at a time, in the widths with the least padding."""
+    widths = choose_widths(examples.lengths, num_widths, max_length)
+    return Batches(examples, Buckets(examples.lengths, widths, batch_size * accumulation), accumulation, pad_id)
+
+
+def batches_like(train: Batches, examples: Examples) -> Batches:
+    """Other examples in the widths of `train`, for which programs are compiled, and one more where a row needs it."""
+    widths, rows = train.buckets.widths, train.buckets.batch_rows // train.accumulation
+    longest = int(examples.lengths.max())
+    widths += () if longest <= widths[-1] else choose_widths([longest], 1, longest)
+    return Batches(examples, Buckets(examples.lengths, widths, rows), 1, train.pad_id)
 
 
 def _lm_tokens(texts: list[str], data: configuration.Data, tokenizer: Tokenizer) -> tuple[list[list[int]], list[int]]:

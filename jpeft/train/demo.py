@@ -103,11 +103,11 @@ def settings(encoder: Path, files: dict[str, Path], out: Path) -> Config:
                 "eval": str(files["validation"]),
                 "label_names": list(stdlib_docs.AREAS),
                 "max_length": 96,
-                "num_widths": 5,
+                "num_widths": 4,
             },
             "method": {"kind": "lora", "rank": 8, "alpha": 16, "targets": ["query", "value"]},
             "optimizer": {"lr": 2e-3, "schedule": "cosine", "warmup": 0.1},
-            "train": {"epochs": 4, "batch_size": 16},
+            "train": {"epochs": 3, "batch_size": 16},
             "out": str(out),
         }
     )
@@ -149,15 +149,7 @@ class Embedder:
 
 def _test_split(file: Path, config: Config, dataset: job.Dataset) -> Batches:
     rows = read([str(file)], ["text", "label"])
-    examples = data.encode(rows, config.data, dataset.tokenizer, dataset.label_names)
-    return data.make_batches(
-        examples,
-        batch_size=config.train.batch_size,
-        accumulation=1,
-        max_length=config.data.max_length,
-        num_widths=config.data.num_widths,
-        pad_id=dataset.tokenizer.pad_id,
-    )
+    return data.batches_like(dataset.train, data.encode(rows, config.data, dataset.tokenizer, dataset.label_names))
 
 
 def _labels(batches: Batches) -> np.ndarray:

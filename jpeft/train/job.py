@@ -66,15 +66,17 @@ def read_data(config: Config) -> Dataset:
     names = None
     if task == "SEQ_CLS":
         names = options.label_names or data.label_names(rows, options.label)
-    shapes: dict[str, Any] = {"max_length": options.max_length, "num_widths": options.num_widths}
-    shapes |= {"batch_size": config.train.batch_size, "pad_id": words.pad_id}
     train = data.make_batches(
-        data.encode(rows, options, words, names), accumulation=config.train.accumulation, **shapes
+        data.encode(rows, options, words, names),
+        batch_size=config.train.batch_size,
+        accumulation=config.train.accumulation,
+        max_length=options.max_length,
+        num_widths=options.num_widths,
+        pad_id=words.pad_id,
     )
     held = None
     if configuration.paths(options.eval):
-        examples = data.encode(data.read_rows(options, task, "eval"), options, words, names)
-        held = data.make_batches(examples, accumulation=1, **shapes)
+        held = data.batches_like(train, data.encode(data.read_rows(options, task, "eval"), options, words, names))
     updates = config.train.max_steps or (config.train.epochs or 1) * train.buckets.num_batches
     return Dataset(words, names, train, held, updates)
 
