@@ -85,9 +85,9 @@ def prepare_jpeft(case: str) -> tuple[dict[str, Any], Callable[[int], list[float
     cores = pin()
     import jax
     import optax
-    from jpeft.train.step import cls_loss, lm_loss
 
     import jpeft
+    from jpeft.train.step import cls_loss, lm_loss
 
     config, batch_size, seq = CASES[case]
     loss_of = lm_loss if config["model_type"] == "llama" else cls_loss
