@@ -127,9 +127,6 @@ class Matmul(Projection):
         x_axes, _, out = self._terms(module)
         _, d_in, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
         kept = "".join(c for c in out if c not in d_out)
-        if x_axes == kept + d_in:  # as two plain matrices: XLA's gradients of that are the faster ones
-            flat = x.reshape(-1, matrix.shape[0]) @ matrix
-            return flat.reshape(*x.shape[: x.ndim - len(d_in)], matrix.shape[-1])
         weight = matrix.reshape(*(sizes[c] for c in d_in), matrix.shape[-1])
         rank = next(c for c in string.ascii_letters if c not in x_axes + out)
         return jnp.einsum(f"{x_axes},{d_in}{rank}->{kept}{rank}", x, weight)

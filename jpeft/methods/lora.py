@@ -114,7 +114,7 @@ class LoRA(Method):
         x, scale = jnp.asarray(inputs[0]), self._running_scale(adapter)
         if not isinstance(projection, seams.Lookup):
             x = adapter.dropout(x.astype(wide(x.dtype)), self.dropout)
-        delta = _difference(adapter, lambda a, b: _matmul(projection.contract(base, x, a * scale), b))  # [..., d_out]
+        delta = _difference(adapter, lambda a, b: projection.contract(base, x, a * scale) @ b)  # [..., d_out]
         return (y + projection.emit(base, delta)).astype(y.dtype)
 
     def attend(self, adapter: Adapter, base: Any, y: jax.Array, query: jax.Array) -> Float[Array, "..."]:
@@ -162,11 +162,6 @@ def _difference(adapter: Any, product: Callable[[jax.Array, jax.Array], jax.Arra
     """`product` of A and B, less that of the start where there is one; exactly zero while they are equal."""
     delta = product(adapter.A[...], adapter.B[...])
     return delta - product(adapter.A0[...], adapter.B0[...]) if hasattr(adapter, "A0") else delta
-
-
-def _matmul(hidden: jax.Array, b: jax.Array) -> jax.Array:
-    """`hidden @ b` over flat rows: XLA's gradient with respect to `b` is then a plain matrix product."""
-    return (hidden.reshape(-1, b.shape[0]) @ b).reshape(*hidden.shape[:-1], b.shape[1])
 
 
 def _uniform(table: np.ndarray) -> bool:
