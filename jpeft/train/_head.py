@@ -41,9 +41,7 @@ class _Chunked(NamedTuple):
 
 def nll(logits: Float[Array, "*rows vocab"], targets: Int[Array, "*rows"]) -> Float[Array, ""]:
     """Sum of -log softmax(logits)[target] over the targets that are not `IGNORED`, in float32 or wider."""
-    logits = logits.astype(wide(logits.dtype))
-    chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(targets == IGNORED, 0.0, jax.nn.logsumexp(logits, axis=-1) - chosen).sum()
+    return _nll_and_slope(logits, targets)[0]
 
 
 def head_nll(
@@ -112,10 +110,8 @@ def _forward(head: Any, size: int, hidden: Any, targets: Any, reads: Any) -> tup
 
         inputs = [h, *reads]
         out, pull = jax.vjp(logits, *_pick(wanted, inputs))
-        onehot = jax.nn.one_hot(t, out.shape[-1], dtype=bool)  # all zero where it is ignored
-        lse = jax.nn.logsumexp(out, axis=-1, keepdims=True)
-        slope = jnp.where((t == IGNORED)[..., None], 0.0, jnp.exp(out - lse) - onehot)
-        return nll(out, t), list(pull(slope.astype(out.dtype)))
+        loss, slope = _nll_and_slope(out, t)
+        return loss, list(pull(slope.astype(out.dtype)))
 
     def body(sums: Any, chunk: tuple[Any, ...]) -> tuple[Any, Any]:
         index, h, t = chunk
@@ -141,6 +137,16 @@ def _backward(head: Any, size: int, saved: Any, slope: Any) -> tuple[Any, None, 
 
 
 _chunked_nll.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _nll_and_slope(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sum of losses, and its derivative with respect to `logits`."""
+    logits = logits.astype(wide(logits.dtype))
+    counts = (targets != IGNORED)[..., None]
+    lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)
+    onehot = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
+    return jnp.where(counts, lse - chosen, 0.0).sum(), jnp.where(counts, jnp.exp(logits - lse) - onehot, 0.0)
 
 
 def _order(targets: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ class Meter:
         from tqdm import tqdm
 
         shown = is_main() and sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=done, unit="update", disable=not shown, dynamic_ncols=True)
+        self._bar = tqdm(total=total, initial=done, unit=" updates", disable=not shown, dynamic_ncols=True)
         self._real = self._padded = self._updates = 0
         self._sum = {"real": 0, "padded": 0, "seconds": 0.0}
         self._compiling = 0.0
