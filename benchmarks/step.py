@@ -59,8 +59,10 @@ def matmul_rate(cores: int) -> float:
     import jax
     import jax.numpy as jnp
 
+    from jpeft.train.step import CPU_OPTIONS
+
     a, b = jnp.ones((1024, 768)), jnp.ones((768, 2048))
-    product = jax.jit(lambda a, b: a @ b)
+    product = jax.jit(lambda a, b: a @ b, compiler_options=CPU_OPTIONS)
     product(a, b).block_until_ready()
     best = float("inf")
     for _ in range(20):
@@ -84,43 +86,36 @@ def prepare_jpeft(case: str) -> tuple[dict[str, Any], Callable[[int], list[float
     """Builds the case in jpeft and compiles its step."""
     cores = pin()
     import jax
+    import jax.numpy as jnp
     import optax
 
     import jpeft
-    from jpeft.train.step import cls_loss, lm_loss
+    from jpeft.train.losses import SUMS
+    from jpeft.train.step import begin, make_step
 
     config, batch_size, seq = CASES[case]
-    loss_of = lm_loss if config["model_type"] == "llama" else cls_loss
     rate = matmul_rate(cores)
     model = jpeft.models.build(config, key=jax.random.key(0))
     model = jpeft.adapt(model, jpeft.LoRA(rank=RANK, alpha=ALPHA), key=jax.random.key(1))
+    sums = SUMS[model.task]
     graphdef, trainable, frozen = jpeft.partition(model)
     del model
     tx = optax.adamw(RATE)
-    state = tx.init(trainable)
-    batch = jax.tree.map(lambda x: jax.numpy.asarray(x, "int32"), batch_of(config, batch_size, seq))
-
-    def step(trainable: Any, state: Any, frozen: Any, batch: Any) -> Any:
-        loss, grads = jax.value_and_grad(lambda t: loss_of(jpeft.combine(graphdef, t, frozen), batch))(trainable)
-        updates, state = tx.update(grads, state, trainable)
-        return optax.apply_updates(trainable, updates), state, loss
-
-    start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(trainable, state, frozen, batch).compile()
-    compile_seconds = time.perf_counter() - start
-    held = [trainable, state]
+    update = make_step(graphdef, sums, tx)
+    held = [begin(tx, trainable)]
+    batch = {name: jnp.asarray(x, "int32")[None] for name, x in batch_of(config, batch_size, seq).items()}
 
     def run(steps: int) -> list[float]:
         seconds = []
         for _ in range(steps):
             start = time.perf_counter()
-            held[0], held[1], loss = compiled(held[0], held[1], frozen, batch)
-            loss.block_until_ready()
+            held[0], metrics = update(held[0], frozen, batch, None)
+            metrics.loss.block_until_ready()
             seconds.append(time.perf_counter() - start)
         return seconds
 
     run(1)
-    return {"compile": compile_seconds, "rate": rate}, run
+    return {"compile": update.compile_seconds, "rate": rate}, run
 
 
 def prepare_peft(case: str) -> tuple[dict[str, Any], Callable[[int], list[float]]]:

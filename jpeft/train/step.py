@@ -26,8 +26,9 @@ from .losses import Batch, Sums, cls_loss, lm_loss, qa_loss, token_cls_loss
 __all__ = ["Metrics", "State", "begin", "cls_loss", "lm_loss", "make_step", "qa_loss", "token_cls_loss"]
 
 
-#: On CPU, matrix products by XLA's older library: the newer one runs at 60-80 % of its rate on the shapes of a step.
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+#: How a step is compiled for CPU. Matrix products by XLA's older library: the newer one runs at 60-80 % of its rate on
+#: these shapes. And sums along rows in one pass: the rewriting into a tree of windows takes twice as long.
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "", "xla_disable_hlo_passes": "tree_reduction_rewriter"}
 
 
 class State(NamedTuple):
