@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from jpeft.train.program import HUGE_PAGES, VARIABLE
+
 
 class Side:
     """A child process running `worker(side, case)` of a benchmark script."""
@@ -21,6 +23,7 @@ class Side:
     def __init__(self, script: str, name: str, case: str, cores: list[int]):
         environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores)), "JAX_PLATFORMS": "cpu"}
         environment["JPEFT_BENCH_CORES"] = ",".join(map(str, cores))
+        environment.setdefault(VARIABLE, HUGE_PAGES)  # as the program `jpeft` does, and for both sides
         self.name = name
         self.process = subprocess.Popen(
             [sys.executable, script, "--worker", name, case],

@@ -4,8 +4,8 @@
     JPEFT_DATA=path/to/data python benchmarks/sst2.py [--cores 2] [--seeds 0 1 2] [--epochs 3] [--rows N] [--json FILE]
 
 SST-2 (`sst2/train_sentences.jsonl`, `sst2/validation.jsonl`), all-MiniLM-L6-v2, LoRA r=8 alpha=16 on query and value
-with dropout 0.1, AdamW, lr 5e-4 falling linearly to 0, batches of 32 sentences. The sides run one after the other on the
-same cores, each seed in a process of its own. peft's side is the usual loop: shuffled, padded to the longest of the
+with dropout 0.1, AdamW, lr 5e-4 falling linearly to 0, batches of 32 sentences. The sides run one after the other on
+the same cores, each seed in a process of its own. peft's side is the usual loop: shuffled, padded to the longest of the
 batch. A real token is one that is no padding; the time is that of the updates, without compilation on either side.
 """
 
@@ -20,6 +20,8 @@ import time
 from typing import Any
 
 from _sides import pin
+
+from jpeft.train.program import HUGE_PAGES, VARIABLE
 
 RATE, BATCH, LENGTH = 5e-4, 32, 128
 
@@ -123,7 +125,12 @@ def main() -> None:
         side, seed = options.worker
         return print("RESULT " + json.dumps(RUN[side](int(seed), options.epochs, options.rows)))
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[: options.cores]))
-    environment = {**os.environ, "JPEFT_BENCH_CORES": cores, "OMP_NUM_THREADS": str(options.cores)}
+    environment = {
+        VARIABLE: HUGE_PAGES,
+        **os.environ,
+        "JPEFT_BENCH_CORES": cores,
+        "OMP_NUM_THREADS": str(options.cores),
+    }
     results: dict[str, list[Any]] = {side: [] for side in RUN}
     for seed in options.seeds:
         for side in RUN:

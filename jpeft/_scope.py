@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jaxtyping import Array, UInt32
+
+from ._dropout import drop, make_seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,24 +90,19 @@ def dropout(x: jax.Array, rate: float, path: str, layer: jax.Array | None = None
 
     Args:
       x: any shape.
-      rate: probability in [0, 1), to the nearest 1/65536.
+      rate: probability in [0, 1).
       path: what is dropped, unique in the model.
       layer: index inside a stack; by default the one that the running scan gives.
     """
+    seed = dropout_seed(rate, path, layer)
+    return x if seed is None else drop(x, seed, rate)
+
+
+def dropout_seed(rate: float, path: str, layer: jax.Array | None = None) -> UInt32[Array, "2"] | None:
+    """The seed of `dropout`'s mask; None where nothing is dropped."""
     running = current()
     if rate == 0.0 or running.key is None:
-        return x
+        return None
     key = fold_path(running.key, path)
     index = running.layer if layer is None else layer
-    if index is not None:
-        key = jax.random.fold_in(key, index)
-    keep = _uniform16(key, x.shape) >= jax.numpy.uint16(min(round(rate * 2**16), 2**16 - 1))
-    return jax.numpy.where(keep, x / (1.0 - rate), jax.numpy.zeros((), x.dtype)).astype(x.dtype)
-
-
-def _uniform16(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Integers in [0, 2**16): two from each 32 random bits, which on a CPU are a tenth of a train step to draw."""
-    *lead, last = shape
-    bits = jax.random.bits(key, (*lead, -(-last // 2)), jax.numpy.uint32)
-    halves = jax.lax.bitcast_convert_type(bits, jax.numpy.uint16)
-    return halves.reshape(*lead, -1)[..., :last]
+    return make_seed(key if index is None else jax.random.fold_in(key, index))

@@ -29,16 +29,22 @@ def fill(model, seed: int = 0, scale: float = 0.3):
 
 def in_float64(model):
     """`model` with all its floating leaves, and what it computes in, in float64; inside of `jax.enable_x64` alone."""
-    graphdef, *halves = jpeft.partition(model)
-    model = jpeft.combine(graphdef, *({path: _double(v) for path, v in half.items()} for half in halves))
+    graphdef, trainable, frozen = jpeft.partition(cast(model, jnp.float64))
+    return jpeft.combine(graphdef, {path: value.astype(jnp.float64) for path, value in trainable.items()}, frozen)
+
+
+def cast(model, dtype):
+    """`model` with the floating leaves of its frozen half, and what its modules compute in, in `dtype`."""
+    graphdef, trainable, frozen = jpeft.partition(model)
+    model = jpeft.combine(graphdef, trainable, {path: _cast(value, dtype) for path, value in frozen.items()})
     for _, module in nnx.iter_modules(model):
         if getattr(module, "dtype", None) is not None:
-            module.dtype = jnp.float64  # type: ignore[attr-defined]
+            module.dtype = dtype  # type: ignore[attr-defined]
     return model
 
 
-def _double(value):
-    return value.astype(jnp.float64) if jnp.issubdtype(value.dtype, jnp.floating) else value
+def _cast(value, dtype):
+    return value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
 
 
 def leaves(model) -> dict[str, np.ndarray]:

@@ -40,7 +40,7 @@ LIMIT = 400
 TESTS_LIMIT = 650  # a file of tests holds one subject with its oracle
 
 #: The bottom: a method, a model or the core may build on these, which know nothing of them.
-FOUNDATION = {"jpeft._method", "jpeft.seams", "jpeft._scope", "jpeft._stack", "jpeft._stream"}
+FOUNDATION = {"jpeft._method", "jpeft.seams", "jpeft._scope", "jpeft._dropout", "jpeft._stack", "jpeft._stream"}
 #: What one import name is called on PyPI, where the two differ.
 DISTRIBUTION = {"orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 

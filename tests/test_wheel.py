@@ -72,7 +72,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     metadata = zipfile.ZipFile(wheel).read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert f"{info}/licenses/LICENSE" in names
-    assert "jpeft = jpeft.train.cli:main" in zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
+    assert "jpeft = jpeft.train.program:run" in zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
 
 
 @pytest.mark.slow

@@ -114,7 +114,9 @@ class LoRA(Method):
         x, scale = jnp.asarray(inputs[0]), self._running_scale(adapter)
         if not isinstance(projection, seams.Lookup):
             x = adapter.dropout(x.astype(wide(x.dtype)), self.dropout)
-        delta = _difference(adapter, lambda a, b: seams.rows_times(projection.contract(base, x, a * scale), b))  # [..., d_out]
+        delta = _difference(
+            adapter, lambda a, b: seams.rows_times(projection.contract(base, x, a * scale), b)
+        )  # [..., d_out]
         return (y + projection.emit(base, delta)).astype(y.dtype)
 
     def attend(self, adapter: Adapter, base: Any, y: jax.Array, query: jax.Array) -> Float[Array, "..."]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one function through which every model attends.
 
-On CPU a blocked kernel (`_blocked`): queries go in blocks of rows, keys that a whole block may not see are not
-computed, and the backward pass recomputes the weights, so that nothing is kept but q, k and v. Elsewhere
-`jax.nn.dot_product_attention`, which has kernels of its own.
+On CPU, and wherever weights are dropped out, a blocked kernel (`_blocked`): queries go in blocks of rows, keys that a
+whole block may not see are not computed, and the backward pass recomputes the weights, so that nothing is kept but q,
+k and v. Elsewhere `jax.nn.dot_product_attention`, which has kernels of its own.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from .. import _scope
+from .._dropout import keeps
 
 #: Query rows in a block: wide enough for a matrix product, narrow enough to skip most of what causality masks.
 _ROWS = 64
@@ -54,11 +55,10 @@ def attention(
       path: names the dropout, unique in the model.
     """
     _check(q, k, v, causal, window, segment_ids)
-    limits = _Limits(window if isinstance(window, jax.Array) else None, mask, segment_ids)
-    rules = _Rules(q.shape[1], k.shape[1], causal, window if isinstance(window, int) else None, scale)
-    if dropout > 0 and _scope.current().key is not None:
-        return _dropping(q, k, v, limits, rules, dropout, path)
-    if jax.default_backend() == "cpu":
+    seed = _scope.dropout_seed(dropout, path)
+    limits = _Limits(window if isinstance(window, jax.Array) else None, mask, segment_ids, seed)
+    rules = _Rules(q.shape[1], k.shape[1], causal, window if isinstance(window, int) else None, scale, dropout)
+    if jax.default_backend() == "cpu" or seed is not None:
         return _blocked(q, k, v, limits, rules)
     return _library(q, k, v, limits, rules)
 
@@ -89,6 +89,7 @@ class _Rules:
     causal: bool
     window: int | None
     scale: float
+    dropout: float = 0.0
 
     @property
     def offset(self) -> int:
@@ -104,7 +105,7 @@ class _Rules:
             yield queries, range(first, last)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["window", "mask", "segment_ids"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["window", "mask", "segment_ids", "seed"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class _Limits:
     """What is known of visibility when the program runs."""
@@ -112,6 +113,7 @@ class _Limits:
     window: jax.Array | None
     mask: jax.Array | None
     segment_ids: jax.Array | None
+    seed: jax.Array | None = None
 
 
 def _visible(rules: _Rules, limits: _Limits, queries: range, keys: range) -> jax.Array | None:
@@ -156,13 +158,14 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, limits: _Limits, rules: _
     for queries, keys in rules.blocks(_ROWS):
         qs.append(_rows(_scaled(q[:, _cut(queries)], rules), kv_heads))
         p, share = _softmax(qs[-1], k[:, :, _cut(keys)], limits, rules, queries, keys)
-        y = _product("bhqk,bhkd->bhqd", p.astype(v.dtype), v[:, :, _cut(keys)]) * share
+        kept = _kept(limits, rules, p.shape, queries, keys)
+        y = _product("bhqk,bhkd->bhqd", (p * kept).astype(v.dtype), v[:, :, _cut(keys)]) * share
         outs.append(_unrows(y.astype(q.dtype), heads))
     return jnp.concatenate(outs, 1), (qs, k, v, limits)
 
 
 def _backward(rules: _Rules, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
-    """With weights w = p · share and dw = g vᵀ: ds = w (dw - Σ w dw). `share` goes into g, which is small."""
+    """With weights w = p · share and dw = kept · g vᵀ: ds = w (dw - Σ w dw). `share` goes into g, which is small."""
     qs, k, v, limits = residuals
     heads, kv_heads = g.shape[2], k.shape[1]
     dq, dk, dv = [], [], []
@@ -170,11 +173,12 @@ def _backward(rules: _Rules, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
         span = _cut(keys)
         p, share = _softmax(q, k[:, :, span], limits, rules, queries, keys)
         rows = (_rows(g[:, _cut(queries)], kv_heads) * share).astype(g.dtype)
-        dw = _product("bhqd,bhkd->bhqk", rows, v[:, :, span])
+        kept = _kept(limits, rules, p.shape, queries, keys)
+        dw = _product("bhqd,bhkd->bhqk", rows, v[:, :, span]) * kept
         ds = (p * (dw - share * jnp.sum(p * dw, -1, keepdims=True))).astype(q.dtype)
         dq.append(_unrows(_scaled(_product("bhqk,bhkd->bhqd", ds, k[:, :, span]), rules).astype(q.dtype), heads))
         dk.append(_among(_product("bhqk,bhqd->bhkd", ds, q), keys, rules.keys))
-        dv.append(_among(_product("bhqk,bhqd->bhkd", p.astype(g.dtype), rows), keys, rules.keys))
+        dv.append(_among(_product("bhqk,bhqd->bhkd", (p * kept).astype(g.dtype), rows), keys, rules.keys))
     dk, dv = (_unrows(sum(parts).astype(k.dtype), kv_heads) for parts in (dk, dv))
     return jnp.concatenate(dq, 1), dk, dv, None
 
@@ -187,15 +191,19 @@ def _among(x: jax.Array, span: range, keys: int) -> jax.Array:
 _blocked.defvjp(_forward, _backward)
 
 
-def _dropping(
-    q: jax.Array, k: jax.Array, v: jax.Array, limits: _Limits, rules: _Rules, rate: float, path: str
-) -> jax.Array:
-    """Attention whose weights are dropped out: all rows at once, differentiated by JAX."""
-    heads, kv_heads = q.shape[2], k.shape[2]
-    q, k, v = _rows(_scaled(q, rules), kv_heads), _rows(k, kv_heads), _rows(v, kv_heads)
-    p, share = _softmax(q, k, limits, rules, range(rules.seq), range(rules.keys))
-    p = _scope.dropout(p * share, rate, path)
-    return _unrows(_product("bhqk,bhkd->bhqd", p.astype(v.dtype), v).astype(q.dtype), heads)
+def _kept(limits: _Limits, rules: _Rules, shape: tuple[int, ...], queries: range, keys: range) -> jax.Array | float:
+    """1/(1-rate) for a weight that is kept and 0 for one that is dropped, `shape` as the block's weights.
+
+    A weight's place is (example, head, query, key) in the whole attention, whatever block it is computed in.
+    """
+    if limits.seed is None:
+        return 1.0
+    group = shape[2] // len(queries)
+    batch, kv_head, row, key = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(4))
+    head = kv_head * group + row % group
+    query = row // group + queries.start
+    place = ((batch * (shape[1] * group) + head) * rules.seq + query) * rules.keys + key + keys.start
+    return jnp.where(keeps(limits.seed, rules.dropout, place), 1 / (1 - rules.dropout), 0.0)
 
 
 def _softmax(

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an output may depend on: its own row, earlier tokens, no padding; and a start on its key and place alone."""
+
+import jax
+import numpy as np
+import pytest
+import subjects
+from contracts.table import CASES, IDS, KEY, METHODS, VOCAB, Case
+
+import jpeft
+
+#: The same numbers summed over another shape of batch or row, in float32.
+SHAPE = subjects.FLOAT32
+
+
+def test_a_row_does_not_depend_on_another(case):
+    model = case.filled
+    other = IDS.copy()
+    other[1] = (other[1] + 1) % VOCAB
+    before, after = case.run(model, IDS), case.run(model, other)
+    np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
+    assert (after[1] != before[1]).any()
+    assert subjects.error(case.run(model, IDS[:1]), before[:1]) < SHAPE
+
+
+def test_a_causal_model_stays_causal(case):
+    if not case.row.causal:
+        return
+    model = case.filled
+    other = IDS.copy()
+    other[:, 4] = (other[:, 4] + 1) % VOCAB
+    before, after = case.run(model, IDS), case.run(model, other)
+    np.testing.assert_array_equal(after[:, :4], before[:, :4])
+    assert (after[:, 4] != before[:, 4]).any()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(case, side):
+    if not case.row.masks:
+        return
+    model = case.filled
+    tokens = slice(2, None) if side == "left" else slice(None, -2)
+    shape = (IDS.shape[0], IDS.shape[1] + 2)
+    ids, mask, positions = np.full(shape, 7), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    ids[:, tokens], mask[:, tokens], positions[:, tokens] = IDS, 1, np.arange(IDS.shape[1])
+    alone = case.run(model, IDS, np.ones_like(IDS), np.broadcast_to(np.arange(IDS.shape[1]), IDS.shape))
+    padded = case.run(model, ids, mask, positions)
+    assert subjects.error(padded[:, tokens], alone) < SHAPE
+    ids[mask == 0] = 3
+    np.testing.assert_array_equal(case.run(model, ids, mask, positions)[:, tokens], padded[:, tokens])
+
+
+def test_a_start_does_not_depend_on_the_other_targets(case):
+    """The same key gives the same start, whatever else is adapted."""
+    every, fewer = (jpeft.partition(case.fresh(targets=t))[1] for t in (case.row.targets, case.row.fewer))
+    assert fewer.keys() < every.keys()
+    for path, value in fewer.items():
+        np.testing.assert_array_equal(every[path], value, err_msg=path)
+
+
+def test_a_start_depends_on_the_key(case):
+    one, same, other = (jpeft.partition(case.fresh(key=key))[1] for key in (KEY, jax.random.key(0), jax.random.key(1)))
+    assert all((one[path] == same[path]).all() for path in one)
+    from_the_kernel = "kernel" in case.method
+    assert from_the_kernel or any((one[path] != other[path]).any() for path in one)
+
+
+def test_no_two_leaves_start_alike(case):
+    drawn = [value for value in jpeft.partition(case.fresh())[1].values() if np.asarray(value).std() > 0]
+    flat = [np.asarray(value).ravel() for value in drawn]
+    for i, one in enumerate(flat):
+        for other in flat[i + 1 :]:
+            size = min(one.size, other.size)
+            assert not np.array_equal(one[:size], other[:size])
+
+
+def test_every_method_of_the_table_is_told_apart():
+    """Equal graphdefs would make one compiled function serve two methods."""
+    graphdefs = [jpeft.partition(Case(method, "llama").fresh())[0] for method in METHODS]
+    assert len(set(graphdefs)) == len(graphdefs)
+    assert len({jpeft.partition(case.fresh())[0] for case in CASES}) == len(CASES)
