@@ -81,8 +81,8 @@ BY_TASK = {f"{base['model_type']}, {task}": (base, task) for base in (TINY, MIST
 def torch_model(config, task="CAUSAL_LM", seed=1):
     """A transformers model whose every weight is random, norms and biases too.
 
-    Of these draws float32 torch is within 3e-6 of float64. Seed 0 with one key head amplifies roundings: there it is 4e-6
-    off in a gradient of size 1, and two float32 programs can be 1e-5 apart.
+    With seed 0 and one key head roundings are amplified: there float32 torch is 4e-6 off float64 in a gradient of size
+    1, and two float32 programs can be 1e-5 apart.
     """
     torch.manual_seed(seed)
     config = {name: dict(value) if isinstance(value, dict) else value for name, value in config.items()}

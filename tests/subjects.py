@@ -18,6 +18,9 @@ MERGED = 2e-7
 #: The same for several layers in float64.
 FLOAT64 = 1e-14
 
+#: Against torch in float32, the sums in another order.
+TORCH = 2e-6
+
 
 def fill(model, seed: int = 0, scale: float = 0.3):
     """`model` with noise on every trainable leaf, so that no adapter is at its start."""
@@ -215,3 +218,15 @@ def mlp64(flat, x, num_layers: int, scale: float, stacked: bool):
 def _linear64(leaf, name: str, x, scale: float):
     a, b = leaf(f"{name}/adapters/lora/A"), leaf(f"{name}/adapters/lora/B")
     return x @ leaf(f"{name}/kernel") + leaf(f"{name}/bias") + scale * ((x @ a) @ b)
+
+
+def adapted_names(model, **selection):
+    """Names of the modules and layers in which a LoRA of this selection acts."""
+    adapted = jpeft.adapt(model, jpeft.LoRA(rank=1, **selection), key=jax.random.key(0))
+    return {
+        name
+        for _, module in nnx.iter_modules(adapted)
+        for adapter in getattr(module, "adapters", {}).values()
+        for name, acts in zip(adapter.site.names, adapter.site.active, strict=True)
+        if acts
+    }

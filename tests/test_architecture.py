@@ -37,7 +37,6 @@ SOURCES = [
     *(f for folder in ("tests", "benchmarks", "examples") for f in sorted((ROOT / folder).rglob("*.py"))),
 ]
 LIMIT = 400
-TESTS_LIMIT = 650  # a file of tests holds one subject with its oracle
 
 #: The bottom: a method, a model or the core may build on these, which know nothing of them.
 FOUNDATION = {"jpeft._method", "jpeft.seams", "jpeft._scope", "jpeft._dropout", "jpeft._stack", "jpeft._stream"}
@@ -296,13 +295,11 @@ def _ids(file: Path) -> str:
 def test_a_file_follows_the_conventions(file):
     text = file.read_text()
     tree = ast.parse(text)
-    limit = TESTS_LIMIT if (ROOT / "tests") in file.parents else LIMIT
-    assert len(text.splitlines()) <= limit, f"more than {limit} lines: one idea per file"
+    assert len(text.splitlines()) <= LIMIT, f"more than {LIMIT} lines: one idea per file"
     assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n")
     assert ast.get_docstring(tree), "no module docstring"
-    assert "from __future__ import annotations" not in [ast.unparse(node) for node in tree.body], (
-        "jaxtyping needs the types"
-    )
+    lines = [ast.unparse(node) for node in tree.body]
+    assert "from __future__ import annotations" not in lines, "jaxtyping needs the types"
     assert not re.search("|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X")), text), (
         "unfinished work is marked in the file"
     )

@@ -103,18 +103,6 @@ def _model(request):
     return MODELS[request.param](nnx.Rngs(0))
 
 
-def adapted_names(model, **selection):
-    """Names of the modules and layers in which a LoRA of this selection acts."""
-    adapted = jpeft.adapt(model, jpeft.LoRA(rank=1, **selection), key=KEY)
-    return {
-        name
-        for _, module in nnx.iter_modules(adapted)
-        for adapter in getattr(module, "adapters", {}).values()
-        for name, acts in zip(adapter.site.names, adapter.site.active, strict=True)
-        if acts
-    }
-
-
 def peft_names(targets, layers=None, exclude=None, modules_to_save=None):
     """The same of the real peft."""
     config = LoraConfig(
@@ -171,7 +159,7 @@ SELECTIONS = [
 
 @pytest.mark.parametrize("selection", [s for s in SELECTIONS if "wrong" not in s], ids=str)
 def test_a_selection_is_that_of_peft(model, selection):
-    assert adapted_names(model, **selection) == peft_names(**selection)
+    assert subjects.adapted_names(model, **selection) == peft_names(**selection)
 
 
 @pytest.mark.parametrize("selection", [s for s in SELECTIONS if "wrong" in s], ids=str)
@@ -180,7 +168,7 @@ def test_what_peft_refuses_or_cannot_adapt_is_an_error(model, selection):
     with pytest.raises(ValueError, match=r"[Tt]arget"):
         peft_names(**selection)
     with pytest.raises(ValueError, match="target"):
-        adapted_names(model, **selection)
+        subjects.adapted_names(model, **selection)
 
 
 NAMES = [
@@ -229,7 +217,7 @@ def test_the_layer_is_the_first_number_of_a_name_as_in_peft(layers):
 
 
 def test_all_linear_takes_layers_where_peft_refuses_them(model):
-    assert adapted_names(model, targets="all-linear", layers=[1]) == {
+    assert subjects.adapted_names(model, targets="all-linear", layers=[1]) == {
         f"model.layers.1.{name}"
         for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
     }
@@ -238,34 +226,37 @@ def test_all_linear_takes_layers_where_peft_refuses_them(model):
 def test_the_layer_of_a_list_at_the_root_counts_too():
     """peft wants a part before the list's name (`model.layers.0`) and finds no layer here."""
     model = subjects.ListOfLayers(4, 3, nnx.Rngs(0))
-    assert adapted_names(model, targets=["up"], layers=[0, 2]) == {"blocks.0.up", "blocks.2.up"}
+    assert subjects.adapted_names(model, targets=["up"], layers=[0, 2]) == {"blocks.0.up", "blocks.2.up"}
 
 
 def test_defaults_by_model_type(model):
     model = nnx.clone(model)
     for known in ("llama", "mistral", "qwen2", "qwen3"):
         model.config = types.SimpleNamespace(model_type=known)
-        assert adapted_names(model) == adapted_names(model, targets=["q_proj", "v_proj"])
+        assert subjects.adapted_names(model) == subjects.adapted_names(model, targets=["q_proj", "v_proj"])
     model.config = types.SimpleNamespace(model_type="mamba")
     with pytest.raises(ValueError, match=r"no default targets for model type 'mamba' .*llama.*pass targets="):
-        adapted_names(model)
+        subjects.adapted_names(model)
     del model.config
     with pytest.raises(ValueError, match="no default targets for model type None"):
-        adapted_names(model)
+        subjects.adapted_names(model)
 
 
 def test_an_entry_with_a_slash_is_an_nnx_path():
     model = Stacked(nnx.Rngs(0))
     everywhere = {f"model.layers.{i}.self_attn.q_proj" for i in range(3)}
-    assert adapted_names(model, targets=["layers/self_attn/q_proj"]) == everywhere
-    assert adapted_names(model, targets=["self_attn/q_proj"]) == everywhere
-    assert adapted_names(model, targets=r"layers/.*/q_proj") == everywhere
-    assert adapted_names(subjects.Stacked(4, 2, nnx.Rngs(0)), targets=["blocks/up"]) == {"blocks.0.up", "blocks.1.up"}
+    assert subjects.adapted_names(model, targets=["layers/self_attn/q_proj"]) == everywhere
+    assert subjects.adapted_names(model, targets=["self_attn/q_proj"]) == everywhere
+    assert subjects.adapted_names(model, targets=r"layers/.*/q_proj") == everywhere
+    assert subjects.adapted_names(subjects.Stacked(4, 2, nnx.Rngs(0)), targets=["blocks/up"]) == {
+        "blocks.0.up",
+        "blocks.1.up",
+    }
 
 
 def test_a_pattern_for_names_does_not_reach_through_the_path():
     """`layers/self_attn/q_proj` holds no number, so a lookahead that excludes layer 0 would match it."""
-    names = adapted_names(Stacked(nnx.Rngs(0)), targets=r"(?!.*\.0\.).*q_proj")
+    names = subjects.adapted_names(Stacked(nnx.Rngs(0)), targets=r"(?!.*\.0\.).*q_proj")
     assert names == {"model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.q_proj"}
 
 
@@ -274,9 +265,9 @@ def test_a_stack_that_is_one_projection_goes_by_its_own_name():
         def __init__(self, rngs):
             self.blocks = nnx.vmap(lambda r: nnx.Linear(4, 4, rngs=r))(rngs.split(2))
 
-    assert adapted_names(Bare(nnx.Rngs(0)), targets=["blocks"]) == {"blocks.0", "blocks.1"}
+    assert subjects.adapted_names(Bare(nnx.Rngs(0)), targets=["blocks"]) == {"blocks.0", "blocks.1"}
     root = nnx.vmap(lambda r: nnx.Linear(4, 4, rngs=r))(nnx.Rngs(0).split(2))
-    assert adapted_names(root, targets="all-linear") == {"0", "1"}
+    assert subjects.adapted_names(root, targets="all-linear") == {"0", "1"}
 
 
 def test_a_set_of_targets_is_one_selection_in_any_order():
@@ -322,12 +313,12 @@ WRONG = [
 @pytest.mark.parametrize("selection, message", WRONG, ids=lambda v: str(v) if isinstance(v, dict) else "")
 def test_a_wrong_selection_is_an_error(model, selection, message):
     with pytest.raises(ValueError, match=message):
-        adapted_names(model, **selection)
+        subjects.adapted_names(model, **selection)
 
 
 def test_only_some_layers_of_a_stack_cannot_be_saved():
     with pytest.raises(ValueError, match=r"'model\.layers\.1\.norm' matches only some layers of the stack layers/norm"):
-        adapted_names(Stacked(nnx.Rngs(0)), targets=["q_proj"], modules_to_save=["model.layers.1.norm"])
+        subjects.adapted_names(Stacked(nnx.Rngs(0)), targets=["q_proj"], modules_to_save=["model.layers.1.norm"])
 
 
 WRONG_FIELDS = [
@@ -351,82 +342,6 @@ WRONG_FIELDS = [
 def test_a_wrong_field_is_an_error(fields, error, message):
     with pytest.raises(error, match=message):
         jpeft.LoRA(**fields)
-
-
-class Shared(nnx.Module):
-    """One module under two names."""
-
-    def __init__(self, rngs):
-        self.first = nnx.Dict(up=nnx.Linear(4, 4, rngs=rngs), out=nnx.Linear(4, 4, rngs=rngs))
-        self.second = nnx.Dict(up=self.first.up)
-        self.head = ("second",)
-
-
-@pytest.mark.parametrize(
-    "selection, left",
-    [
-        ({"targets": ["first.up"]}, "second/up"),
-        ({"targets": r"second\..*"}, "first/up"),
-        ({"targets": ["up", "out"], "exclude": ["second.up"]}, "second/up"),
-        ({"targets": "all-linear"}, "second/up"),
-        ({"targets": ["out"], "modules_to_save": ["first.up"]}, "second/up"),
-        ({"targets": ["out"], "modules_to_save": ["second"]}, "first/up"),
-    ],
-    ids=str,
-)
-def test_half_of_a_shared_module_is_an_error(selection, left):
-    message = f"first/up and second/up are one shared module, but the selection leaves out {left};"
-    with pytest.raises(ValueError, match=message):
-        adapted_names(Shared(nnx.Rngs(0)), **selection)
-
-
-def test_both_halves_of_a_shared_module_are_one_place():
-    model = Shared(nnx.Rngs(0))
-    assert adapted_names(model, targets=["up"]) == {"first.up"}
-    assert adapted_names(model, targets=["first.up", "second.up"]) == {"first.up"}
-    assert adapted_names(model, targets=["out"], modules_to_save=["up"]) == {"first.out"}
-
-
-class SharedLayers(nnx.Module):
-    """Two layers that are the same block, as ALBERT's are."""
-
-    def __init__(self, rngs):
-        block = subjects.Block(4, rngs)
-        self.layers = nnx.List([block, block])
-
-
-def test_one_of_several_shared_layers_is_an_error():
-    model = SharedLayers(nnx.Rngs(0))
-    with pytest.raises(
-        ValueError, match="layers/0/up and layers/1/up are one shared module, but the selection leaves out"
-    ):
-        adapted_names(model, targets=["up"], layers=[1])
-    assert adapted_names(model, targets=["up"], layers=[0, 1]) == {"layers.0.up"}
-
-
-class SharedInStack(nnx.Module):
-    """A module at two places of a stacked layer."""
-
-    def __init__(self, rngs):
-        self.blocks = stack(TwicePerLayer, 2, rngs)
-
-
-class TwicePerLayer(nnx.Module):
-    """Its layer."""
-
-    def __init__(self, rngs):
-        self.a = nnx.Linear(4, 4, rngs=rngs)
-        self.b = self.a
-
-
-def test_a_shared_module_inside_of_a_stack():
-    model = SharedInStack(nnx.Rngs(0))
-    assert adapted_names(model, targets=r"blocks\.\d\.(a|b)") == {"blocks.0.a", "blocks.1.a"}
-    assert adapted_names(model, targets=["a", "b"], layers=[1]) == {"blocks.1.a"}
-    with pytest.raises(ValueError, match="blocks/a and blocks/b are one shared module"):
-        adapted_names(model, targets=["a"])
-    with pytest.raises(ValueError, match="blocks/a and blocks/b are one shared module"):
-        adapted_names(model, targets=r"blocks\.\d\.a|blocks\.0\.b")
 
 
 def test_the_head_of_a_classification_task_is_trained_unless_told_not_to():

@@ -123,7 +123,7 @@ class LoRA(Method):
         query, scale = query.astype(wide(query.dtype)), self._running_scale(adapter)
         return (y + _difference(adapter, lambda a, b: (query @ b.T) @ (a * scale).T)).astype(y.dtype)
 
-    def merge(self, adapter: Adapter, base: Any) -> Mapping[str, jax.Array]:
+    def merge(self, adapter: Any, base: Any) -> Mapping[str, jax.Array]:
         projection = seams.projection(base)
         scale = jnp.asarray(self.table(adapter.site), adapter.A.dtype).reshape(*adapter.site.lead, 1, -1)
         delta = _difference(adapter, lambda a, b: jnp.matmul(a * scale, b, precision="highest"))
@@ -153,7 +153,7 @@ class LoRA(Method):
         ranks, scales = np.array(self.ranks(site)), np.array(self.scales(site))
         return np.where(np.arange(ranks.max()) < ranks[:, None], scales[:, None], 0.0)
 
-    def _running_scale(self, adapter: Adapter) -> Any:
+    def _running_scale(self, adapter: Any) -> Any:
         table = self.table(adapter.site)
         if _uniform(table):
             return float(table[0, 0])

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step trains: every trainable leaf, by its exact gradient, and nothing else."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +50,8 @@ def test_a_step_with_weight_decay_is_adamws(case):
     moments = sum(leaf.size for leaf in jax.tree.leaves(state)) - 1
     assert moments == 2 * sum(value.size for value in trainable.values())
     updates, _ = tx.update(gradients, state, trainable)
-    for path, value in optax.apply_updates(trainable, updates).items():
+    after: Any = optax.apply_updates(trainable, updates)
+    for path, value in after.items():
         p, g = (np.asarray(tree[path], np.float64) for tree in (trainable, gradients))
         expected = p - 0.01 * (g / (np.abs(g) + 1e-8) + 0.5 * p)
         np.testing.assert_allclose(value, expected, rtol=2e-5, atol=1e-6, err_msg=path)

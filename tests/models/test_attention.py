@@ -141,8 +141,7 @@ def test_rows_that_see_nothing_give_zero_and_pass_no_gradient(backend, monkeypat
 def test_bfloat16(causal):
     q, k, v, g = (jnp.asarray(x, jnp.bfloat16) for x in inputs(150, 150, 4, 2))
     seen = visible(150, 150, causal)
-    exact = [np.asarray(x, np.float32) for x in (q, k, v, g)]
-    expected = oracle(*exact, 0.3, seen)
+    expected = oracle(*(np.asarray(x, np.float32) for x in (q, k, v, g)), scale=0.3, seen=seen)
     found = output_and_gradients(functools.partial(attention, causal=causal, scale=0.3), q, k, v, g)
     assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
     for ours, theirs in zip(found, expected, strict=True):
@@ -187,7 +186,7 @@ def test_a_long_causal_row_costs_little_more_than_half():
 
     def flops(**told):
         attend = jax.jit(functools.partial(attention, scale=0.3, **told))
-        return attend.lower(q, k, v).compile().cost_analysis()["flops"]
+        return attend.lower(q, k, v).compile().cost_analysis()["flops"]  # type: ignore[index]
 
     full = flops(causal=False)
     assert flops(causal=True) < 0.6 * full

@@ -2,6 +2,8 @@
 """One update: accumulation, clipping, the guard against NaN; the optimizer against torch's, the schedule against
 transformers'."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -203,7 +205,7 @@ def test_the_optimizer_is_torchs_adamw(ratio, clip):
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 - update / 5)
 
     tx = make_optimizer(options, 5)
-    ours = {path: jnp.asarray(value) for path, value in values.items()}
+    ours: Any = {path: jnp.asarray(value) for path, value in values.items()}
     state = tx.init(ours)
     for _ in range(5):
         slopes = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
