@@ -239,8 +239,7 @@ def test_gradients_under_dropout_are_those_of_the_dropped_weights():
     test_util.check_grads(attend, (q, k, v), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("rows", [4, 16])
-def test_dropout_does_not_depend_on_the_blocks(monkeypatch, rows):
+def test_dropout_does_not_depend_on_the_blocks(monkeypatch):
     q, k, v, _ = inputs(40, 40, 4, 2)
 
     def run():
@@ -248,10 +247,10 @@ def test_dropout_does_not_depend_on_the_blocks(monkeypatch, rows):
             return (attention(q, k, v, causal=True, scale=0.3, dropout=0.4) ** 2).sum()
 
         with _scope.scope(key=jax.random.key(7)):
-            return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+            return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
 
     whole = run()
-    monkeypatch.setattr(_attention, "_ROWS", rows)
+    monkeypatch.setattr(_attention, "_ROWS", 16)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, run())
 
 
