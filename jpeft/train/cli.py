@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what a model is made of, or what an adapter trains")
     _names_model(inspect)
 
-    demo = commands.add_parser("demo", help="fine-tune a real encoder on Python's own docstrings (3 minutes)")
+    demo = commands.add_parser("demo", help="fine-tune a real encoder on Python's own docstrings")
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="folder (runs/demo)")
 
     for command in commands.choices.values():

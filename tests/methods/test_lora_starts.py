@@ -23,36 +23,6 @@ def _torch_seed():
     torch.manual_seed(0)
 
 
-class Net(nnx.Module):
-    """The same in NNX."""
-
-    def __init__(self, rngs):
-        self.emb = nnx.Embed(7, 4, rngs=rngs)
-        self.up = nnx.Linear(4, 6, rngs=rngs, bias_init=nnx.initializers.normal())
-        self.norm = nnx.LayerNorm(6, epsilon=1e-5, rngs=rngs, bias_init=nnx.initializers.normal())
-        self.down = nnx.Linear(6, 3, rngs=rngs, bias_init=nnx.initializers.normal())
-
-    def __call__(self, ids):
-        return self.down(self.norm(jnp.tanh(self.up(self.emb(ids)))))
-
-
-class TorchNet(torch.nn.Module):
-    """Every kind of module with a bias or a table that bias= and targets may mean."""
-
-    def __init__(self):
-        super().__init__()
-        self.emb = torch.nn.Embedding(7, 4)
-        self.up = torch.nn.Linear(4, 6)
-        self.norm = torch.nn.LayerNorm(6)
-        self.down = torch.nn.Linear(6, 3)
-
-    def forward(self, ids):
-        return self.down(self.norm(torch.tanh(self.up(self.emb(ids)))))
-
-
-# Starts.
-
-
 def started(init, d_in=40, d_out=30, rank=8, module=None, key=KEY, **options):
     module = nnx.Linear(d_in, d_out, rngs=nnx.Rngs(1)) if module is None else module
     return jpeft.adapt(module, jpeft.LoRA(rank=rank, alpha=16, targets=".*", init=init, **options), key=key)

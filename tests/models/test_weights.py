@@ -3,10 +3,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 from typing import Any
 
 import jax
@@ -17,38 +13,12 @@ import safetensors.torch
 import torch
 import transformers
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from saved_bert import TINY, _folder, assert_equal, flat, saved, read_tensors  # noqa: F401 (the fixture)
 
 from jpeft import models
 from jpeft.models import CheckpointError, _safetensors
 from jpeft.models._checkpoint import INDEX, SINGLE, open_checkpoint
 from jpeft.models._weights import How, Ignore, Renamed, Rule, Tied, load_leaves, module_names, save_leaves
-
-TINY = {
-    "model_type": "bert", "vocab_size": 31, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3,
-    "intermediate_size": 20, "max_position_embeddings": 16, "type_vocab_size": 2,
-}  # fmt: skip
-
-
-@pytest.fixture(name="folder")
-def _folder(tmp_path):
-    """A classifier with 3 labels, saved by transformers."""
-    return _saved(tmp_path / "model")
-
-
-def _saved(folder, torch_class=transformers.BertForSequenceClassification, dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    model = torch_class(transformers.BertConfig(**(TINY | {"num_labels": 3}))).to(dtype)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn_like(weight))
-    model.save_pretrained(folder, **options)
-    return folder
-
-
-def _tensors(folder):
-    return {k: t for file in folder.glob("*.safetensors") for k, t in safetensors.torch.load_file(file).items()}
 
 
 def _rewrite(folder, tensors, **config):
@@ -58,27 +28,16 @@ def _rewrite(folder, tensors, **config):
     (folder / "config.json").write_text(json.dumps(hf))
 
 
-def _flat(model):
-    return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
-
-
-def _assert_equal(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype, name
-        assert torch.equal(ours[name], tensor), name
-
-
 # Both ways ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_bit_comes_back(dtype, tmp_path):
-    folder = _saved(tmp_path / "theirs", dtype=dtype)
+    folder = saved(tmp_path / "theirs", dtype=dtype)
     model = models.load(folder)
-    assert {str(leaf.dtype) for leaf in _flat(model).values()} == {str(dtype).removeprefix("torch.")}
+    assert {str(leaf.dtype) for leaf in flat(model).values()} == {str(dtype).removeprefix("torch.")}
     models.save(model, tmp_path / "ours")
-    _assert_equal(_tensors(tmp_path / "ours"), _tensors(folder))
+    assert_equal(read_tensors(tmp_path / "ours"), read_tensors(folder))
     with safetensors.safe_open(tmp_path / "ours" / SINGLE, "pt") as file:
         assert file.metadata() == {"format": "pt"}
     ours, theirs = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "ours", folder))
@@ -86,12 +45,12 @@ def test_every_bit_comes_back(dtype, tmp_path):
 
 
 def test_shards_are_read_and_written(tmp_path):
-    folder = _saved(tmp_path / "theirs", max_shard_size="5KB")
+    folder = saved(tmp_path / "theirs", max_shard_size="5KB")
     assert (folder / INDEX).is_file()
     model = models.load(folder)
     entries = models.bert.WEIGHTS(model.config, model.task)
     (tmp_path / "ours").mkdir()
-    save_leaves(tmp_path / "ours", entries, _flat(model), shard_bytes=4000)
+    save_leaves(tmp_path / "ours", entries, flat(model), shard_bytes=4000)
     files = sorted(tmp_path.glob("ours/*.safetensors"))
     assert len(files) > 3
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
@@ -99,17 +58,17 @@ def test_shards_are_read_and_written(tmp_path):
         tensors = safetensors.torch.load_file(file)
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 4000
     shutil.copy(folder / "config.json", tmp_path / "ours")
-    _assert_equal(_tensors(tmp_path / "ours"), _tensors(folder))
+    assert_equal(read_tensors(tmp_path / "ours"), read_tensors(folder))
     torch_class: Any = transformers.BertForSequenceClassification
     _, info = torch_class.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
     index = json.loads((tmp_path / "ours" / INDEX).read_text())
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in _tensors(folder).values())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in read_tensors(folder).values())
 
 
 def test_dtype_is_converted_while_reading(folder):
     exact, rough = models.load(folder), models.load(folder, dtype=jnp.bfloat16)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(jnp.bfloat16), b), _flat(exact), _flat(rough))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(jnp.bfloat16), b), flat(exact), flat(rough))
     with pytest.raises(
         TypeError, match=r"dtype must be a floating-point type such as jnp\.bfloat16; got <class 'int'>"
     ):
@@ -117,16 +76,16 @@ def test_dtype_is_converted_while_reading(folder):
 
 
 def test_the_dtype_that_most_have_is_kept_and_the_mix_is_said(folder, caplog):
-    tensors = {k: t.bfloat16() if t.ndim == 2 else t for k, t in _tensors(folder).items()}
+    tensors = {k: t.bfloat16() if t.ndim == 2 else t for k, t in read_tensors(folder).items()}
     _rewrite(folder, tensors)
-    assert {leaf.dtype for leaf in _flat(models.load(folder)).values()} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in flat(models.load(folder)).values()} == {jnp.dtype(jnp.bfloat16)}
     assert "the checkpoint mixes BF16, F32; everything is read as BF16" in caplog.text
 
 
 def test_blocks_of_rows_make_up_a_tensor(folder, monkeypatch):
-    expected = _flat(models.load(folder))
+    expected = flat(models.load(folder))
     monkeypatch.setattr(_safetensors, "_BLOCK_BYTES", 100)
-    jax.tree.map(np.testing.assert_array_equal, _flat(models.load(folder)), expected)
+    jax.tree.map(np.testing.assert_array_equal, flat(models.load(folder)), expected)
 
 
 def test_axes_are_permuted_both_ways(tmp_path):
@@ -138,7 +97,7 @@ def test_axes_are_permuted_both_ways(tmp_path):
     leaves = load_leaves(open_checkpoint(tmp_path), table, shapes)
     np.testing.assert_array_equal(leaves["conv/kernel"], value.numpy().transpose(2, 3, 1, 0))
     save_leaves(tmp_path, table, leaves)
-    _assert_equal(_tensors(tmp_path), {"conv.weight": value})
+    assert_equal(read_tensors(tmp_path), {"conv.weight": value})
 
 
 def test_names_of_modules_and_of_what_is_around_them():
@@ -155,13 +114,13 @@ def test_names_of_modules_and_of_what_is_around_them():
 
 
 def test_a_backbone_gets_a_new_head(tmp_path, caplog):
-    folder = _saved(tmp_path / "model", transformers.BertModel)
+    folder = saved(tmp_path / "model", transformers.BertModel)
     model = models.load(folder, "SEQ_CLS", num_labels=4, key=jax.random.key(1))
     assert caplog.messages == ["initialised anew, to be trained: classifier/bias, classifier/kernel"]
-    backbone, leaves = _flat(models.load(folder)), _flat(model)
+    backbone, leaves = flat(models.load(folder)), flat(model)
     jax.tree.map(np.testing.assert_array_equal, {path: leaves[path] for path in backbone}, backbone)
-    again = _flat(models.load(folder, "SEQ_CLS", num_labels=4, key=jax.random.key(1)))
-    other = _flat(models.load(folder, "SEQ_CLS", num_labels=4))
+    again = flat(models.load(folder, "SEQ_CLS", num_labels=4, key=jax.random.key(1)))
+    other = flat(models.load(folder, "SEQ_CLS", num_labels=4))
     np.testing.assert_array_equal(leaves["classifier/kernel"], again["classifier/kernel"])
     assert leaves["classifier/kernel"].shape == (12, 4)
     assert np.all(leaves["classifier/kernel"] != other["classifier/kernel"])
@@ -170,12 +129,12 @@ def test_a_backbone_gets_a_new_head(tmp_path, caplog):
 def test_a_head_is_dropped_for_the_hidden_states(folder, caplog):
     model = models.load(folder, "FEATURE_EXTRACTION")
     assert caplog.messages == ["dropped weights of another task: classifier.bias, classifier.weight"]
-    expected = {path: leaf for path, leaf in _flat(models.load(folder)).items() if not path.startswith("classifier")}
-    jax.tree.map(np.testing.assert_array_equal, _flat(model), expected)
+    expected = {path: leaf for path, leaf in flat(models.load(folder)).items() if not path.startswith("classifier")}
+    jax.tree.map(np.testing.assert_array_equal, flat(model), expected)
 
 
 def test_a_pretraining_head_is_dropped_when_a_task_is_asked_for(tmp_path, caplog):
-    folder = _saved(tmp_path / "model", transformers.BertForPreTraining)
+    folder = saved(tmp_path / "model", transformers.BertForPreTraining)
     with pytest.raises(ValueError, match="no task of the zoo is BertForPreTraining; pass task=, one of SEQ_CLS, TOKEN"):
         models.load(folder)
     models.load(folder, "QUESTION_ANS")
@@ -196,7 +155,7 @@ def test_a_head_of_another_meaning_or_size_is_not_used(folder, caplog, task, num
 
 
 def test_asking_for_what_was_saved_stays_strict(folder):
-    tensors = _tensors(folder)
+    tensors = read_tensors(folder)
     del tensors["classifier.bias"]
     _rewrite(folder, tensors)
     for task in (None, "SEQ_CLS"):
@@ -205,18 +164,18 @@ def test_asking_for_what_was_saved_stays_strict(folder):
 
 
 def test_strange_keys_are_errors_whatever_the_task(folder):
-    _rewrite(folder, _tensors(folder) | {"bert.strange.weight": torch.ones(3)})
+    _rewrite(folder, read_tensors(folder) | {"bert.strange.weight": torch.ones(3)})
     for task in (None, "TOKEN_CLS", "FEATURE_EXTRACTION"):
         with pytest.raises(CheckpointError, match=r"no place for: bert\.strange\.weight"):
             models.load(folder, task)
 
 
 def test_old_names_and_buffers(folder):
-    expected = _flat(models.load(folder))
-    tensors = {k.replace("LayerNorm.weight", "LayerNorm.gamma"): t for k, t in _tensors(folder).items()}
+    expected = flat(models.load(folder))
+    tensors = {k.replace("LayerNorm.weight", "LayerNorm.gamma"): t for k, t in read_tensors(folder).items()}
     tensors = {k.replace("LayerNorm.bias", "LayerNorm.beta"): t for k, t in tensors.items()}
     _rewrite(folder, tensors | {"bert.embeddings.position_ids": torch.arange(16)[None]})
-    jax.tree.map(np.testing.assert_array_equal, _flat(models.load(folder)), expected)
+    jax.tree.map(np.testing.assert_array_equal, flat(models.load(folder)), expected)
 
 
 def test_wrong_tasks_are_refused(folder):
@@ -234,7 +193,7 @@ def test_wrong_tasks_are_refused(folder):
 
 
 def test_every_misfit_is_named_at_once(folder):
-    tensors = _tensors(folder)
+    tensors = read_tensors(folder)
     tensors["bert.encoder.layer.2.output.dense.bias"] = torch.ones(12)
     del tensors["bert.pooler.dense.weight"], tensors["bert.encoder.layer.1.attention.self.query.bias"]
     tensors["classifier.weight"] = torch.ones(4, 12)
@@ -305,7 +264,7 @@ def test_missing_files(folder, tmp_path):
 
 
 def test_broken_indices(tmp_path):
-    folder = _saved(tmp_path / "model", max_shard_size="5KB")
+    folder = saved(tmp_path / "model", max_shard_size="5KB")
     index = json.loads((folder / INDEX).read_text())
     weight_map = index["weight_map"]
     first = min(weight_map.values())
@@ -362,7 +321,7 @@ def test_a_file_that_ends_while_being_read_is_refused(folder):
     tensors = open_checkpoint(folder)
     (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:4000])
     model = nnx.eval_shape(lambda: models.build(TINY, "SEQ_CLS", key=jax.random.key(0), num_labels=3))
-    entries, shapes = models.bert.WEIGHTS(model.config, model.task), _flat(model)
+    entries, shapes = models.bert.WEIGHTS(model.config, model.task), flat(model)
     with pytest.raises(CheckpointError, match="ended while being read: copy it again"):
         load_leaves(tensors, entries, shapes)
 

@@ -1,72 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading onto devices, in little memory; and replacing a folder without ever losing it."""
 
-import json
-import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 import transformers
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from saved_bert import _folder, assert_equal, flat, read_tensors  # noqa: F401 (the fixture)
 
 from jpeft import models
 from jpeft.models import CheckpointError, _safetensors
-from jpeft.models._checkpoint import INDEX, SINGLE, open_checkpoint
-from jpeft.models._weights import How, Ignore, Renamed, Rule, Tied, load_leaves, module_names, save_leaves
-
-TINY = {
-    "model_type": "bert", "vocab_size": 31, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3,
-    "intermediate_size": 20, "max_position_embeddings": 16, "type_vocab_size": 2,
-}  # fmt: skip
-
-
-@pytest.fixture(name="folder")
-def _folder(tmp_path):
-    """A classifier with 3 labels, saved by transformers."""
-    return _saved(tmp_path / "model")
-
-
-def _saved(folder, torch_class=transformers.BertForSequenceClassification, dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    model = torch_class(transformers.BertConfig(**(TINY | {"num_labels": 3}))).to(dtype)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn_like(weight))
-    model.save_pretrained(folder, **options)
-    return folder
-
-
-def _tensors(folder):
-    return {k: t for file in folder.glob("*.safetensors") for k, t in safetensors.torch.load_file(file).items()}
-
-
-def _flat(model):
-    return {"/".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
-
-
-def _assert_equal(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype, name
-        assert torch.equal(ours[name], tensor), name
-
+from jpeft.models._checkpoint import SINGLE
 
 # Places and memory --------------------------------------------------------------------------------------------------
 
 
 def test_each_device_gets_its_slice_and_each_is_read_once(folder, monkeypatch):
-    expected = _flat(models.load(folder))
+    expected = flat(models.load(folder))
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     read, counted = _safetensors.read, []
     monkeypatch.setattr(_safetensors, "read", lambda t, i, out: (counted.append(out.nbytes), read(t, i, out)))
@@ -78,13 +36,13 @@ def test_each_device_gets_its_slice_and_each_is_read_once(folder, monkeypatch):
             names[-1] = "tensor" if shape.shape[-1] % 2 == 0 and names[-1] is None else names[-1]
         return NamedSharding(mesh, P(*names))
 
-    leaves = _flat(models.load(folder, sharding=place))
+    leaves = flat(models.load(folder, sharding=place))
     for path, leaf in leaves.items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
         assert leaf.sharding == place(path, leaf), path
     assert sum(counted) == sum(leaf.nbytes for leaf in expected.values())
 
-    fresh = _flat(models.load(folder, "TOKEN_CLS", num_labels=4, sharding=place))["classifier/kernel"]
+    fresh = flat(models.load(folder, "TOKEN_CLS", num_labels=4, sharding=place))["classifier/kernel"]
     assert fresh.sharding == place("classifier/kernel", fresh)
 
 
@@ -118,7 +76,7 @@ def test_loading_and_saving_hold_one_model_and_one_leaf(tmp_path):
     loading, saving = map(int, _python(_MEMORY, tmp_path / "model", tmp_path / "saved").split())
     assert loading < size + leaf + slack
     assert saving < 2 * leaf + slack
-    _assert_equal(_tensors(tmp_path / "saved"), _tensors(tmp_path / "model"))
+    assert_equal(read_tensors(tmp_path / "saved"), read_tensors(tmp_path / "model"))
 
 
 def _python(script, *args):
