@@ -158,7 +158,7 @@ def test_register_takes_a_module_type_and_a_projection():
     with pytest.raises(TypeError, match=r"a subclass of nnx\.Module, got <class 'int'>"):
         jpeft.register(int, jpeft.seams.Lookup())
     with pytest.raises(TypeError, match=r"a jpeft\.seams\.Projection .* got 'w'"):
-        jpeft.register(Dense, "w")  # type: ignore[arg-type]
+        jpeft.register(OwnAdapters, "w")  # type: ignore[arg-type]
 
 
 def test_an_attribute_called_adapters_is_not_hidden():
