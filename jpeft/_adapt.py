@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Putting methods on a model and taking them off: `adapt`, `merge`, `strip`. Each returns a new model."""
 
+import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ._graft import adapters, graft, grafts, saved_leaves, ungraft
-from ._method import Adapter, AdapterConstant, Method, Site, Start, wide
+from . import seams
+from ._graft import adapters, graft, grafts, is_grafted, saved_leaves, sharing, ungraft
+from ._method import Adapter, AdapterConstant, Hybrid, Method, Site, Start, wide
 from ._scope import fold_path
 from ._targets import Planned, plan
-from ._walk import dims
+from ._walk import seam_sizes
 
 
-def adapt(model: nnx.Module, method: Method, *, key: jax.Array, name: str | None = None) -> Any:
+def adapt(model: nnx.Module, method: Method | Hybrid, *, key: jax.Array, name: str | None = None) -> Any:
     """`model` with `method` on it: a new model that shares the base's arrays; the given one is untouched.
 
     The frozen half of the result is the base, leaf for leaf. Every leaf's first value depends on `key` and its own
@@ -23,7 +26,7 @@ def adapt(model: nnx.Module, method: Method, *, key: jax.Array, name: str | None
     Args:
       model: any NNX model: jpeft's own, or one made of `nnx.Linear`, `LinearGeneral`, `Einsum`, `Embed`, `Conv` or
         types told to `jpeft.register`.
-      method: `jpeft.LoRA(...)` and its like.
+      method: `jpeft.LoRA(...)` and its like, or several: `jpeft.LoRA(...) | jpeft.PromptTuning(...)`.
       key: PRNG key of the start.
       name: the adapter's name in leaf paths; the method's kind by default. Give one to put two of a kind on a model.
 
@@ -34,20 +37,39 @@ def adapt(model: nnx.Module, method: Method, *, key: jax.Array, name: str | None
     Example:
       >>> model = jpeft.adapt(model, jpeft.LoRA(rank=16, alpha=32, targets=["q_proj", "v_proj"]), key=jax.random.key(0))
     """
-    if not isinstance(method, Method):
+    if not isinstance(method, Method | Hybrid):
         raise TypeError(f"adapt takes a jpeft method such as jpeft.LoRA(...), got {method!r}")
     if not isinstance(model, nnx.Module):
         raise TypeError(f"adapt takes an nnx.Module, got {type(model).__name__}")
-    name = _checked_name(method.kind if name is None else name)
     model = nnx.clone(model)
-    for planned in plan(model, method):
-        found = planned.found
-        if name in adapters(found.module):
-            raise ValueError(
-                f"{found.path} already has an adapter {name!r}; pass another name= to put a second one there"
-            )
-        graft(found.module, name, _adapter(planned, method, name, fold_path(key, f"{found.path}/{name}")))
+    if isinstance(method, Method):
+        _put_on(model, method, key, method.kind if name is None else name)
+    else:
+        for own, part in method.named(name):
+            _put_on(model, part, key, own)
     return model
+
+
+def _put_on(model: Any, method: Method, key: jax.Array, name: str) -> None:
+    """Grafts `method` onto `model`, in place."""
+    name = _checked_name(name)
+    planned = plan(model, method)
+    for at in planned:
+        if name in adapters(at.found.module):
+            raise ValueError(
+                f"{at.found.path} already has an adapter {name!r}; pass another name= to put a second one there"
+            )
+    sites = _sites(planned, name)
+    for at, site in zip(planned, sites, strict=True):
+        parts = {part: at.found.module.adapters.pop(part) for part in at.absorbed}
+        graft(at.found.module, name, _adapter(at, site, method, fold_path(key, f"{site.path}/{name}"), parts))
+    members = tuple(site for site in sites if any(site.active))
+    root = Site("", ("",), (False,), adapter=name, seam="model", members=members)
+    start = method.start_shared(root, model, fold_path(key, name)) if members else None
+    if start is not None:
+        if name in adapters(model):
+            raise ValueError(f"the model's root already has an adapter {name!r}; pass another name=")
+        graft(model, name, Adapter(method, root, start, {}, {}))
 
 
 def merge(model: nnx.Module) -> Any:
@@ -59,15 +81,14 @@ def merge(model: nnx.Module) -> Any:
       ValueError: a method on the model has no merged form.
     """
     model = nnx.clone(model)
-    for _, module in grafts(model):
-        for name, value in saved_leaves(module, running=False).items():
-            _set(getattr(module, name), value)
-        for adapter in module.adapters.values():
-            if adapter.acts:
+    with sharing(model) if is_grafted(model) else contextlib.nullcontext():
+        for _, module in grafts(model):
+            for name, value in saved_leaves(module, running=False).items():
+                _set(getattr(module, name), value)
+            for adapter in _merging_order(module):
                 for name, value in adapter.method.merge(adapter, module).items():
                     _set(getattr(module, name), value)
-        ungraft(module)
-    return model
+    return strip(model)
 
 
 def strip(model: nnx.Module) -> Any:
@@ -78,17 +99,39 @@ def strip(model: nnx.Module) -> Any:
     return model
 
 
-def _adapter(planned: Planned, method: Method, name: str, key: jax.Array) -> Adapter:
+def _sites(planned: list[Planned], name: str) -> list[Site]:
+    """The sites of one adapter, in the model's order, each with the number of places before it."""
+    places: dict[str, int] = {}
+    sites = []
+    for at in planned:
+        found, acts = at.found, any(at.active)
+        kind = seams.kind(found.module) or ""
+        sizes = seam_sizes(found) if acts else seams.Sizes(found.lead, 0, 0)
+        site = Site(
+            found.path, found.names, at.active, sizes.lead, sizes.d_in, sizes.d_out, found.scanned, name,
+            kind, sizes.block, sizes.heads, places.get(kind, 0),
+        )  # fmt: skip
+        places[kind] = places.get(kind, 0) + len(found.names) * acts
+        sites.append(site)
+    return sites
+
+
+def _adapter(planned: Planned, site: Site, method: Method, key: jax.Array, parts: Mapping[str, Adapter]) -> Adapter:
     found, acts = planned.found, any(planned.active)
-    lead, d_in, d_out = dims(found) if acts and method.seam == "projection" else (found.lead, 0, 0)
-    site = Site(found.path, found.names, planned.active, lead, d_in, d_out, found.scanned, name)
     start = method.start(site, found.module, key) if acts else Start({})
     saved = {leaf: _widened(getattr(found.module, leaf)[...]) for leaf in planned.saved}
-    adapter = Adapter(method, site, start, saved, planned.saved)
+    adapter = Adapter(method, site, start, saved, planned.saved, parts)
     partly = not all(all(layers) for layers in planned.saved.values())
-    if lead and not found.scanned and (partly or (acts and method.depends_on_layer(site))):
-        adapter.layer_index = AdapterConstant(jnp.arange(len(site.names)).reshape(lead))
+    if site.lead and not found.scanned and (partly or (acts and method.depends_on_layer(site))):
+        adapter.layer_index = AdapterConstant(jnp.arange(len(site.names)).reshape(site.lead))
     return adapter
+
+
+def _merging_order(module: Any) -> list[Adapter]:
+    """The acting adapters, each as it meets the kernel: those on the way in from the last to the first, then the rest."""
+    acting = [adapter for adapter in adapters(module).values() if adapter.acts]
+    inner = [adapter for adapter in acting if adapter.method.on_the_way_in(adapter.site)]
+    return inner[::-1] + [adapter for adapter in acting if adapter not in inner]
 
 
 def _widened(value: jax.Array) -> jax.Array:

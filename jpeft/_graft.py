@@ -5,6 +5,7 @@ So base paths, `.kernel` and `isinstance` survive, and a model that nobody wrote
 subclass is made once per class, which keeps graphdefs equal between models.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ._method import Adapter
+from ._scope import current, scope
 
 #: The attribute that a grafted module gains.
 ADAPTERS = "adapters"
@@ -24,34 +26,66 @@ ADAPTERS = "adapters"
 _ORIGIN = "__grafted_from__"
 
 
+#: Methods of a model, beside its call, in which its adapters run as well.
+_ENTRIES = ("hidden", "logits", "pooled", "encode", "decode")
+
+
 @functools.cache
 def _grafted_type(base: type) -> type:
     """The subclass of `base` that runs adapters: in its call and, on an embedding, where its table is a head."""
 
     def __call__(self: Any, *inputs: Any, **options: Any) -> Any:
-        y = base.__call__(with_saved(self), *inputs, **options)
-        if options:  # an input may come by its keyword
-            inputs = _signature(base).bind(self, *inputs, **options).args[1:]
-        for adapter in self.adapters.values():
-            if adapter.acts:
-                y = adapter.method.apply(adapter, self, y, *inputs)
-        return y
+        acting = [adapter for adapter in self.adapters.values() if adapter.acts]
+        plain = with_saved(self)
+        with sharing(self):
+            if not acting:
+                return base.__call__(plain, *inputs, **options)
+            bound = _signature(base).bind(self, *inputs, **options)  # an input may come by its keyword
+            inputs = given = bound.args[1:]
+            for adapter in acting:
+                given = adapter.method.before(adapter, plain, *given)
+            y = base.__call__(plain, *given, **bound.kwargs)
+            for adapter in acting:
+                y = adapter.method.after(adapter, plain, y, *inputs)
+            return y
 
     def attend(self: Any, query: jax.Array, *args: Any, **options: Any) -> jax.Array:
-        y = base.attend(with_saved(self), query, *args, **options)  # type: ignore[attr-defined]
+        plain = with_saved(self)
+        y = base.attend(plain, query, *args, **options)  # type: ignore[attr-defined]
         for adapter in self.adapters.values():
             if adapter.acts:
-                y = adapter.method.attend(adapter, self, y, query)
+                y = adapter.method.attend(adapter, plain, y, query)
         return y
+
+    def entry(name: str) -> Any:
+        def call(self: Any, *inputs: Any, **options: Any) -> Any:
+            with sharing(self):
+                return getattr(base, name)(self, *inputs, **options)
+
+        return functools.wraps(getattr(base, name))(call)
 
     def __reduce__(self: Any) -> Any:
         return _rebuild, (base, dict(vars(self)))
 
     members = {_ORIGIN: base, "__call__": __call__, "__reduce__": __reduce__, "__module__": base.__module__}
+    members |= {name: entry(name) for name in _ENTRIES if callable(getattr(base, name, None))}
     if hasattr(base, "attend"):
         members["attend"] = attend
     # One base class alone: with a mixin beside it the object layouts differ, and the class could not be swapped.
     return type(f"Grafted{base.__name__}", (base,), members)
+
+
+@contextlib.contextmanager
+def sharing(module: Any) -> Iterator[None]:
+    """Runs the block with what the adapters at `module`, a model's root, share between their places."""
+    roots = {name: adapter for name, adapter in module.adapters.items() if adapter.site.seam == "model"}
+    outer = current().shared
+    if not roots or roots.keys() <= outer.keys():  # an inner entry of the same call
+        yield
+        return
+    shared = {name: adapter.method.share(adapter) for name, adapter in roots.items()}
+    with scope(shared={**outer, **shared}):
+        yield
 
 
 @functools.cache

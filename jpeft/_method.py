@@ -64,6 +64,11 @@ class Site:
       d_out: outputs, likewise.
       scanned: whether jpeft's own scan runs the stack, so that the scope knows the layer.
       adapter: the adapter's name, which leaf paths and dropout masks depend on.
+      seam: kind of the seam; `"model"` for the leaves that all places of an adapter share.
+      block: which block of a layer a residual or an attention belongs to (`"attention"`, `"mlp"`, ...), or "".
+      heads: key heads of an attention; 0 elsewhere.
+      first: places of the adapter before this one, at seams of the same kind, every layer counted.
+      members: of the site of the shared leaves, all the others.
     """
 
     path: str
@@ -74,18 +79,35 @@ class Site:
     d_out: int = 0
     scanned: bool = False
     adapter: str = ""
+    seam: str = "projection"
+    block: str = ""
+    heads: int = 0
+    first: int = 0
+    members: tuple["Site", ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What a method asks to be grafted onto, in PEFT's terms; read by `_targets`."""
+    """What a method asks to be grafted onto, in PEFT's terms; read by `_targets`.
+
+    Attributes:
+      targets: names, or a regular expression, of modules at which the method's formula acts; None for none.
+      exclude, layers, modules_to_save, bias: as of `jpeft.LoRA`.
+      patterns: keys of rank_pattern and the like: each must match an adapted name.
+      seam: the kind of seam that is meant.
+      blocks: of the residuals or attentions, those of these blocks alone; None for all.
+      absorb: names of adapters that the method takes over: they stand below its own, and are trained no more.
+    """
 
     targets: str | tuple[str, ...] | None
     exclude: str | tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
     modules_to_save: tuple[str, ...] | None = None
     bias: str = "none"
-    patterns: tuple[str, ...] = ()  # keys of rank_pattern and the like: each must match an adapted name
+    patterns: tuple[str, ...] = ()
+    seam: str = "projection"
+    blocks: tuple[str, ...] | None = None
+    absorb: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +122,8 @@ class Adapter(nnx.Module):
     """One method at one seam: its leaves, and what is needed to run them.
 
     `saved` holds trainable copies of the seam's own leaves (for `bias=` and `modules_to_save`), which stand in for
-    the base's while the base module runs, in the layers that `saved_layers` names.
+    the base's while the base module runs, in the layers that `saved_layers` names. `parts` holds other adapters that
+    it took over.
 
     Trained leaves are copies: a train step may donate them, and neither a base leaf nor a constant may go with them.
     """
@@ -114,6 +137,7 @@ class Adapter(nnx.Module):
         start: Start,
         saved: Mapping[str, jax.Array],
         saved_layers: Mapping[str, tuple[bool, ...]],
+        parts: Mapping[str, "Adapter"] | None = None,
     ):
         self.method = method
         self.site = site
@@ -123,6 +147,21 @@ class Adapter(nnx.Module):
         for name, value in start.constants.items():
             setattr(self, name, AdapterConstant(value))
         self.saved = nnx.Dict({name: AdapterParam(jnp.copy(value)) for name, value in saved.items()})
+        self.parts = nnx.Dict({name: part.frozen() for name, part in (parts or {}).items()})
+
+    def frozen(self) -> "Adapter":
+        """The same adapter with constants in the place of trained leaves.
+
+        Raises:
+          ValueError: it trains copies of the base's own leaves, which only an adapter that acts by itself can.
+        """
+        if self.saved:
+            raise ValueError(
+                f"the adapter {self.site.adapter!r} trains {', '.join(self.saved)} of {self.site.path or 'the model'} "
+                "too, which another method cannot take over; adapt without bias= and modules_to_save="
+            )
+        leaves = {name: leaf[...] for name, leaf in vars(self).items() if isinstance(leaf, nnx.Variable)}
+        return Adapter(self.method, self.site, Start({}, leaves), {}, {}, dict(self.parts))
 
     @property
     def acts(self) -> bool:
@@ -148,6 +187,25 @@ class Adapter(nnx.Module):
             )
         return index
 
+    @property
+    def index(self) -> Any:
+        """Which place of its adapter's this is, among those at seams of its kind: the place in a shared table."""
+        return self.site.first if self.layer is None else self.site.first + self.layer
+
+    @property
+    def shared(self) -> Any:
+        """What the adapter's method shares between all its places (`Method.share`), in the running call.
+
+        Raises:
+          ValueError: the place runs outside of a call of the adapted model.
+        """
+        if self.site.adapter not in current().shared:
+            raise ValueError(
+                f"{self.site.path} reads what its adapter {self.site.adapter!r} keeps at the model's root, and runs "
+                "outside of a call of the model; call the adapted model itself"
+            )
+        return current().shared[self.site.adapter]
+
     def dropout(self, x: jax.Array, rate: float) -> jax.Array:
         """`x` with entries dropped while the call has a key; every adapter and every layer draws a mask of its own."""
         if rate == 0.0 or current().key is None:
@@ -168,37 +226,95 @@ def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 class Method(abc.ABC):
     """A frozen dataclass whose fields are the method's options; its instances hash, so they live in the graphdef.
 
-    `kind` names the method: in `METHODS`, in leaf paths, in selectors. `seam` is the kind of seam it fits.
+    A method changes what goes into a module (`before`), what comes out of it (`after`), or both. `kind` names it: in
+    `METHODS`, in leaf paths, in selectors.
     """
 
     kind: ClassVar[str]
-    seam: ClassVar[str] = "projection"
 
     @abc.abstractmethod
-    def select(self, model_type: str | None) -> Targets:
-        """Where the method wants to act; `model_type` (Hugging Face's word) picks its defaults."""
+    def select(self, model_type: str | None) -> Targets | tuple[Targets, ...]:
+        """Where the method wants to act; `model_type` (Hugging Face's word) picks its defaults.
 
-    @abc.abstractmethod
+        Several `Targets` are for several kinds of seam; what is said of copies (`modules_to_save`, `bias`) counts of
+        the first alone.
+        """
+
     def start(self, site: Site, base: Any, key: jax.Array) -> Start:
         """First values of its leaves at `site`; `key` is this site's own."""
+        return Start({})
 
-    @abc.abstractmethod
-    def apply(self, adapter: Adapter, base: Any, y: jax.Array, *inputs: Any) -> jax.Array:
-        """What comes out of the seam, given what the base module gave (`y`) for `inputs`."""
+    def start_shared(self, site: Site, model: Any, key: jax.Array) -> Start | None:
+        """First values of the leaves that all its places, `site.members`, share; None where there are none."""
+        return None
+
+    def share(self, adapter: Adapter) -> Any:
+        """What every place reads as `adapter.shared` during a call of the model, given the adapter of shared leaves."""
+        return adapter
+
+    def before(self, adapter: Adapter, base: Any, *inputs: Any) -> tuple[Any, ...]:
+        """What goes into the base module in the place of `inputs`."""
+        return inputs
+
+    def after(self, adapter: Adapter, base: Any, y: Any, *inputs: Any) -> Any:
+        """What comes out of the seam, given what the base module gave (`y`); `inputs` are the seam's own."""
+        return y
+
+    def attend(self, adapter: Adapter, base: Any, y: jax.Array, query: jax.Array) -> jax.Array:
+        """As `after`, for an embedding read backwards as an output head: `y = query @ table.T`."""
+        ((name, table),) = self.merge(adapter, base).items()
+        own = getattr(base, name)[...]
+        change = (table - own.astype(table.dtype)).astype(wide(query.dtype))
+        return (y + query.astype(change.dtype) @ change.T).astype(y.dtype)
 
     def depends_on_layer(self, site: Site) -> bool:
         """Whether what it computes at a stacked `site` differs between layers by more than the leaves."""
         return False
 
-    @abc.abstractmethod
     def merge(self, adapter: Adapter, base: Any) -> Mapping[str, jax.Array]:
-        """New values for the base module's own leaves, by attribute, that do what the adapter does."""
+        """New values for the base module's own leaves, by attribute, that do what the adapter does.
 
-    def attend(self, adapter: Adapter, base: Any, y: jax.Array, query: jax.Array) -> jax.Array:
-        """As `apply`, for an embedding read backwards as an output head: `y = query @ table.T`."""
-        (table,) = self.merge(adapter, base).values()
-        return query @ table.astype(query.dtype).T
+        Raises:
+          ValueError: there are none.
+        """
+        raise ValueError(
+            f"{adapter.site.path or 'the model'}: {type(self).__name__} computes what no weights of the base can, so "
+            "it has no merged form; keep the adapter beside the base"
+        )
+
+    def on_the_way_in(self, site: Site) -> bool:
+        """Whether it acts by `before`: of several methods the one that acts first is then merged last."""
+        return False
 
     @abc.abstractmethod
     def count(self, site: Site) -> tuple[int, int]:
         """(trainable parameters, base parameters whose effective value changes) at `site`, by formula."""
+
+    def __or__(self, other: "Method | Hybrid") -> "Hybrid":
+        return Hybrid((self,)) | other
+
+
+@dataclasses.dataclass(frozen=True)
+class Hybrid:
+    """Several methods on one model, put there in this order: `LoRA(...) | PromptTuning(...)`."""
+
+    methods: tuple[Method, ...]
+
+    def __post_init__(self) -> None:
+        wrong = [method for method in self.methods if not isinstance(method, Method)]
+        if wrong or not self.methods:
+            raise TypeError(f"a hybrid is made of jpeft methods, got {wrong[0] if wrong else 'none'!r}")
+
+    def __or__(self, other: "Method | Hybrid") -> "Hybrid":
+        more = other.methods if isinstance(other, Hybrid) else (other,)
+        return Hybrid((*self.methods, *more))
+
+    def named(self, name: str | None) -> tuple[tuple[str, Method], ...]:
+        """The methods with a name each: their kinds, after `name` where one is given, numbered where one repeats."""
+        seen: dict[str, int] = {}
+        named = []
+        for method in self.methods:
+            own = method.kind if name is None else f"{name}_{method.kind}"
+            seen[own] = seen.get(own, 0) + 1
+            named.append((own if seen[own] == 1 else f"{own}_{seen[own]}", method))
+        return tuple(named)

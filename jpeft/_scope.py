@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,10 +26,19 @@ class Scope:
     Attributes:
       key: PRNG key of this forward pass; None means deterministic.
       layer: index of the running layer inside a scanned stack; None outside of one.
+      shared: what an adapter's places have in common, by the adapter's name.
+      text: which tokens of the running input are text, `[batch, seq]`, with virtual ones in front counted in; None
+        where nothing says.
+      segments: `[batch, seq]` of a packed input, likewise; `seams.EVERY_SEGMENT` for a virtual token.
+      prompt: which tokens are the prompt, `[batch, seq]` as given by the caller; None where all are.
     """
 
     key: Any = None
     layer: Any = None
+    shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    text: Any = None
+    segments: Any = None
+    prompt: Any = None
 
 
 _SCOPE: contextvars.ContextVar[Scope] = contextvars.ContextVar("jpeft_scope", default=Scope())  # noqa: B039 (frozen)

@@ -167,6 +167,8 @@ def _derived(path: str, leaf: Any, leaves: Mapping[str, Any], specs: Mapping[str
     parts = path.split("/")
     at = parts.index(ADAPTERS)
     own = [p for p in specs if p.split("/")[:-1] == parts[:at]]
+    if not own and (at == 0 or (parts[at + 2] not in _SIDES and parts[at + 2] != "saved")):
+        return (None,) * leaf.ndim  # at a seam without leaves of its own, or shared by the whole model
     if not own:
         raise ValueError(f"{path} has no base leaf beside it; give the trainable and the frozen leaves together")
     if parts[at + 2] == "saved":

@@ -18,7 +18,7 @@ from flax import nnx
 from . import seams
 from ._graft import adapters, base_type
 from ._method import Method, Targets, pattern_matches
-from ._walk import Found, dims, modules, own_leaves
+from ._walk import Found, modules, own_leaves, seam_sizes
 
 ALL_LINEAR = "all-linear"
 
@@ -28,28 +28,37 @@ Layers = dict[str, tuple[bool, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """What one module gets: the layers in which the method acts, and the leaves of which it trains a copy."""
+    """What one module gets: the layers in which the method acts, the leaves of which it trains a copy, and the names
+    of the adapters that it takes over.
+    """
 
     found: Found
     active: tuple[bool, ...]
     saved: Layers
+    absorbed: tuple[str, ...] = ()
 
 
 def plan(model: nnx.Module, method: Method) -> list[Planned]:
     """Every module that `method` touches, in the model's order; a ValueError where the selection is wrong."""
     everything = modules(model)
     asked = method.select(getattr(getattr(model, "config", None), "model_type", None))
-    _check_expressions(asked)
+    asked = asked if isinstance(asked, tuple) else (asked,)
     heads = _heads(model)
-    saved = _saved_modules(everything, asked, heads, getattr(model, "task", None))
-    active = _active(everything, asked, method.seam, heads, saved)
-    _check_patterns(asked.patterns, [n for f in everything for n in _named(f.names, active.get(f.path, ()))])
+    saved = _saved_modules(everything, asked[0], heads, getattr(model, "task", None))
+    active: Layers = {}
+    absorbed: dict[str, tuple[str, ...]] = {}
+    for part in asked:
+        _check_expressions(part)
+        found = _active(everything, part, heads, saved)
+        _check_patterns(part.patterns, [n for f in everything for n in _named(f.names, found.get(f.path, ()))])
+        active |= found
+        absorbed |= dict.fromkeys(found, part.absorb)
     planned = []
     for found in everything:
         acts = active.get(found.path, (False,) * len(found.names))
-        leaves = _saved_leaves(found, acts, _inside(found.path, saved), _inside(found.path, heads), asked.bias)
+        leaves = _saved_leaves(found, acts, _inside(found.path, saved), _inside(found.path, heads), asked[0].bias)
         if any(acts) or leaves:
-            planned.append(Planned(found, acts, leaves))
+            planned.append(Planned(found, acts, leaves, absorbed.get(found.path, ())))
     _check_sharing(everything, planned)
     return planned
 
@@ -90,15 +99,13 @@ def _entry_matches(entry: str, name: str, path: str) -> bool:
     return entry in (name, path) or name.endswith("." + entry)
 
 
-def _active(
-    everything: list[Found], asked: Targets, seam: str, heads: tuple[str, ...], saved: frozenset[str]
-) -> Layers:
+def _active(everything: list[Found], asked: Targets, heads: tuple[str, ...], saved: frozenset[str]) -> Layers:
     """For every module in which the method acts, the layers in which it does."""
     if asked.targets is None:
         return {}
-    fitting = [f for f in everything if seams.kind(f.module) == seam and not _inside(f.path, saved)]
+    fitting = _fitting(everything, asked, saved)
     candidates = [name for found in fitting for name in found.names]
-    _check_entries(asked, fitting, everything, seam, candidates, saved)
+    _check_entries(asked, fitting, everything, candidates, saved)
     _check_layers(asked, fitting)
     _check_exclude(asked.exclude, everything, candidates)
     active = {}
@@ -111,13 +118,36 @@ def _active(
             active[found.path] = layers[found.path]
     if not active:
         raise ValueError(
-            f"targets={asked.targets!r} matches no {seam} of the model that is not left out again by exclude= or "
+            f"targets={asked.targets!r} matches no {asked.seam} of the model that is not left out again by exclude= or "
             f"modules_to_save=; nearest: {nearest(str(asked.targets), candidates)}"
         )
     for found in fitting:
-        if found.path in active and seam == "projection":
-            dims(found)  # raises where it has no matrix
+        if found.path in active:
+            seam_sizes(found)  # raises where a projection has no matrix
     return active
+
+
+def _fitting(everything: list[Found], asked: Targets, saved: frozenset[str]) -> list[Found]:
+    """The modules at which the method could act: of its kind of seam, and carrying what it takes over."""
+    here = [found for found in everything if seams.kind(found.module) == asked.seam]
+    if asked.seam != "projection":
+        blocks = sorted({found.module.block for found in here})
+        here = [found for found in here if asked.blocks is None or found.module.block in asked.blocks]
+        if not here:
+            wanted = "" if asked.blocks is None else f" of a block {' or '.join(asked.blocks)}"
+            raise ValueError(
+                f"the method acts at a {seams.KINDS[asked.seam]}{wanted}, and the model has none"
+                + (f" (only of {', '.join(blocks)})" if blocks else "; the models of jpeft.models have them")
+            )
+    if asked.absorb:
+        here = [found for found in here if {*asked.absorb} <= {*adapters(found.module)}]
+        if not here:
+            carried = sorted({name for found in everything for name in adapters(found.module)})
+            raise ValueError(
+                f"no {asked.seam} of the model carries the adapters {', '.join(asked.absorb)} together; it has "
+                f"{', '.join(carried) or 'none'}"
+            )
+    return [found for found in here if not _inside(found.path, saved)]
 
 
 def _selects(asked: Targets, found: Found, path: str, name: str, heads: tuple[str, ...]) -> bool:
@@ -164,15 +194,10 @@ def _inside(path: str, roots: Iterable[str]) -> bool:
 
 
 def _check_entries(
-    asked: Targets,
-    fitting: list[Found],
-    everything: list[Found],
-    seam: str,
-    candidates: list[str],
-    saved: frozenset[str],
+    asked: Targets, fitting: list[Found], everything: list[Found], candidates: list[str], saved: frozenset[str]
 ) -> None:
     """Every entry of a list must match something, and nothing with parameters that the method does not fit."""
-    targets = asked.targets
+    targets, seam = asked.targets, asked.seam
     for entry in () if targets in (None, ALL_LINEAR) else (targets,) if isinstance(targets, str) else targets:
         pattern = entry if isinstance(targets, str) else (entry,)
         matched = [found for found in everything if any(_match_layers(pattern, found))]

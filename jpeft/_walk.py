@@ -51,7 +51,8 @@ class Seam:
       type: name of the module's class.
       names: its name in every layer of its stack.
       lead: leading (layer) axes.
-      d_in, d_out: sizes of a projection's matrix; 0 elsewhere.
+      d_in, d_out: what goes in and comes out: sizes of a projection's matrix, the width of the stream, ...
+      block: which block of a layer a residual or an attention belongs to; "" elsewhere.
       adapters: names of the adapters that it carries.
       refused: why no method can act on this projection, or "".
     """
@@ -63,6 +64,7 @@ class Seam:
     lead: tuple[int, ...] = ()
     d_in: int = 0
     d_out: int = 0
+    block: str = ""
     adapters: tuple[str, ...] = ()
     refused: str = ""
 
@@ -91,20 +93,24 @@ def sites(model: nnx.Module) -> list[Seam]:
             continue
         module_type = base_type(found.module).__name__
         carried = tuple(adapters(found.module))
-        d_in, d_out, refused = 0, 0, ""
-        if kind == "projection":
-            try:
-                _, d_in, d_out = dims(found)
-            except ValueError as error:
-                refused = str(error)
-        listed.append(Seam(found.path, kind, module_type, found.names, found.lead, d_in, d_out, carried, refused))
+        sizes, refused = seams.Sizes(found.lead, 0, 0), ""
+        try:
+            sizes = seam_sizes(found)
+        except ValueError as error:
+            refused = str(error)
+        listed.append(
+            Seam(
+                found.path, kind, module_type, found.names, found.lead, sizes.d_in, sizes.d_out, sizes.block, carried,
+                refused,
+            )
+        )  # fmt: skip
     return listed
 
 
-def dims(found: Found) -> seams.Dims:
-    """Sizes of the projection `found`; ValueError, with its path, where it has no matrix form."""
+def seam_sizes(found: Found) -> seams.Sizes:
+    """Sizes of the seam `found`; ValueError, with its path, where it is a projection without a matrix form."""
     try:
-        return seams.projection(found.module).dims(found.module)
+        return seams.sizes(found.module, found.lead)
     except ValueError as error:
         raise ValueError(f"{found.path}: {error}") from error
 

@@ -4,8 +4,8 @@
 Four kinds cover everything:
   projection        a module that contracts its input with a kernel (Linear, Einsum, Embed, Conv, ...)
   residual          where a block's output meets the stream: `Residual(h, x)`
-  keys and values   an attention's keys, values and mask: `KeyValues(k, v, mask)`
-  input             the embedded tokens before the first layer: `InputEmbedding(e, positions, mask)`
+  keys and values   an attention's keys, values and mask: `KeyValues(k, v, mask, x)`
+  input             the embedded tokens before the first layer: `InputEmbedding(e, positions, mask, segments)`
 
 A projection is seen as a matrix product `y = x @ W`, with W `[d_in, d_out]`, whatever its kernel's layout is. What a
 low-rank method needs of it is small: the matrix, `contract` (the input times another matrix of d_in rows), and
@@ -16,7 +16,7 @@ import abc
 import functools
 import math
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -63,6 +63,11 @@ class Projection(abc.ABC):
     def read(self, module: Any) -> jax.Array:
         """The module's kernel as a matrix, `[*lead, d_in, d_out]`."""
         return self.matrix(module, getattr(module, self.kernel)[...])
+
+    def read_bias(self, module: Any) -> jax.Array | None:
+        """The module's bias, in the layout in which it is added to the output; None without one."""
+        leaf = getattr(module, self.bias, None) if self.bias else None
+        return None if leaf is None else leaf[...]
 
 
 class Matmul(Projection):
@@ -268,10 +273,15 @@ class Residual(nnx.Module):
     """Where a block's output `h` meets the residual stream `x`: `norm(h + x)`, or `h + x` in a pre-norm model.
 
     On a mesh, each device keeps its own rows of the stream.
+
+    Args:
+      d_model: width of the stream.
+      block: whose output it is: `"attention"`, `"cross_attention"` or `"mlp"`, the last of a layer.
+      norm: of a post-norm model.
     """
 
-    def __init__(self, norm: nnx.Module | None = None):
-        self.norm = norm
+    def __init__(self, d_model: int, block: str, norm: nnx.Module | None = None):
+        self.d_model, self.block, self.norm = d_model, block, norm
 
     def __call__(self, h: jax.Array, x: jax.Array) -> jax.Array:
         y = split_rows(h + x)
@@ -281,18 +291,54 @@ class Residual(nnx.Module):
 class KeyValues(nnx.Module):
     """What an attention is about to attend to.
 
-    k, v: `[batch, keys, kv_heads, d_head]`, after the rotary embedding. mask: what the attention masks keys by.
+    k, v: `[batch, keys, kv_heads, d_head]`, after the rotary embedding. mask: `[batch, keys]`, 0 for a key that nobody
+    sees, or None. x: the attention's input, `[batch, seq, d_model]`. Keys put in front of the others are seen by every
+    query.
+
+    Args:
+      d_model: width of x.
+      kv_heads, d_head: sizes of k and v.
+      block: `"attention"` or `"cross_attention"`.
     """
 
-    def __call__(self, k: jax.Array, v: jax.Array, mask: Any) -> tuple[jax.Array, jax.Array, Any]:
+    def __init__(self, d_model: int, kv_heads: int, d_head: int, block: str = "attention"):
+        self.d_model, self.kv_heads, self.d_head, self.block = d_model, kv_heads, d_head, block
+
+    def __call__(self, k: jax.Array, v: jax.Array, mask: Any, x: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+        del x
         return k, v, mask
 
 
 class InputEmbedding(nnx.Module):
-    """The embedded input before the first layer: `e` `[batch, seq, d_model]`, its positions and its mask."""
+    """The embedded input before the first layer.
 
-    def __call__(self, e: jax.Array, positions: Any, mask: Any) -> tuple[jax.Array, Any, Any]:
-        return split_embedded(e), positions, mask
+    e: `[batch, seq, d_model]`. positions: `[batch or 1, seq]`. mask: `[batch, seq]`, 0 for padding, or None.
+    segments: `[batch, seq]` of a packed input, or None. A method may put virtual tokens in front, in all four; the
+    segment of a virtual token is `EVERY_SEGMENT`.
+
+    Args:
+      d_model: width of e.
+      block: `"encoder"` or `"decoder"`.
+      causal: whether the tokens see none after them.
+    """
+
+    def __init__(self, d_model: int, block: str, causal: bool):
+        self.d_model, self.block, self.causal = d_model, block, causal
+
+    def __call__(self, e: jax.Array, positions: Any, mask: Any, segments: Any) -> tuple[jax.Array, Any, Any, Any]:
+        return split_embedded(e), positions, mask, segments
+
+
+#: The segment of a virtual token: it is seen from all segments of a packed row, and sees itself and its like.
+EVERY_SEGMENT = -1
+
+#: The kinds of seam, in words for an error.
+KINDS: Mapping[str, str] = {
+    "projection": "projection (Linear, Einsum, Embed, Conv, or what jpeft.register knows)",
+    "residual": "place where a block meets the residual stream (seams.Residual)",
+    "keys_values": "place between keys, values and attention (seams.KeyValues)",
+    "input": "place between embedding and layers (seams.InputEmbedding)",
+}
 
 
 def kind(module: Any) -> str | None:
@@ -301,3 +347,26 @@ def kind(module: Any) -> str | None:
         if isinstance(module, seam):
             return name
     return None if _registered(module) is None else "projection"
+
+
+class Sizes(NamedTuple):
+    """Any seam in numbers: leading (layer) axes, what goes in and comes out, heads of an attention, its block."""
+
+    lead: tuple[int, ...]
+    d_in: int
+    d_out: int
+    heads: int = 0
+    block: str = ""
+
+
+def sizes(module: Any, lead: tuple[int, ...]) -> Sizes:
+    """Of a seam that stands in stacks of the sizes `lead`.
+
+    Raises:
+      ValueError: a projection has no matrix form.
+    """
+    if kind(module) == "projection":
+        return Sizes(*projection(module).dims(module))
+    if isinstance(module, KeyValues):
+        return Sizes(lead, module.d_model, module.kv_heads * module.d_head, module.kv_heads, module.block)
+    return Sizes(lead, module.d_model, module.d_model, 0, module.block)

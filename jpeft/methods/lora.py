@@ -109,7 +109,7 @@ class LoRA(Method):
         parts = (start.trainable, start.constants)
         return Start(*({name: leaf.astype(dtype) for name, leaf in leaves.items()} for leaves in parts))
 
-    def apply(self, adapter: Adapter, base: Any, y: jax.Array, *inputs: Any) -> Float[Array, "..."]:
+    def after(self, adapter: Adapter, base: Any, y: jax.Array, *inputs: Any) -> Float[Array, "..."]:
         projection = seams.projection(base)
         x, scale = jnp.asarray(inputs[0]), self._running_scale(adapter)
         if not isinstance(projection, seams.Lookup):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from .. import _scope
 from .._dropout import keeps
+from ..seams import EVERY_SEGMENT
 
 #: Query rows in a block: wide enough for a matrix product, narrow enough to skip most of what causality masks.
 _ROWS = 64
@@ -40,8 +41,8 @@ def attention(
 ) -> Float[Array, "batch seq heads d_head"]:
     """softmax(q kᵀ · scale) v over the visible keys, with the softmax in float32.
 
-    Query i stands at key i + keys - seq: keys beyond seq come first, as a prefix does. A query that sees no key
-    gives 0, and passes no gradient.
+    Query i stands at key i + keys - seq: keys beyond seq come first, as a prefix does, and all queries see them, whatever
+    their segment and window. A query that sees no key gives 0, and passes no gradient.
 
     Args:
       q, k, v: heads is a multiple of kv_heads; query heads h · heads / kv_heads and on share key head h.
@@ -50,7 +51,7 @@ def attention(
       window: how many keys back from its own a causal query sees, itself counted; None for all. A number, or a
         traced integer where layers of a stack differ.
       mask: 0 for a key that nobody sees (padding).
-      segment_ids: a query sees the keys of its own segment, and all keys beyond seq.
+      segment_ids: a query sees the keys of its own segment, and those of `seams.EVERY_SEGMENT`.
       dropout: probability of dropping an attention weight, when the call has a key (`_scope`).
       path: names the dropout, unique in the model.
     """
@@ -101,7 +102,7 @@ class _Rules:
         for start in range(0, self.seq, rows):
             queries = range(start, min(start + rows, self.seq))
             last = queries.stop + self.offset if self.causal else self.keys
-            first = 0 if self.window is None else max(0, start + self.offset - self.window + 1)
+            first = 0 if self.window is None or self.offset else max(0, start - self.window + 1)
             yield queries, range(first, last)
 
 
@@ -124,15 +125,16 @@ def _visible(rules: _Rules, limits: _Limits, queries: range, keys: range) -> jax
     if rules.causal and keys[-1] > queries[0] + rules.offset:
         conditions.append((there <= here)[None])
     if limits.window is not None:
-        conditions.append((there > here - limits.window)[None])
+        conditions.append(((there > here - limits.window) | (there < rules.offset))[None])
     if rules.window is not None and keys[0] <= queries[-1] + rules.offset - rules.window:
-        conditions.append((there > here - rules.window)[None])
+        conditions.append(((there > here - rules.window) | (there < rules.offset))[None])
     if limits.mask is not None:
         conditions.append(limits.mask[:, None, _cut(keys)] != 0)
     if limits.segment_ids is not None:
-        segments = jnp.pad(limits.segment_ids, ((0, 0), (rules.offset, 0)))[:, None, _cut(keys)]
+        every = ((0, 0), (rules.offset, 0))
+        segments = jnp.pad(limits.segment_ids, every, constant_values=EVERY_SEGMENT)[:, None, _cut(keys)]
         same = limits.segment_ids[:, _cut(queries), None] == segments
-        conditions.append(same | (there < rules.offset)[None])
+        conditions.append(same | (segments == EVERY_SEGMENT))
     return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
 

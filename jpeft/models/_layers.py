@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ..seams import EVERY_SEGMENT
 
 def _gelu(x: jax.Array) -> jax.Array:
     """x Φ(x) in float32, by erf: `jax.nn.gelu` computes erfc, which takes three times as long on CPU."""
@@ -75,6 +76,14 @@ def segment_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch
     index = jnp.arange(segment_ids.shape[1])[None]
     starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def in_front(virtual: int, shape: tuple[int, int], mask: Any, segment_ids: Any) -> dict[str, Any]:
+    """What the scope says of the layers' tokens, `virtual` ones in front of a text of `shape` `[batch, seq]`."""
+    front = ((0, 0), (virtual, 0))
+    text = jnp.ones(shape, bool) if mask is None else jnp.broadcast_to(mask != 0, shape)
+    segments = None if segment_ids is None else jnp.pad(segment_ids, front, constant_values=EVERY_SEGMENT)
+    return {"text": jnp.pad(text, front), "segments": segments}
 
 
 def _last_axis(x: jax.Array, ndim: int) -> jax.Array:

@@ -21,7 +21,7 @@ from ..seams import InputEmbedding, KeyValues, Residual
 from . import _config
 from ._attention import attention
 from ._layer_norm import LayerNorm
-from ._layers import ACTIVATIONS, segment_positions
+from ._layers import ACTIVATIONS, in_front, segment_positions
 from ._weights import TRANSPOSE, Entry, Ignore, Renamed, Rule, module_names
 
 TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -129,7 +129,7 @@ class SelfAttention(nnx.Module):
         self.query = _linear(config, d_model, d_model, rngs, dtype)
         self.key = _linear(config, d_model, d_model, rngs, dtype)
         self.value = _linear(config, d_model, d_model, rngs, dtype)
-        self.keys_values = KeyValues()
+        self.keys_values = KeyValues(d_model, self.num_heads, d_model // self.num_heads)
 
     def __call__(
         self,
@@ -138,7 +138,7 @@ class SelfAttention(nnx.Module):
         segment_ids: Int[Array, "batch seq"] | None,
     ) -> Float[Array, "batch seq d_model"]:
         q, k, v = (self._heads(y) for y in (self.query(x), self.key(x), self.value(x)))
-        k, v, mask = self.keys_values(k, v, mask)
+        k, v, mask = self.keys_values(k, v, mask, x)
         y = attention(
             q,
             k,
@@ -159,11 +159,12 @@ class SelfAttention(nnx.Module):
 class Output(nnx.Module):
     """The end of a block: back to d_model, and onto the stream, which is normalised after."""
 
-    def __init__(self, config: Config, d_in: int, path: str, *, rngs: nnx.Rngs, dtype: Any):
+    def __init__(self, config: Config, d_in: int, path: str, block: str, *, rngs: nnx.Rngs, dtype: Any):
         self.dropout_rate = config.hidden_dropout_prob
         self.path = path
         self.dense = _linear(config, d_in, config.hidden_size, rngs, dtype)
-        self.residual = Residual(LayerNorm(config.hidden_size, config.layer_norm_eps, dtype=dtype))
+        norm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype=dtype)
+        self.residual = Residual(config.hidden_size, block, norm)
 
     def __call__(self, h: Float[Array, "batch seq d_in"], x: Float[Array, "batch seq d_model"]) -> Any:
         return self.residual(dropout(self.dense(h), self.dropout_rate, self.path), x)
@@ -174,7 +175,8 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype: Any):
         self.self = SelfAttention(config, rngs=rngs, dtype=dtype)
-        self.output = Output(config, config.hidden_size, "layers/attention/output/dropout", rngs=rngs, dtype=dtype)
+        path = "layers/attention/output/dropout"
+        self.output = Output(config, config.hidden_size, path, "attention", rngs=rngs, dtype=dtype)
 
 
 class Intermediate(nnx.Module):
@@ -194,7 +196,8 @@ class Layer(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype: Any):
         self.attention = Attention(config, rngs=rngs, dtype=dtype)
         self.intermediate = Intermediate(config, rngs=rngs, dtype=dtype)
-        self.output = Output(config, config.intermediate_size, "layers/output/dropout", rngs=rngs, dtype=dtype)
+        path = "layers/output/dropout"
+        self.output = Output(config, config.intermediate_size, path, "mlp", rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "batch seq d_model"], mask: Any, segment_ids: Any) -> Any:
         x = checkpoint_name(x, "block_input")
@@ -234,7 +237,7 @@ class Bert(nnx.Module):
         self.config, self.task, self.remat, self.unroll = config, task, remat, unroll
         self.head = _HEAD.get(task, ())
         self.embeddings = Embeddings(config, rngs=rngs, dtype=dtype)
-        self.input_embedding = InputEmbedding()
+        self.input_embedding = InputEmbedding(config.hidden_size, "encoder", causal=False)
         self.layers = _stack.stack(lambda r: Layer(config, rngs=r, dtype=dtype), config.num_hidden_layers, rngs)
         if task in _POOLED:
             self.pooler = Pooler(config, rngs=rngs, dtype=dtype)
@@ -280,7 +283,11 @@ class Bert(nnx.Module):
         *,
         key: jax.Array | None = None,
     ) -> Float[Array, "batch seq d_model"]:
-        """The last layer's states; arguments as in a call."""
+        """The last layer's states; arguments as in a call.
+
+        Virtual tokens that a method puts in front are left out again; but not of SEQ_CLS, where the first of them is
+        what the pooler reads (as in PEFT).
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         with scope(key=key):
@@ -288,13 +295,16 @@ class Bert(nnx.Module):
             assert e is not None
             if positions is None:
                 positions = self._positions(e.shape[1], segment_ids)
-            e, places, attention_mask = self.input_embedding(e, positions, attention_mask)
+            seq = e.shape[1]
+            e, places, mask, segments = self.input_embedding(e, positions, attention_mask, segment_ids)
             x = self.embeddings(e, places, self._token_types(token_type_ids, e.shape[1]))
 
             def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-                return layer(x, attention_mask, segment_ids), None
+                return layer(x, mask, segments), None
 
-            return _stack.scan(self.layers, body, x, remat_policy=self.remat, unroll=self.unroll)[0]
+            with scope(**in_front(e.shape[1] - seq, e.shape[:1] + (seq,), attention_mask, segment_ids)):
+                x = _stack.scan(self.layers, body, x, remat_policy=self.remat, unroll=self.unroll)[0]
+            return x if self.task == "SEQ_CLS" else x[:, x.shape[1] - seq :]
 
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None

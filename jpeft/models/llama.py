@@ -24,7 +24,7 @@ from .. import _stack
 from .._scope import dropout, scope
 from ..seams import InputEmbedding, KeyValues, Residual
 from ._attention import attention
-from ._layers import RMSNorm, gated, segment_positions
+from ._layers import RMSNorm, gated, in_front, segment_positions
 from ._llama_config import PRESETS, Config
 from ._rope import rope_tables, rotate
 from ._weights import TRANSPOSE, Entry, Ignore, Rule, Tied, module_names
@@ -53,7 +53,7 @@ class Attention(nnx.Module):
         if config.model_type == "qwen3":
             self.q_norm = RMSNorm(d_head, config.rms_norm_eps, dtype=dtype)
             self.k_norm = RMSNorm(d_head, config.rms_norm_eps, dtype=dtype)
-        self.keys_values = KeyValues()
+        self.keys_values = KeyValues(d_model, kv_heads, d_head)
 
     def __call__(
         self,
@@ -66,7 +66,7 @@ class Attention(nnx.Module):
         q, k, v = (self._heads(y) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        k, v, mask = self.keys_values(rotate(k, rope), v, mask)
+        k, v, mask = self.keys_values(rotate(k, rope), v, mask, x)
         y = attention(
             rotate(q, rope),
             k,
@@ -106,10 +106,10 @@ class Layer(nnx.Module):
         norm = functools.partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.input_layernorm = norm()
         self.self_attn = Attention(config, rngs=rngs, dtype=dtype)
-        self.attention_residual = Residual()
+        self.attention_residual = Residual(config.hidden_size, "attention")
         self.post_attention_layernorm = norm()
         self.mlp = MLP(config, rngs=rngs, dtype=dtype)
-        self.mlp_residual = Residual()
+        self.mlp_residual = Residual(config.hidden_size, "mlp")
 
     def __call__(self, x: Float[Array, "batch seq d_model"], *context: Any) -> Float[Array, "batch seq d_model"]:
         x = checkpoint_name(x, "block_input")
@@ -148,7 +148,7 @@ class Llama(nnx.Module):
             embedding_init=_embedding_init(config),
             rngs=rngs,
         )
-        self.input_embedding = InputEmbedding()
+        self.input_embedding = InputEmbedding(config.hidden_size, "decoder", causal=True)
         self.layers = _stack.stack(lambda r: Layer(config, rngs=r, dtype=dtype), config.num_hidden_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         if self.head:
@@ -197,22 +197,24 @@ class Llama(nnx.Module):
         *,
         key: jax.Array | None = None,
     ) -> Float[Array, "batch seq d_model"]:
-        """The normalised last states; arguments as in a call."""
+        """The normalised last states; arguments as in a call. Virtual tokens that a method puts in front are left out."""
         if token_type_ids is not None:
             raise ValueError(f"a {self.config.model_type} model has no token types; token_type_ids must be None")
         with scope(key=key):
             e = self._embed(input_ids, inputs_embeds)
             if positions is None:
                 positions = jnp.arange(e.shape[1])[None] if segment_ids is None else segment_positions(segment_ids)
-            x, places, mask = self.input_embedding(e, positions, attention_mask)
+            seq = e.shape[1]
+            x, places, mask, segments = self.input_embedding(e, positions, attention_mask, segment_ids)
             rope = self._rope(places)
 
             def body(layer: Layer, x: jax.Array, window: Any) -> tuple[jax.Array, None]:
-                return layer(x, rope, mask, segment_ids, every if window is None else window), None
+                return layer(x, rope, mask, segments, every if window is None else window), None
 
             every, windows = self._windows()
-            x, _ = _stack.scan(self.layers, body, x, windows, remat_policy=self.remat, unroll=self.unroll)
-            return self.norm(x)
+            with scope(**in_front(x.shape[1] - seq, x.shape[:1] + (seq,), attention_mask, segment_ids)):
+                x, _ = _stack.scan(self.layers, body, x, windows, remat_policy=self.remat, unroll=self.unroll)
+            return self.norm(x[:, x.shape[1] - seq :])
 
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
@@ -296,11 +298,10 @@ def _head_size(config: Config, task: str) -> tuple[int, bool]:
 
 
 def _last(hidden: Float[Array, "batch seq d_model"], mask: Any) -> Float[Array, "batch d_model"]:
-    """The state of each row's last token that is not masked; tokens that a method put before count as masked."""
+    """The state of each row's last token that is not masked."""
     if mask is None:
         return hidden[:, -1]
     index = jnp.max(jnp.where(mask != 0, jnp.arange(mask.shape[1])[None], 0), axis=1)
-    index = index + hidden.shape[1] - mask.shape[1]
     return jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import core
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .._scope import dropout_key, scope
 from ._head import IGNORED, head_nll, nll
@@ -69,10 +69,11 @@ def qa_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Arr
 def lm_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Sums:
     """Sum of `lm_loss`'s terms, and their number; `groups` as in `head_nll`."""
     targets = next_tokens(batch)
-    if not hasattr(model, "hidden"):
-        return nll(logits_of(model, batch, key), targets), _count(targets)
-    hidden = model.hidden(batch["input_ids"], batch["attention_mask"], **_extras(batch), key=key)
-    return head_nll(model.logits, hidden, targets, key, groups=groups), _count(targets)
+    with scope(prompt=_prompt(targets, batch)):
+        if not hasattr(model, "hidden"):
+            return nll(logits_of(model, batch, key), targets), _count(targets)
+        hidden = model.hidden(batch["input_ids"], batch["attention_mask"], **_extras(batch), key=key)
+        return head_nll(model.logits, hidden, targets, key, groups=groups), _count(targets)
 
 
 def cls_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Sums:
@@ -108,6 +109,17 @@ def next_tokens(batch: Batch) -> Int[Array, "batch seq"]:
         return targets
     segments = batch["segment_ids"]
     return targets.at[:, :-1].set(jnp.where(segments[:, 1:] == segments[:, :-1], targets[:, :-1], IGNORED))
+
+
+def _prompt(targets: Int[Array, "batch seq"], batch: Batch) -> Bool[Array, "batch seq"]:
+    """The tokens of each example up to the one that predicts its first label: what generation would be given."""
+    counts = targets != IGNORED
+    before = jnp.cumsum(counts, axis=1) - counts
+    if "segment_ids" not in batch:
+        return before == 0
+    segments = batch["segment_ids"]
+    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return before == jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
 
 
 def _mean(sums: Callable[..., Sums], model: Any, batch: Batch, key: jax.Array | None) -> jax.Array:

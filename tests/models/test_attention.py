@@ -61,7 +61,7 @@ def visible(seq, keys, causal, window=None, mask=None, segment_ids=None):
     if causal:
         seen &= key <= query
     if window is not None:
-        seen &= key > query - int(window)
+        seen &= (key > query - int(window)) | (key < keys - seq)
     if mask is not None:
         seen &= mask[:, None] != 0
     if segment_ids is not None:
