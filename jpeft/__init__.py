@@ -23,7 +23,10 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from ._summary import summary
     from ._walk import sites
     from .io import export_merged, export_peft, import_peft
-    from .methods import METHODS, LoRA
+    from .methods import (
+        METHODS,
+        LoRA,
+    )
     from .seams import register
 
 __version__ = "0.1.0"
@@ -37,7 +40,10 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "_masks": ("mask", "labels", "optimizer"),
     "_mesh": ("mesh", "local_rows", "shard_batch", "gather"),
     "_sharding": ("SHARDING_RULES", "placement", "shardings", "shard", "optimizer_state"),
-    "methods": ("LoRA", "METHODS"),
+    "methods": (
+        "METHODS",
+        "LoRA",
+    ),
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
     "_scope": ("dropout_key",),
     "seams": ("register",),

@@ -128,7 +128,7 @@ def _adapter(planned: Planned, site: Site, method: Method, key: jax.Array, parts
 
 
 def _merging_order(module: Any) -> list[Adapter]:
-    """The acting adapters, each as it meets the kernel: those on the way in from the last to the first, then the rest."""
+    """The acting adapters as they meet the kernel: those on the way in from the last to the first, then the rest."""
     acting = [adapter for adapter in adapters(module).values() if adapter.acts]
     inner = [adapter for adapter in acting if adapter.method.on_the_way_in(adapter.site)]
     return inner[::-1] + [adapter for adapter in acting if adapter not in inner]

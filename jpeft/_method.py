@@ -288,7 +288,10 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def count(self, site: Site) -> tuple[int, int]:
-        """(trainable parameters, base parameters whose effective value changes) at `site`, by formula."""
+        """(trainable parameters, base parameters whose effective value changes) at `site`, by formula.
+
+        Of the site of shared leaves (`site.seam == "model"`), where there is one, those leaves.
+        """
 
     def __or__(self, other: "Method | Hybrid") -> "Hybrid":
         return Hybrid((self,)) | other

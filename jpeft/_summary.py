@@ -94,12 +94,13 @@ def summary(model: nnx.Module) -> Summary:
 
 
 def _row(name: str, adapter: Adapter) -> Row:
-    trainable, changed = adapter.method.count(adapter.site) if adapter.acts else (0, 0)
+    counted = adapter.acts or adapter.site.seam == "model"
+    trainable, changed = adapter.method.count(adapter.site) if counted else (0, 0)
     for leaf, layers in adapter.saved_layers.items():
         own = _size(adapter.saved[leaf]) * sum(layers) // len(layers)
         trainable, changed = trainable + own, changed + own
     size = sum(_bytes(leaf) for leaf in _leaves(adapter) if isinstance(leaf, AdapterParam))
-    places = sum(adapter.site.active) or len(adapter.site.active)
+    places = 0 if adapter.site.seam == "model" else sum(adapter.site.active) or len(adapter.site.active)
     return Row(name, adapter.method, places, trainable, changed, size)
 
 

@@ -30,7 +30,7 @@ def text_mean(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
 
 
 def gate(x: Float[Array, "*batch d_model"], weight: jax.Array, bias: jax.Array) -> Float[Array, "*batch 1"]:
-    """One number in (0, 1) per example: the mean of sigmoid(x · weight + bias) over its text (UniPELT, Mao et al. 2022).
+    """UniPELT's gate (Mao et al. 2022), one number per example: the mean of sigmoid(x · weight + bias) over its text.
 
     Args:
       x: what the gated module reads.

@@ -7,6 +7,14 @@ from .._method import Method
 from .lora import LoRA
 
 #: Every method by its kind, the name that stands in leaf paths and configurations.
-METHODS: Mapping[str, type[Method]] = {method.kind: method for method in (LoRA,)}
+METHODS: Mapping[str, type[Method]] = {
+    method.kind: method
+    for method in (
+        LoRA,
+    )
+}  # fmt: skip
 
-__all__ = ["METHODS", "LoRA"]
+__all__ = [
+    "METHODS",
+    "LoRA",
+]

@@ -13,7 +13,7 @@ Ranks that differ between the layers of a stack are padded to the largest, and t
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import seams
+from .._fields import indices, names, one_of, rate, whole
 from .._method import BIAS_CHOICES, Adapter, Frozen, Method, Site, Start, Targets, pattern_value, wide
 from ._lora_start import STARTS
 
@@ -72,22 +73,18 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         for field in ("targets", "exclude", "modules_to_save"):
-            object.__setattr__(self, field, _names(field, getattr(self, field)))
-        object.__setattr__(self, "layers", _indices(self.layers))
+            object.__setattr__(self, field, names(field, getattr(self, field)))
+        object.__setattr__(self, "layers", indices(self.layers))
         object.__setattr__(self, "rank_pattern", Frozen(self.rank_pattern or {}))
         object.__setattr__(self, "alpha_pattern", Frozen(self.alpha_pattern or {}))
         for rank in (self.rank, *self.rank_pattern.values()):
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"LoRA's rank must be a whole number of at least 1, got {rank!r}")
+            whole("LoRA", "rank", rank)
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
                 raise ValueError(f"LoRA's alpha must be a positive number (at 0 nothing is trained), got {alpha!r}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"LoRA's dropout must be in [0, 1), got {self.dropout}")
-        if self.init not in STARTS:
-            raise ValueError(f"LoRA's init must be one of {', '.join(STARTS)}; got {self.init!r}")
-        if self.bias not in BIAS_CHOICES:
-            raise ValueError(f"LoRA's bias must be one of {', '.join(BIAS_CHOICES)}; got {self.bias!r}")
+        rate("LoRA", "dropout", self.dropout)
+        one_of("LoRA", "init", self.init, STARTS)
+        one_of("LoRA", "bias", self.bias, BIAS_CHOICES)
         if isinstance(self.targets, str) and self.targets != "all-linear" and self.layers is not None:
             raise ValueError("layers= picks among listed targets; with a regular expression, say the layers in it")
 
@@ -168,28 +165,3 @@ def _difference(adapter: Any, product: Callable[[jax.Array, jax.Array], jax.Arra
 
 def _uniform(table: np.ndarray) -> bool:
     return bool((table == table[0, 0]).all())
-
-
-def _names(field: str, value: Any) -> Any:
-    if isinstance(value, str) and field != "modules_to_save":
-        return "all-linear" if field == "targets" and value.lower() == "all-linear" else value
-    if value is None:
-        return () if field == "exclude" else None
-    names = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else value
-    wrong = [name for name in names if not isinstance(name, str) or not name]
-    if wrong:
-        raise TypeError(f"{field} takes module names, got {wrong[0]!r}")
-    names = tuple(sorted(names) if isinstance(names, (set, frozenset)) else names)
-    if field == "targets" and not names:
-        raise ValueError("targets is empty, so nothing would be trained; name at least one module")
-    return names
-
-
-def _indices(layers: Any) -> tuple[int, ...] | None:
-    if layers is None:
-        return None
-    indices = tuple(layers) if isinstance(layers, Iterable) else (layers,)
-    wrong = [index for index in indices if not isinstance(index, int) or isinstance(index, bool) or index < 0]
-    if wrong or not indices:
-        raise ValueError(f"layers takes the indices of layers, counted from 0, got {layers!r}")
-    return tuple(sorted(set(indices)))

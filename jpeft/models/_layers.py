@@ -78,7 +78,7 @@ def segment_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def in_front(virtual: int, shape: tuple[int, int], mask: Any, segment_ids: Any) -> dict[str, Any]:
+def in_front(virtual: int, shape: tuple[int, ...], mask: Any, segment_ids: Any) -> dict[str, Any]:
     """What the scope says of the layers' tokens, `virtual` ones in front of a text of `shape` `[batch, seq]`."""
     front = ((0, 0), (virtual, 0))
     text = jnp.ones(shape, bool) if mask is None else jnp.broadcast_to(mask != 0, shape)

@@ -139,6 +139,7 @@ MODELS = {
     "tied llama": Model(_zoo(TIED, "CAUSAL_LM"), ("v_proj", "gate_proj", "embed_tokens"), ("v_proj",)),
 }
 
+
 @dataclasses.dataclass(frozen=True)
 class Line:
     """One method.
@@ -167,12 +168,20 @@ METHODS: dict[str, Line] = {
     "lora": Line(lambda targets: jpeft.LoRA(rank=2, alpha=3.0, targets=targets), on=EVERY, fast=EVERY),
     "lora of several ranks, with biases and dropout": Line(
         lambda targets: jpeft.LoRA(
-            rank=3, alpha=2.0, targets=targets, rslora=True, bias="lora_only", dropout=0.3, rank_pattern={r".*\.1\..*": 1}
+            rank=3,
+            alpha=2.0,
+            targets=targets,
+            rslora=True,
+            bias="lora_only",
+            dropout=0.3,
+            rank_pattern={r".*\.1\..*": 1},
         ),
         fast=("foreign", "bert", "llama"),
     ),
     "lora from the kernel": Line(
-        lambda targets: jpeft.LoRA(rank=2, alpha=3.0, targets=targets, init="pissa"), on=EVERY, fast=("foreign", "llama")
+        lambda targets: jpeft.LoRA(rank=2, alpha=3.0, targets=targets, init="pissa"),
+        on=EVERY,
+        fast=("foreign", "llama"),
     ),
 }
 
