@@ -39,7 +39,10 @@ SOURCES = [
 LIMIT = 400
 
 #: The bottom: a method, a model or the core may build on these, which know nothing of them.
-FOUNDATION = {"jpeft._method", "jpeft.seams", "jpeft._scope", "jpeft._dropout", "jpeft._stack", "jpeft._stream"}
+FOUNDATION = {
+    *("jpeft._method", "jpeft.seams", "jpeft._scope", "jpeft._dropout", "jpeft._stack", "jpeft._stream"),
+    *("jpeft._fields", "jpeft._text"),
+}
 #: What one import name is called on PyPI, where the two differ.
 DISTRIBUTION = {"orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
