@@ -39,10 +39,7 @@ SOURCES = [
 LIMIT = 400
 
 #: The bottom: a method, a model or the core may build on these, which know nothing of them.
-FOUNDATION = {
-    *("jpeft._method", "jpeft.seams", "jpeft._scope", "jpeft._dropout", "jpeft._stack", "jpeft._stream"),
-    *("jpeft._fields", "jpeft._text"),
-}
+FOUNDATION = {f"jpeft.{name}" for name in "_method seams _scope _dropout _fields _stack _stream _text".split()}
 #: What one import name is called on PyPI, where the two differ.
 DISTRIBUTION = {"orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
