@@ -37,9 +37,10 @@ Spec = tuple[Any, ...]
 _COLUMN = (
     *("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"),
     *("self/query", "self/key", "self/value", "intermediate/dense"),
+    *("q_lin", "k_lin", "v_lin", "lin1"),
 )
 #: Projections back into it: what they get is split over `tensor`.
-_ROW = ("o_proj", "down_proj", "output/dense")
+_ROW = ("o_proj", "down_proj", "output/dense", "out_lin", "lin2")
 _TABLES = ("embed_tokens", "word_embeddings")
 
 #: The zoo's rules. A spec is about a leaf's last axes, `(d_in, d_out)` of a kernel; a layer axis in front is whole.

@@ -19,6 +19,7 @@ import jpeft
 
 _SMALL = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4}
 _BERT = _SMALL | {"num_hidden_layers": 3, "max_position_embeddings": 24, "num_labels": 3}
+_DISTILBERT = {"vocab_size": 48, "dim": 16, "hidden_dim": 20, "n_heads": 4, "n_layers": 3, "num_labels": 3}
 _LLAMA = _SMALL | {"num_hidden_layers": 3, "num_key_value_heads": 2, "tie_word_embeddings": False}
 _LLAMA |= {"num_labels": 3, "pad_token_id": 0, "max_position_embeddings": 32}
 
@@ -28,6 +29,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert tokens": ("bert", "TOKEN_CLS", _BERT),
     "bert answers": ("bert", "QUESTION_ANS", _BERT | {"num_labels": 2}),
     "bert": ("bert", "FEATURE_EXTRACTION", _BERT),
+    "distilbert": ("distilbert", "SEQ_CLS", _DISTILBERT | {"max_position_embeddings": 24}),
     "llama": ("llama", "CAUSAL_LM", _LLAMA | {"attention_bias": True}),
     "llama tied": ("llama", "CAUSAL_LM", _LLAMA | {"tie_word_embeddings": True}),
     "llama cls": ("llama", "SEQ_CLS", _LLAMA),
@@ -131,6 +133,7 @@ def train_real(family: str, config: dict[str, Any], adapter: Path, dtype: Any = 
         for _ in range(3):
             optimizer.zero_grad()
             torch_loss(model, family).backward()
+            torch.nn.utils.clip_grad_norm_(weights, 2.0)  # a head of two layers would go far from unit scale
             optimizer.step()
         model.save_pretrained(str(adapter))
     return model.eval()

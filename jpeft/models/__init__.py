@@ -63,6 +63,7 @@ class _Family:
 
 _FAMILIES = {
     "bert": _Family("bert", "Bert", "Bert"),
+    "distilbert": _Family("distilbert", "DistilBert", "DistilBert"),
     "llama": _Family("llama", "Llama", "Llama"),
     "mistral": _Family("llama", "Llama", "Mistral"),
     "qwen2": _Family("llama", "Llama", "Qwen2"),

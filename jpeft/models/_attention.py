@@ -106,7 +106,9 @@ class _Rules:
             yield queries, range(first, last)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["window", "mask", "segment_ids", "seed"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["window", "mask", "segment_ids", "seed"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class _Limits:
     """What is known of visibility when the program runs."""

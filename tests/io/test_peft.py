@@ -67,6 +67,7 @@ EXPORTS = {
     "llama states, layers": ("llama states", lora(layers=[1])),
     "mistral": ("mistral", lora("q_proj", "k_proj", rslora=True)),
     "qwen2": ("qwen2", lora("k_proj", "down_proj", bias="all")),
+    "distilbert": ("distilbert", lora()),
     "qwen3": ("qwen3", lora(rank_pattern={"v_proj": 1}, modules_to_save=["q_norm"])),
 }  # fmt: skip
 
@@ -106,6 +107,7 @@ IMPORTS = {
     "llama states": ("llama states", config()),
     "mistral": ("mistral", config("o_proj")),
     "qwen2": ("qwen2", config("v_proj", bias="lora_only")),
+    "distilbert": ("distilbert", config("q_lin", "out_lin", "lin2", bias="lora_only")),
     "qwen3": ("qwen3", config(modules_to_save=["k_norm"])),
 }
 
@@ -173,7 +175,9 @@ def test_we_compute_the_same_from_real_peft_files(case, tmp_path):
     assert [key for key in theirs.keys() - ours.keys() if not key.endswith(copies)] == []
 
 
-@pytest.mark.parametrize("case", ["defaults", "word embeddings", "all biases", "llama", "llama, embeddings", "qwen3"])
+@pytest.mark.parametrize(
+    "case", ["defaults", "word embeddings", "all biases", "llama", "llama, embeddings", "qwen3", "distilbert"]
+)
 def test_gradients_are_those_of_real_peft(case, tmp_path):
     family, options = IMPORTS[case]
     real = oracle.train_real(family, options, tmp_path / "real")
