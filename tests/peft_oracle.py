@@ -20,6 +20,8 @@ import jpeft
 _SMALL = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4}
 _BERT = _SMALL | {"num_hidden_layers": 3, "max_position_embeddings": 24, "num_labels": 3}
 _DISTILBERT = {"vocab_size": 48, "dim": 16, "hidden_dim": 20, "n_heads": 4, "n_layers": 3, "num_labels": 3}
+_GPT2 = {"vocab_size": 48, "n_embd": 16, "n_inner": 20, "n_head": 4, "n_layer": 3, "n_positions": 24}
+_GPT2 |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA = _SMALL | {"num_hidden_layers": 3, "num_key_value_heads": 2, "tie_word_embeddings": False}
 _LLAMA |= {"num_labels": 3, "pad_token_id": 0, "max_position_embeddings": 32}
 
@@ -30,6 +32,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert answers": ("bert", "QUESTION_ANS", _BERT | {"num_labels": 2}),
     "bert": ("bert", "FEATURE_EXTRACTION", _BERT),
     "distilbert": ("distilbert", "SEQ_CLS", _DISTILBERT | {"max_position_embeddings": 24}),
+    "gpt2": ("gpt2", "CAUSAL_LM", _GPT2),
     "llama": ("llama", "CAUSAL_LM", _LLAMA | {"attention_bias": True}),
     "llama tied": ("llama", "CAUSAL_LM", _LLAMA | {"tie_word_embeddings": True}),
     "llama cls": ("llama", "SEQ_CLS", _LLAMA),
@@ -74,7 +77,8 @@ def folder(family: str) -> Path:
         generator = torch.Generator().manual_seed(0)
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            weight.data = 1 + 0.2 * noise if "norm" in name.lower() and name.endswith("weight") else 0.25 * noise
+            norm = ("norm" in name.lower() or "ln_" in name) and name.endswith("weight")
+            weight.data = 1 + 0.2 * noise if norm else 0.25 * noise
         path = Path(tempfile.mkdtemp()) / "base"
         model.save_pretrained(path)
     return path

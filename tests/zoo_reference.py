@@ -83,7 +83,45 @@ DISTILBERT = Subject(
     silent=("initializer_range", "sinusoidal_pos_embds", "model_type", "hf"),
 )  # fmt: skip
 
-SUBJECTS = {"distilbert": DISTILBERT}
+GPT2 = Subject(
+    config={
+        "model_type": "gpt2", "vocab_size": 53, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_inner": 37,
+        "n_positions": 19, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "classifier_dropout": 0.0,
+    },
+    variants={
+        "base": {},
+        "scores as they are": {"scale_attn_weights": False, "n_inner": None, "layer_norm_epsilon": 1e-2},
+        "scores by layer": {
+            "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "n_layer": 3,
+            "activation_function": "relu", "n_head": 1,
+        },
+        "untied": {"tie_word_embeddings": False},
+    },
+    classes={
+        "CAUSAL_LM": transformers.GPT2LMHeadModel,
+        "SEQ_CLS": transformers.GPT2ForSequenceClassification,
+        "TOKEN_CLS": transformers.GPT2ForTokenClassification,
+        "QUESTION_ANS": transformers.GPT2ForQuestionAnswering,
+        "FEATURE_EXTRACTION": transformers.GPT2Model,
+    },
+    rates={
+        "resid_pdrop": "CAUSAL_LM", "embd_pdrop": "CAUSAL_LM", "attn_pdrop": "CAUSAL_LM",
+        "classifier_dropout": "TOKEN_CLS",
+    },
+    perturbed={
+        "vocab_size": (54, "SEQ_CLS"), "n_positions": (20, "SEQ_CLS"), "n_embd": (27, "SEQ_CLS"),
+        "n_layer": (3, "SEQ_CLS"), "n_head": (4, "SEQ_CLS"), "n_inner": (None, "SEQ_CLS"),
+        "activation_function": ("relu", "SEQ_CLS"), "resid_pdrop": (0.3, "SEQ_CLS"), "embd_pdrop": (0.3, "SEQ_CLS"),
+        "attn_pdrop": (0.3, "SEQ_CLS"), "classifier_dropout": (None, "TOKEN_CLS"),
+        "layer_norm_epsilon": (1e-3, "SEQ_CLS"), "scale_attn_weights": (False, "SEQ_CLS"),
+        "scale_attn_by_inverse_layer_idx": (True, "SEQ_CLS"), "tie_word_embeddings": (False, "CAUSAL_LM"),
+        "pad_token_id": (5, "SEQ_CLS"), "num_labels": (3, "SEQ_CLS"),
+    },
+    causal=True,
+)  # fmt: skip
+
+SUBJECTS = {"distilbert": DISTILBERT, "gpt2": GPT2}
 
 
 def labels_of(task):

@@ -59,6 +59,11 @@ class Names:
         own = {name for name, path in self.paths.items() if path in kinds}
         return frozenset(own.union(*(self.tied[name] for name in own & self.tied.keys())))
 
+    def is_in_out(self, name: str) -> bool:
+        """Whether Hugging Face stores the module's kernel as `[d_in, d_out]`, as GPT-2's `Conv1D` does."""
+        place = self.tensors.get(f"{name}.weight")
+        return place is not None and place.axes is None and place.path.endswith("/kernel")
+
 
 def names_of(model: Any) -> Names:
     """The names of `model`.

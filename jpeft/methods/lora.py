@@ -31,6 +31,7 @@ DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ("q_proj", "v_proj")),
     "bert": ("query", "value"),
     "distilbert": ("q_lin", "v_lin"),
+    "gpt2": ("c_attn",),
 }
 
 

@@ -68,6 +68,8 @@ EXPORTS = {
     "mistral": ("mistral", lora("q_proj", "k_proj", rslora=True)),
     "qwen2": ("qwen2", lora("k_proj", "down_proj", bias="all")),
     "distilbert": ("distilbert", lora()),
+    "gpt2": ("gpt2", lora("c_attn", "c_proj", layers=[0, 2], bias="lora_only")),
+    "gpt2 tied": ("gpt2", lora("wte", "wpe")),
     "qwen3": ("qwen3", lora(rank_pattern={"v_proj": 1}, modules_to_save=["q_norm"])),
 }  # fmt: skip
 
@@ -107,6 +109,7 @@ IMPORTS = {
     "llama states": ("llama states", config()),
     "mistral": ("mistral", config("o_proj")),
     "qwen2": ("qwen2", config("v_proj", bias="lora_only")),
+    "gpt2": ("gpt2", {"target_modules": "all-linear", "lora_alpha": 3, "fan_in_fan_out": True}),
     "distilbert": ("distilbert", config("q_lin", "out_lin", "lin2", bias="lora_only")),
     "qwen3": ("qwen3", config(modules_to_save=["k_norm"])),
 }
@@ -176,7 +179,7 @@ def test_we_compute_the_same_from_real_peft_files(case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", ["defaults", "word embeddings", "all biases", "llama", "llama, embeddings", "qwen3", "distilbert"]
+    "case", ["defaults", "word embeddings", "all biases", "llama", "llama, embeddings", "qwen3", "distilbert", "gpt2"]
 )
 def test_gradients_are_those_of_real_peft(case, tmp_path):
     family, options = IMPORTS[case]
