@@ -39,6 +39,7 @@ _COLUMN = (
     *("self/query", "self/key", "self/value", "intermediate/dense"),
     *("q_lin", "k_lin", "v_lin", "lin1"),
     *("c_attn", "c_fc"),
+    *("Attention/q", "Attention/k", "Attention/v", "wi", "wi_0", "wi_1"),
 )
 #: Projections back into it: what they get is split over `tensor`.
 _ROW = ("o_proj", "down_proj", "output/dense", "out_lin", "lin2", "c_proj")

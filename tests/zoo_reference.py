@@ -121,7 +121,35 @@ GPT2 = Subject(
     causal=True,
 )  # fmt: skip
 
-SUBJECTS = {"distilbert": DISTILBERT, "gpt2": GPT2}
+T5 = Subject(
+    config={
+        "model_type": "t5", "vocab_size": 53, "d_model": 24, "d_kv": 10, "d_ff": 37, "num_layers": 2, "num_heads": 3,
+        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 11, "dropout_rate": 0.0,
+        "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "is_encoder_decoder": True,
+    },
+    variants={
+        "base": {},
+        "v1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 3},
+        "few buckets": {
+            "feed_forward_proj": "gated-silu", "num_decoder_layers": 1, "layer_norm_epsilon": 0.1, "num_heads": 1,
+            "relative_attention_num_buckets": 4, "relative_attention_max_distance": 5,
+        },
+    },
+    classes={"SEQ_2_SEQ_LM": transformers.T5ForConditionalGeneration, "FEATURE_EXTRACTION": transformers.T5Model},
+    rates={"dropout_rate": "SEQ_2_SEQ_LM"},
+    perturbed={
+        name: (value, "SEQ_2_SEQ_LM")
+        for name, value in {
+            "vocab_size": 54, "d_model": 27, "d_kv": 11, "d_ff": 38, "num_layers": 3, "num_decoder_layers": 3,
+            "num_heads": 4, "relative_attention_num_buckets": 6, "relative_attention_max_distance": 9,
+            "dropout_rate": 0.3, "layer_norm_epsilon": 1e-3, "feed_forward_proj": "gated-relu",
+            "tie_word_embeddings": False,
+        }.items()
+    },
+    silent=("initializer_factor", "pad_token_id", "decoder_start_token_id", "num_labels", "model_type", "hf"),
+)  # fmt: skip
+
+SUBJECTS = {"distilbert": DISTILBERT, "gpt2": GPT2, "t5": T5}
 
 
 def labels_of(task):
@@ -134,6 +162,9 @@ def torch_model(config, task, classes, seed=0):
     torch.manual_seed(seed)
     hf = transformers.AutoConfig.for_model(**config, num_labels=labels_of(task))
     model = classes[task]._from_config(hf, attn_implementation="eager")
+    if config["model_type"] == "t5" and not config.get("tie_word_embeddings", True):
+        # transformers 5 ties a new T5 whatever its config says; what it reads from a checkpoint stays apart
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name.lower() or "ln_" in name or name.endswith("bias"):

@@ -32,6 +32,7 @@ DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = {
     "bert": ("query", "value"),
     "distilbert": ("q_lin", "v_lin"),
     "gpt2": ("c_attn",),
+    "t5": ("q", "v"),
 }
 
 

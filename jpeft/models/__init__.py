@@ -74,6 +74,7 @@ _FAMILIES = {
     "mistral": _Family("llama", "Llama", "Mistral"),
     "qwen2": _Family("llama", "Llama", "Qwen2"),
     "qwen3": _Family("llama", "Llama", "Qwen3"),
+    "t5": _Family("t5", "T5", "T5"),
 }
 
 #: PEFT's names of tasks, and how the names of transformers' classes for them end.
@@ -116,8 +117,8 @@ def load(
 
     Args:
       path: the folder.
-      task: `CAUSAL_LM`, `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS` or `FEATURE_EXTRACTION` (hidden states); None keeps
-        what the config's architecture says. Asked for another one than was saved, the backbone is loaded, the saved
+      task: `CAUSAL_LM`, `SEQ_2_SEQ_LM`, `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS` or `FEATURE_EXTRACTION` (hidden
+        states); None keeps what the config's architecture says. Asked for another one than was saved, the backbone is loaded, the saved
         head is dropped and the new one initialised; both are logged as warnings that name the weights.
       dtype: of storage and computation; None keeps the checkpoint's.
       key: for a new head's first values; `jax.random.key(0)` by default.
