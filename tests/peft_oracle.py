@@ -22,6 +22,7 @@ _BERT = _SMALL | {"num_hidden_layers": 3, "max_position_embeddings": 24, "num_la
 _DISTILBERT = {"vocab_size": 48, "dim": 16, "hidden_dim": 20, "n_heads": 4, "n_layers": 3, "num_labels": 3}
 _GPT2 = {"vocab_size": 48, "n_embd": 16, "n_inner": 20, "n_head": 4, "n_layer": 3, "n_positions": 24}
 _GPT2 |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_T5 = {"vocab_size": 48, "d_model": 16, "d_kv": 6, "d_ff": 20, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}
 _LLAMA = _SMALL | {"num_hidden_layers": 3, "num_key_value_heads": 2, "tie_word_embeddings": False}
 _LLAMA |= {"num_labels": 3, "pad_token_id": 0, "max_position_embeddings": 32}
 
@@ -39,6 +40,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama states": ("llama", "FEATURE_EXTRACTION", _LLAMA),
     "mistral": ("mistral", "CAUSAL_LM", _LLAMA | {"sliding_window": 5}),
     "qwen2": ("qwen2", "CAUSAL_LM", _LLAMA),
+    "t5": ("t5", "SEQ_2_SEQ_LM", _T5 | {"decoder_start_token_id": 0}),
     "qwen3": ("qwen3", "CAUSAL_LM", _LLAMA | {"head_dim": 6}),
 }
 
@@ -48,6 +50,7 @@ _AUTO = {
     "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
     "FEATURE_EXTRACTION": transformers.AutoModel,
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
 }
 
 _RNG = np.random.default_rng(0)
@@ -55,6 +58,8 @@ _RNG = np.random.default_rng(0)
 IDS = _RNG.integers(1, 48, (3, 8))
 MASK = np.array([[1] * 5 + [0] * 3, [0] * 2 + [1] * 6, [1] * 8])
 IDS[MASK == 0] = 0
+#: What the models of a task take beside these: a decoder's tokens.
+MORE = {"SEQ_2_SEQ_LM": {"decoder_input_ids": IDS[::-1].copy(), "decoder_attention_mask": MASK}}
 
 
 @contextlib.contextmanager
@@ -98,10 +103,16 @@ def jax_model(family: str) -> Any:
 
 def torch_outputs(model: Any, task: str) -> torch.Tensor:
     """Logits `[3, ...]`, or the last hidden state, for `IDS`."""
-    out = model(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(MASK))
+    more = {name: torch.tensor(value) for name, value in MORE.get(task, {}).items()}
+    out = model(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(MASK), **more)
     if task == "QUESTION_ANS":
         return torch.stack([out.start_logits, out.end_logits], -1)
     return out.last_hidden_state if task == "FEATURE_EXTRACTION" else out.logits
+
+
+def jax_outputs(model: Any) -> Any:
+    """The same of a jpeft model."""
+    return model(IDS, MASK, **MORE.get(model.task, {}))
 
 
 def seen(outputs: Any) -> Any:

@@ -158,8 +158,8 @@ class Block(nnx.Module):
 class Stack(nnx.Module):
     """The encoder, or the decoder: all its blocks share one bias, a number per head and bucket of distances."""
 
-    def __init__(self, config: Config, decoder: bool, *, rngs: nnx.Rngs, dtype: Any, remat: str, unroll: bool):
-        self.config, self.decoder, self.remat, self.unroll = config, decoder, remat, unroll
+    def __init__(self, config: Config, decoder: bool, *, rngs: nnx.Rngs, dtype: Any):
+        self.config, self.decoder = config, decoder
         self.name = "decoder" if decoder else "encoder"
         self.input_embedding = InputEmbedding(config.d_model, self.name, causal=decoder)
         self.relative_attention_bias = nnx.Embed(
@@ -175,9 +175,14 @@ class Stack(nnx.Module):
         self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, dtype=dtype)
 
     def __call__(
-        self, e: Float[Array, "batch seq d_model"], mask: Any, positions: Any, encoded: Encoded | None = None
+        self,
+        e: Float[Array, "batch seq d_model"],
+        mask: Any,
+        positions: Any,
+        encoded: Encoded | None = None,
+        **options: Any,
     ) -> Encoded:
-        """The normalised last states and their mask, with virtual tokens that a method put in front."""
+        """The normalised last states and their mask, with virtual tokens in front; `options` are those of the scan."""
         rate, seq = self.config.dropout_rate, e.shape[1]
         positions = jnp.arange(seq)[None] if positions is None else positions
         x, places, whole, _ = self.input_embedding(e, positions, mask, None)
@@ -188,7 +193,7 @@ class Stack(nnx.Module):
 
         x = dropout(x, rate, f"{self.name}/embed_dropout")
         with scope(**in_front(x.shape[1] - seq, x.shape[:1] + (seq,), mask, None)):
-            x, _ = _stack.scan(self.block, body, x, remat_policy=self.remat, unroll=self.unroll)
+            x, _ = _stack.scan(self.block, body, x, **options)
         return Encoded(dropout(self.final_layer_norm(x), rate, f"{self.name}/final_dropout"), whole)
 
     def _bias(self, positions: Int[Array, "rows seq"]) -> Float[Array, "rows heads seq seq"]:
@@ -206,6 +211,7 @@ class T5(nnx.Module):
 
     Attributes:
       head: paths of the task's own output layers; empty where the head is tied to the embedding.
+      remat, unroll: how the layers are run, see `jpeft.models.load`.
     """
 
     def __init__(
@@ -219,13 +225,14 @@ class T5(nnx.Module):
         unroll: bool = False,
     ):
         self.config, self.task, self.dtype = config, task, dtype
+        self.remat, self.unroll = remat, unroll
         self.head = _head(config, task)
         init = nnx.initializers.normal(config.initializer_factor)
         self.shared = nnx.Embed(
             config.vocab_size, config.d_model, dtype=dtype, param_dtype=dtype, embedding_init=init, rngs=rngs
         )
-        self.encoder = Stack(config, False, rngs=rngs, dtype=dtype, remat=remat, unroll=unroll)
-        self.decoder = Stack(config, True, rngs=rngs, dtype=dtype, remat=remat, unroll=unroll)
+        self.encoder = Stack(config, False, rngs=rngs, dtype=dtype)
+        self.decoder = Stack(config, True, rngs=rngs, dtype=dtype)
         if self.head:
             self.lm_head = _linear(config.d_model, config.vocab_size, config.initializer_factor, rngs, dtype)
 
@@ -299,7 +306,7 @@ class T5(nnx.Module):
                 raise ValueError(f"a t5 model has no token types and packs no rows; {name} must be None")
         e = self.shared(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
         with scope(key=key):
-            return self.encoder(e, attention_mask, positions)
+            return self.encoder(e, attention_mask, positions, remat_policy=self.remat, unroll=self.unroll)
 
     def decode(
         self,
@@ -313,7 +320,8 @@ class T5(nnx.Module):
         """The decoder's states. Virtual tokens that a method puts in front of its own are left out."""
         with scope(key=key):
             e = self.shared(decoder_input_ids)
-            x, _ = self.decoder(e, decoder_attention_mask, decoder_positions, encoded)
+            options = {"remat_policy": self.remat, "unroll": self.unroll}
+            x, _ = self.decoder(e, decoder_attention_mask, decoder_positions, encoded, **options)
             return x[:, x.shape[1] - decoder_input_ids.shape[1] :]
 
     def logits(
