@@ -9,6 +9,8 @@ the labels that count; `SUMS` gives sum and count apart, for means over several 
   SEQ_CLS       labels `[batch]`
   TOKEN_CLS     labels `[batch seq]`, not shifted
   QUESTION_ANS  labels `[batch 2]`, first and last token of the answer; the mean over both
+  SEQ_2_SEQ_LM  labels `[batch out]`, what the decoder is to write; it reads them shifted right, from its start token on,
+                unless the batch holds `decoder_input_ids` (and may hold `decoder_attention_mask`)
 """
 
 from collections.abc import Callable, Mapping
@@ -66,6 +68,14 @@ def qa_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Arr
     return _mean(qa_sums, model, batch, key)
 
 
+def seq2seq_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Array, ""]:
+    """Mean over the labelled tokens of -log p(token | input, the tokens before it); labels `[batch out]`.
+
+    Arguments and errors as of `lm_loss`.
+    """
+    return _mean(seq2seq_sums, model, batch, key)
+
+
 def lm_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Sums:
     """Sum of `lm_loss`'s terms, and their number; `groups` as in `head_nll`."""
     targets = next_tokens(batch)
@@ -92,12 +102,23 @@ def qa_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int 
     return nll(logits, batch["labels"]), _count(batch["labels"])
 
 
+def seq2seq_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Sums:
+    """Sum of `seq2seq_loss`'s terms, and their number; `groups` as in `head_nll`."""
+    labels = batch["labels"]
+    inputs = {name: batch[name] for name in ("decoder_input_ids", "decoder_attention_mask") if name in batch}
+    if "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = model.decoder_inputs(labels)
+    hidden = model.hidden(batch["input_ids"], batch["attention_mask"], **_extras(batch), **inputs, key=key)
+    return head_nll(model.logits, hidden, labels, key, groups=groups), _count(labels)
+
+
 #: The sums of every task, by PEFT's name of it.
 SUMS: Mapping[str, Callable[..., Sums]] = {
     "CAUSAL_LM": lm_sums,
     "SEQ_CLS": cls_sums,
     "TOKEN_CLS": cls_sums,
     "QUESTION_ANS": qa_sums,
+    "SEQ_2_SEQ_LM": seq2seq_sums,
 }
 
 

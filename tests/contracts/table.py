@@ -103,6 +103,20 @@ LLAMA = {
 }
 
 
+T5 = {
+    "model_type": "t5",
+    "vocab_size": VOCAB,
+    "d_model": 8,
+    "d_kv": 4,
+    "d_ff": 12,
+    "num_layers": 2,
+    "num_heads": 2,
+    "relative_attention_num_buckets": 4,
+    "relative_attention_max_distance": 6,
+    "dropout_rate": 0.0,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """One kind of model.
@@ -113,6 +127,7 @@ class Model:
       causal: whether a token's output depends on earlier tokens alone.
       masks: whether it takes an attention mask and positions.
       scans: whether jpeft's own scan runs it, with `remat` and `unroll`.
+      decodes: whether a decoder stands beside an encoder; both are given the same tokens.
     """
 
     build: Callable[[], Any]
@@ -121,9 +136,13 @@ class Model:
     causal: bool = True
     masks: bool = True
     scans: bool = True
+    decodes: bool = False
 
     def run(self, model: Any, ids: Any, mask: Any = None, positions: Any = None) -> jax.Array:
         """Its outputs, one row per token."""
+        if self.decodes:
+            decoder = {"decoder_input_ids": ids, "decoder_attention_mask": mask, "decoder_positions": positions}
+            return model(ids, mask, positions=positions, **decoder)
         return model(ids, mask, positions=positions) if self.masks else model(ids)
 
 
@@ -136,6 +155,7 @@ MODELS = {
     "foreign": Model(lambda: Foreign(nnx.Rngs(0)), ("query", "up", "embed"), ("up",), masks=False, scans=False),
     "bert": Model(_zoo(BERT, "TOKEN_CLS"), ("query", "output.dense", "word_embeddings"), ("query",), causal=False),
     "llama": Model(_zoo(LLAMA, "CAUSAL_LM"), ("q_proj", "down_proj", "lm_head"), ("q_proj",)),
+    "t5": Model(_zoo(T5, "SEQ_2_SEQ_LM"), ("q", "wo", "shared"), ("q",), causal=False, decodes=True),
     "tied llama": Model(_zoo(TIED, "CAUSAL_LM"), ("v_proj", "gate_proj", "embed_tokens"), ("v_proj",)),
 }
 
@@ -161,7 +181,7 @@ class Line:
     fast: tuple[str, ...] = ("foreign", "bert")
 
 
-EVERY = ("foreign", "bert", "llama", "tied llama")
+EVERY = ("foreign", "bert", "llama", "tied llama", "t5")
 
 #: Methods by a name for the test. A new method needs one line.
 METHODS: dict[str, Line] = {
@@ -176,6 +196,7 @@ METHODS: dict[str, Line] = {
             dropout=0.3,
             rank_pattern={r".*\.1\..*": 1},
         ),
+        on=("foreign", "bert", "llama", "t5"),
         fast=("foreign", "bert", "llama"),
     ),
     "lora from the kernel": Line(
