@@ -63,6 +63,9 @@ def _put_on(model: Any, method: Method, key: jax.Array, name: str) -> None:
     for at, site in zip(planned, sites, strict=True):
         parts = {part: at.found.module.adapters.pop(part) for part in at.absorbed}
         graft(at.found.module, name, _adapter(at, site, method, fold_path(key, f"{site.path}/{name}"), parts))
+        company = tuple(adapters(at.found.module).values())
+        for adapter in (adapter for adapter in company if adapter.acts):
+            adapter.method.check_company(adapter, at.found.module, company)
     members = tuple(site for site in sites if any(site.active))
     root = Site("", ("",), (False,), adapter=name, seam="model", members=members)
     start = method.start_shared(root, model, fold_path(key, name)) if members else None

@@ -7,7 +7,7 @@ Whole models (finding seams, cloning, partitioning, masks, sharding, saving) are
 import abc
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -244,6 +244,13 @@ class Method(abc.ABC):
     def start(self, site: Site, base: Any, key: jax.Array) -> Start:
         """First values of its leaves at `site`; `key` is this site's own."""
         return Start({})
+
+    def check_company(self, adapter: Adapter, base: Any, company: Sequence[Adapter]) -> None:
+        """Is asked of every acting adapter of a module when one has joined; `company` holds all, in their order.
+
+        Raises:
+          ValueError: it cannot work beside one of the others.
+        """
 
     def start_shared(self, site: Site, model: Any, key: jax.Array) -> Start | None:
         """First values of the leaves that all its places, `site.members`, share; None where there are none."""
