@@ -7,39 +7,25 @@ E starts at zero, A and B normal with standard deviation 0.02. Every matrix star
 A, an entry of E, a row of B). While the budget shrinks to `target_rank` a matrix on average, along a cubic from update
 `tinit` to update `total_steps - tfinal`, the triplets of least importance lose their entry of E.
 
-This happens in the optimizer, `jpeft.optimizer(tx, model=model)`, whose state holds all that it needs. What it does to an
-update is of three parts, numbered from 1 as PEFT's `update_and_allocate(number)`:
-
-  - the gradient of the regularizer, which wants A^T A = B B^T = 1, joins the given gradients, for it depends on A and B
-    alone: `orth_reg_weight` times the mean of the norms of A^T A - 1 and of B B^T - 1 over all of them. So do PEFT and
-    the paper's own code; the paper writes a sum of squared norms.
-  - importance follows the new values p and these gradients g: |p g| is averaged (beta1), its distance from the average
-    likewise (beta2), and their product is an entry's; a triplet has that of E plus the means over A's column and B's row.
-  - the least important triplets, as many as are over the budget, get E = 0; after the last allocation the rest stay so.
-
-Of equally important triplets the first go, where PEFT drops all of them. The paper's formula for the budget has a slip
-(its cubic does not end at the target); this is the one of its code.
+All of this happens in the optimizer, `jpeft.optimizer(tx, model=model)`: see `_rank_allocation`.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from .. import seams
 from .._fields import whole
-from .._method import Adapter, Method, Site, Start, Targets, wide
+from .._method import Adapter, Method, Site, Start, Steering, Targets, wide
 from .._scope import fold_path
 from . import _low_rank
 from ._lora_start import per_layer
-
-Leaves = dict[str, jax.Array]
+from ._rank_allocation import Allocation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,5 +144,6 @@ class AdaLoRA(Method):
         scale = _low_rank.running_scale(adapter, self.table(adapter.site)) * adapter.E[...][None]  # [1, rank]
         return adapter.A[...] * scale, adapter.B[...]
 
-    def optimizer(self, tx: optax.GradientTransformation, adapters: Mapping[str, Adapter]) -> Any:
-        return _Allocation(self, adapters).around(tx)
+    def steer(self, adapters: Mapping[str, Adapter]) -> Steering:
+        allocation = Allocation(self, {path: adapter.site for path, adapter in adapters.items()})
+        return Steering(allocation.init, allocation.gradients, allocation.updates)
