@@ -259,12 +259,9 @@ class Method(abc.ABC):
         """First values of its leaves at `site`; `key` is this site's own."""
         return Start({})
 
-    def check_company(self, adapter: Adapter, base: Any, company: Sequence[Adapter]) -> None:
-        """Is asked of every acting adapter of a module when one has joined; `company` holds all, in their order.
-
-        Raises:
-          ValueError: it cannot work beside one of the others.
-        """
+    def objection(self, adapter: Adapter, base: Any, company: Sequence[Adapter]) -> str | None:
+        """Why it cannot work beside the other adapters of its module, if so; `company` holds all, in their order."""
+        return None
 
     def start_shared(self, site: Site, model: Any, key: jax.Array) -> Start | None:
         """First values of the leaves that all its places, `site.members`, share; None where there are none."""

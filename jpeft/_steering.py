@@ -30,7 +30,9 @@ def steered(tx: optax.GradientTransformation, model: nnx.Module | GraphDef) -> o
 
     def update(gradients: Any, state: Any, trainable: Any = None, **extra: Any) -> tuple[Any, Steered]:
         if trainable is None:
-            raise ValueError(f"the methods {', '.join(parts)} need the parameters: tx.update(gradients, state, trainable)")
+            raise ValueError(
+                f"the methods {', '.join(parts)} need the parameters: tx.update(gradients, state, trainable)"
+            )
         known = dict(state.methods)
         for name, part in parts.items():
             gradients, known[name] = part.gradients(gradients, known[name], trainable)

@@ -120,12 +120,14 @@ def scale_of_all(adapter: Any, table: np.ndarray) -> jax.Array:
     return jnp.asarray(table, adapter.A.dtype).reshape(*adapter.site.lead, 1, -1)
 
 
-def dropped(adapter: Adapter, base: Any, x: Any, rate: float) -> jax.Array:
-    """What A reads: the input, in the adapters' dtype, with entries dropped; an embedding's ids as they are."""
+def dropped(adapter: Adapter, base: Any, x: Any, rate: float) -> tuple[jax.Array, bool]:
+    """What A reads, the input in the adapters' dtype with entries dropped, and whether any are; ids stay ids."""
     x = jnp.asarray(x)
     if isinstance(seams.projection(base), seams.Lookup):
-        return x
-    return adapter.dropout(x.astype(wide(x.dtype)), rate)
+        return x, False
+    x = x.astype(wide(x.dtype))
+    kept = adapter.dropout(x, rate)
+    return kept, kept is not x
 
 
 def change(base: Any, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -6,9 +6,9 @@ Updates are numbered from 1, as in PEFT's `update_and_allocate(number)`, which d
   - The regularizer's gradient joins the given one; it depends on A and B alone, so it need not be in the loss. Of
     n matrices it is `orth_reg_weight / (2 n)` times the sum of the norms of A^T A - 1 and of B B^T - 1. So do PEFT and
     the paper's own code; the paper writes the squares of the norms, and no mean.
-  - Importance follows the updated values p and these gradients g: |p g| is averaged (beta1), and so is its distance from
-    that average (beta2); the product of both is an entry's. A triplet has that of its entry of E, and the means over
-    its column of A and its row of B. It is learned until the last allocation, at `total_steps - tfinal`.
+  - Importance follows the updated values p and these gradients g: |p g| is averaged (beta1), and so is its distance
+    from that average (beta2); the product of both is an entry's. A triplet has that of its entry of E, plus the
+    means over its column of A and its row of B. It is learned until the last allocation, at `total_steps - tfinal`.
   - At an allocation, as many triplets as are over the budget get E = 0, those of least importance. Between two
     allocations E is free again; after the last one the dropped stay at zero.
 

@@ -3,9 +3,9 @@
 
     y = x W + b + s * (drop(x) A * E) B        A [d_in, rank], E [rank], B [rank, d_out], s = alpha / (init_rank + 1e-5)
 
-E starts at zero, A and B normal with standard deviation 0.02. Every matrix starts with `init_rank` triplets (a column of
-A, an entry of E, a row of B). While the budget shrinks to `target_rank` a matrix on average, along a cubic from update
-`tinit` to update `total_steps - tfinal`, the triplets of least importance lose their entry of E.
+E starts at zero, A and B normal with standard deviation 0.02. Every matrix starts with `init_rank` triplets (a column
+of A, an entry of E, a row of B). While the budget shrinks to `target_rank` a matrix on average, along a cubic from
+update `tinit` to update `total_steps - tfinal`, the triplets of least importance lose their entry of E.
 
 All of this happens in the optimizer, `jpeft.optimizer(tx, model=model)`: see `_rank_allocation`.
 """
@@ -111,7 +111,7 @@ class AdaLoRA(Method):
 
     def after(self, adapter: Adapter, base: Any, y: jax.Array, *inputs: Any) -> Float[Array, "..."]:
         a, b = self._running_factors(adapter)
-        x = _low_rank.dropped(adapter, base, inputs[0], self.dropout)
+        x, _ = _low_rank.dropped(adapter, base, inputs[0], self.dropout)
         return (y + seams.projection(base).emit(base, _low_rank.change(base, x, a, b))).astype(y.dtype)
 
     def attend(self, adapter: Adapter, base: Any, y: jax.Array, query: jax.Array) -> Float[Array, "..."]:

@@ -74,34 +74,28 @@ class DoRA(Method):
         square = _column_squares(seams.projection(base).read(base))
         return Start({**drawn.trainable, "m": jnp.sqrt(square)}, {**drawn.constants, "square": square})
 
-    def check_company(self, adapter: Adapter, base: Any, company: Sequence[Adapter]) -> None:
-        kernel, path = seams.projection(base).kernel, adapter.site.path
+    def objection(self, adapter: Adapter, base: Any, company: Sequence[Adapter]) -> str | None:
         place = next(i for i, other in enumerate(company) if other is adapter)
         for i, other in enumerate(company):
-            who = f"the adapter {other.site.adapter!r}, a {type(other.method).__name__},"
-            shared = any(a and b for a, b in zip(adapter.site.active, other.site.active, strict=True))
-            if i < place and shared:
-                raise ValueError(
-                    f"DoRA goes by the norm of the base's kernel, and {who} stands before it on {path}: put DoRA "
-                    "there first, as in DoRA(...) | LoRA(...)"
-                )
-            if kernel in other.saved or (i != place and shared and other.method.on_the_way_in(other.site)):
-                raise ValueError(
-                    f"DoRA goes by the norm of the base's kernel, which {who} changes on {path} in whatever order the "
-                    "two are put there: leave one of them out there"
-                )
+            who = f"DoRA goes by the norm of the base's kernel, and the adapter {other.site.adapter!r}, a "
+            who += type(other.method).__name__
+            meet = i != place and any(map(all, zip(adapter.site.active, other.site.active, strict=True)))
+            if meet and i < place:
+                return f"{who}, stands before it: put DoRA there first, as in DoRA(...) | LoRA(...)"
+            if seams.projection(base).kernel in other.saved or (meet and other.method.on_the_way_in(other.site)):
+                return f"{who}, changes that in whatever order they stand: leave one of them out there"
+        return None
 
     def after(self, adapter: Adapter, base: Any, y: jax.Array, *inputs: Any) -> Float[Array, "..."]:
         projection = seams.projection(base)
         kernel, (a, b) = projection.read(base), self._running_factors(adapter)
-        intact = _low_rank.dropped(adapter, base, inputs[0], 0.0)
-        x = _low_rank.dropped(adapter, base, inputs[0], self.dropout)
+        x, drops = _low_rank.dropped(adapter, base, inputs[0], self.dropout)
         delta = _low_rank.change(base, x, a, b)  # [..., d_out]
         growth = jnp.broadcast_to(self._running_growth(adapter, kernel, a, b), delta.shape)
-        if x is intact:
-            plain = projection.less_bias(base, y.astype(delta.dtype))
-        else:
+        if drops:
             plain = projection.emit(base, projection.contract(base, x.astype(kernel.dtype), kernel))
+        else:
+            plain = projection.less_bias(base, y.astype(delta.dtype))
         change = projection.emit(base, growth) * plain.astype(delta.dtype) + projection.emit(base, (1 + growth) * delta)
         return (y + change).astype(y.dtype)
 

@@ -74,7 +74,7 @@ class LoRA(Method):
 
     def after(self, adapter: Adapter, base: Any, y: jax.Array, *inputs: Any) -> Float[Array, "..."]:
         a, b = self._running_factors(adapter)
-        x = _low_rank.dropped(adapter, base, inputs[0], self.dropout)
+        x, _ = _low_rank.dropped(adapter, base, inputs[0], self.dropout)
         return (y + seams.projection(base).emit(base, _low_rank.change(base, x, a, b))).astype(y.dtype)
 
     def attend(self, adapter: Adapter, base: Any, y: jax.Array, query: jax.Array) -> Float[Array, "..."]:

@@ -161,12 +161,14 @@ def test_a_training_is_that_of_peft(delta_t):
 
 def test_the_budget_is_pefts():
     """The number of triplets over it, at every update of several plans."""
-    for tinit, tfinal, total, first, target, matrices in ((0, 0, 7, 3, 1, 5), (5, 30, 200, 12, 8, 24), (1, 2, 90, 6, 5, 7)):
+    plans = ((0, 0, 7, 3, 1, 5), (5, 30, 200, 12, 8, 24), (1, 2, 90, 6, 5, 7))
+    for tinit, tfinal, total, first, target, matrices in plans:
         method = jpeft.AdaLoRA(init_rank=first, target_rank=target, tinit=tinit, tfinal=tfinal, total_steps=total)
         places = {str(i): types.SimpleNamespace(active=(True,), lead=()) for i in range(matrices)}
         own = Allocation(method, places)  # type: ignore[arg-type]
         planned = types.SimpleNamespace(tinit=tinit, tfinal=tfinal, total_step=total, deltaT=1)
-        theirs: Any = types.SimpleNamespace(peft_config=planned, init_bgt=first * matrices, target_bgt=target * matrices)
+        budgets = {"init_bgt": first * matrices, "target_bgt": target * matrices}
+        theirs: Any = types.SimpleNamespace(peft_config=planned, **budgets)
         for number in range(1, total + 1):
             budget, _ = RankAllocator.budget_schedule(theirs, number)
             assert int(own.surplus(number)) == first * matrices - budget, number
@@ -228,7 +230,9 @@ def test_the_step_refuses_an_optimizer_without_the_allocation():
 
     batch = {"input_ids": jnp.asarray(oracle.IDS)[None], "labels": jnp.zeros((1, 3))}
     for tx in (optax.adam(1e-3), jpeft.optimizer(optax.adam(1e-3))):
-        with pytest.raises(ValueError, match=r"'adalora' takes part in every update.*jpeft.optimizer\(tx, model=model\)"):
+        with pytest.raises(
+            ValueError, match=r"'adalora' takes part in every update.*jpeft.optimizer\(tx, model=model\)"
+        ):
             make_step(graphdef, sums, tx)(begin(tx, trainable), frozen, batch, None)
     tx = optax.chain(optax.clip(1.0), jpeft.optimizer(optax.adam(1e-3), model=graphdef))
     state, _ = make_step(graphdef, sums, tx)(begin(tx, trainable), frozen, batch, None)
