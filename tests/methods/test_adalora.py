@@ -58,7 +58,7 @@ def both(family, **options):
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", {"targets": ["query", "output.dense"]}),
-    "bert, a layer and biases": ("bert", {"targets": ["key"], "bias": "lora_only", "layers": [1]}),
+    "bert, a layer and biases": ("bert", {"targets": ["query"], "bias": "lora_only", "layers": [1]}),
     "llama": ("llama", {"targets": ["q_proj", "down_proj"]}),
 }
 

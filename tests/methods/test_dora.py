@@ -36,7 +36,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("bert", {"targets": ["query", "output.dense", "word_embeddings"]}),
     "bert, ranks and biases": (
         "bert",
-        {"targets": ["key"], "rank_pattern": {r".*\.1\..*": 4}, "rslora": True, "bias": "lora_only"},
+        {"targets": ["query"], "rank_pattern": {r".*\.1\..*": 4}, "rslora": True, "bias": "lora_only"},
     ),
     "llama, layers": ("llama", {"targets": ["q_proj", "down_proj"], "layers": [0, 2]}),
 }
