@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from .io import export_merged, export_peft, import_peft
     from .methods import (
         METHODS,
+        AdaLoRA,
+        DoRA,
         LoRA,
     )
     from .seams import register
@@ -43,6 +45,8 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "methods": (
         "METHODS",
         "LoRA",
+        "DoRA",
+        "AdaLoRA",
     ),
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
     "_scope": ("dropout_key",),
@@ -55,8 +59,10 @@ _HOME = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = [
     "METHODS",
     "SHARDING_RULES",
+    "AdaLoRA",
     "AdapterConstant",
     "AdapterParam",
+    "DoRA",
     "GraphDef",
     "LoRA",
     "Method",

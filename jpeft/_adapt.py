@@ -63,6 +63,7 @@ def _put_on(model: Any, method: Method, key: jax.Array, name: str) -> None:
     for at, site in zip(planned, sites, strict=True):
         parts = {part: at.found.module.adapters.pop(part) for part in at.absorbed}
         graft(at.found.module, name, _adapter(at, site, method, fold_path(key, f"{site.path}/{name}"), parts))
+        _check_company(at.found.module)
     members = tuple(site for site in sites if any(site.active))
     root = Site("", ("",), (False,), adapter=name, seam="model", members=members)
     start = method.start_shared(root, model, fold_path(key, name)) if members else None
@@ -70,6 +71,15 @@ def _put_on(model: Any, method: Method, key: jax.Array, name: str) -> None:
         if name in adapters(model):
             raise ValueError(f"the model's root already has an adapter {name!r}; pass another name=")
         graft(model, name, Adapter(method, root, start, {}, {}))
+
+
+def _check_company(module: Any) -> None:
+    """Asks every adapter that acts on `module` whether it can work beside the others."""
+    company = tuple(adapters(module).values())
+    for adapter in company:
+        reason = adapter.method.objection(adapter, module, company) if adapter.acts else None
+        if reason is not None:
+            raise ValueError(f"{adapter.site.path or 'the model'}: {reason}")
 
 
 def merge(model: nnx.Module) -> Any:

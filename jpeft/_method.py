@@ -7,8 +7,8 @@ Whole models (finding seams, cloning, partitioning, masks, sharding, saving) are
 import abc
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -224,6 +224,20 @@ def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return next((value for key, value in patterns.items() if pattern_matches(key, name)), default)
 
 
+class Steering(NamedTuple):
+    """A method's share in every update of the trainable tree, run inside the step by `jpeft.optimizer(tx, model=)`.
+
+    Attributes:
+      init: trainable -> the method's own state, a pytree of arrays.
+      gradients: (gradients, state, trainable) -> (gradients, state), before the optimizer sees them.
+      updates: (updates, gradients, state, trainable) -> (updates, state), before they are applied.
+    """
+
+    init: Callable[..., Any]
+    gradients: Callable[..., tuple[Any, Any]]
+    updates: Callable[..., tuple[Any, Any]]
+
+
 class Method(abc.ABC):
     """A frozen dataclass whose fields are the method's options; its instances hash, so they live in the graphdef.
 
@@ -244,6 +258,10 @@ class Method(abc.ABC):
     def start(self, site: Site, base: Any, key: jax.Array) -> Start:
         """First values of its leaves at `site`; `key` is this site's own."""
         return Start({})
+
+    def objection(self, adapter: Adapter, base: Any, company: Sequence[Adapter]) -> str | None:
+        """Why it cannot work beside the other adapters of its module, if so; `company` holds all, in their order."""
+        return None
 
     def start_shared(self, site: Site, model: Any, key: jax.Array) -> Start | None:
         """First values of the leaves that all its places, `site.members`, share; None where there are none."""
@@ -267,6 +285,10 @@ class Method(abc.ABC):
         own = getattr(base, name)[...]
         change = (table - own.astype(table.dtype)).astype(wide(query.dtype))
         return (y + query.astype(change.dtype) @ change.T).astype(y.dtype)
+
+    def steer(self, adapters: Mapping[str, Adapter]) -> "Steering | None":
+        """What it does to every update, given its adapters by the path in front of their leaves; None for nothing."""
+        return None
 
     def depends_on_layer(self, site: Site) -> bool:
         """Whether what it computes at a stacked `site` differs between layers by more than the leaves."""

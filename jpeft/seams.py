@@ -69,6 +69,15 @@ class Projection(abc.ABC):
         leaf = getattr(module, self.bias, None) if self.bias else None
         return None if leaf is None else leaf[...]
 
+    def less_bias(self, module: Any, y: jax.Array) -> jax.Array:
+        """The module's output `y` less its bias."""
+        bias = self.read_bias(module)
+        return y if bias is None else y - jnp.broadcast_to(self._along(module, bias, y), y.shape)
+
+    def _along(self, module: Any, bias: jax.Array, y: jax.Array) -> jax.Array:
+        """`bias` in a shape that broadcasts to `y`."""
+        return bias
+
 
 class Matmul(Projection):
     """A kernel contracted by an einsum of two operands, input first: `"...i,io->...o"` is `nnx.Linear`.
@@ -145,6 +154,14 @@ class Matmul(Projection):
         kept = "".join(c for c in out if c not in d_out)
         y = y.reshape(*y.shape[:-1], *(sizes[c] for c in d_out))
         return jnp.einsum(f"{kept}{d_out}->{out}", y)
+
+    def _along(self, module: Any, bias: jax.Array, y: jax.Array) -> jax.Array:
+        _, _, out = self._terms(module)
+        _, _, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
+        first, _, last = out.rpartition("...")
+        middle = (1,) * (y.ndim - len(first + last))
+        first, last = (tuple(sizes[c] if c in d_out else 1 for c in part) for part in (first, last))
+        return bias.reshape(*first, *middle, *last)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

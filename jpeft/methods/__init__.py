@@ -4,6 +4,8 @@
 from collections.abc import Mapping
 
 from .._method import Method
+from .adalora import AdaLoRA
+from .dora import DoRA
 from .lora import LoRA
 
 #: Every method by its kind, the name that stands in leaf paths and configurations.
@@ -11,10 +13,14 @@ METHODS: Mapping[str, type[Method]] = {
     method.kind: method
     for method in (
         LoRA,
+        DoRA,
+        AdaLoRA,
     )
 }  # fmt: skip
 
 __all__ = [
     "METHODS",
+    "AdaLoRA",
+    "DoRA",
     "LoRA",
 ]

@@ -12,8 +12,7 @@ Ranks that differ between the layers of a stack are padded to the largest, and t
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -22,18 +21,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import seams
-from .._fields import indices, names, one_of, rate, whole
-from .._method import BIAS_CHOICES, Adapter, Frozen, Method, Site, Start, Targets, pattern_value, wide
-from ._lora_start import STARTS
-
-#: What PEFT adapts by default, by the model's type.
-DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ("q_proj", "v_proj")),
-    "bert": ("query", "value"),
-    "distilbert": ("q_lin", "v_lin"),
-    "gpt2": ("c_attn",),
-    "t5": ("q", "v"),
-}
+from .._method import Adapter, Frozen, Method, Site, Start, Targets, wide
+from . import _low_rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,63 +64,32 @@ class LoRA(Method):
     modules_to_save: Any = None
 
     def __post_init__(self) -> None:
-        for field in ("targets", "exclude", "modules_to_save"):
-            object.__setattr__(self, field, names(field, getattr(self, field)))
-        object.__setattr__(self, "layers", indices(self.layers))
-        object.__setattr__(self, "rank_pattern", Frozen(self.rank_pattern or {}))
-        object.__setattr__(self, "alpha_pattern", Frozen(self.alpha_pattern or {}))
-        for rank in (self.rank, *self.rank_pattern.values()):
-            whole("LoRA", "rank", rank)
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-                raise ValueError(f"LoRA's alpha must be a positive number (at 0 nothing is trained), got {alpha!r}")
-        rate("LoRA", "dropout", self.dropout)
-        one_of("LoRA", "init", self.init, STARTS)
-        one_of("LoRA", "bias", self.bias, BIAS_CHOICES)
-        if isinstance(self.targets, str) and self.targets != "all-linear" and self.layers is not None:
-            raise ValueError("layers= picks among listed targets; with a regular expression, say the layers in it")
+        _low_rank.check_factors(self)
 
     def select(self, model_type: str | None) -> Targets:
-        targets = self.targets
-        if targets is None:
-            if model_type is None or model_type not in DEFAULT_TARGETS:
-                raise ValueError(
-                    f"LoRA knows no default targets for model type {model_type!r} (it does for "
-                    f"{', '.join(DEFAULT_TARGETS)}); pass targets="
-                )
-            targets = DEFAULT_TARGETS[model_type]
-        patterns = (*self.rank_pattern, *self.alpha_pattern)
-        return Targets(targets, self.exclude, self.layers, self.modules_to_save, self.bias, patterns)
+        return _low_rank.select(self, model_type, (*self.rank_pattern, *self.alpha_pattern))
 
     def start(self, site: Site, base: Any, key: jax.Array) -> Start:
-        start = STARTS[self.init](site, base, key, self.ranks(site), self.scales(site))
-        dtype = wide(getattr(base, seams.projection(base).kernel).dtype)
-        parts = (start.trainable, start.constants)
-        return Start(*({name: leaf.astype(dtype) for name, leaf in leaves.items()} for leaves in parts))
+        return _low_rank.start(self, site, base, key)
 
     def after(self, adapter: Adapter, base: Any, y: jax.Array, *inputs: Any) -> Float[Array, "..."]:
-        projection = seams.projection(base)
-        x, scale = jnp.asarray(inputs[0]), self._running_scale(adapter)
-        if not isinstance(projection, seams.Lookup):
-            x = adapter.dropout(x.astype(wide(x.dtype)), self.dropout)
-        delta = _difference(
-            adapter, lambda a, b: seams.rows_times(projection.contract(base, x, a * scale), b)
-        )  # [..., d_out]
-        return (y + projection.emit(base, delta)).astype(y.dtype)
+        a, b = self._running_factors(adapter)
+        x, _ = _low_rank.dropped(adapter, base, inputs[0], self.dropout)
+        return (y + seams.projection(base).emit(base, _low_rank.change(base, x, a, b))).astype(y.dtype)
 
     def attend(self, adapter: Adapter, base: Any, y: jax.Array, query: jax.Array) -> Float[Array, "..."]:
-        query, scale = query.astype(wide(query.dtype)), self._running_scale(adapter)
-        return (y + _difference(adapter, lambda a, b: (query @ b.T) @ (a * scale).T)).astype(y.dtype)
+        a, b = self._running_factors(adapter)
+        return (y + (query.astype(wide(query.dtype)) @ b.T) @ a.T).astype(y.dtype)
 
     def merge(self, adapter: Any, base: Any) -> Mapping[str, jax.Array]:
         projection = seams.projection(base)
-        scale = jnp.asarray(self.table(adapter.site), adapter.A.dtype).reshape(*adapter.site.lead, 1, -1)
-        delta = _difference(adapter, lambda a, b: jnp.matmul(a * scale, b, precision="highest"))
+        a, b = _low_rank.factors(adapter, _low_rank.scale_of_all(adapter, self.table(adapter.site)))
         kernel = projection.read(base)
-        return {projection.kernel: projection.unmatrix(base, kernel.astype(wide(kernel.dtype)) + delta)}
+        merged = kernel.astype(wide(kernel.dtype)) + jnp.matmul(a, b, precision="highest")
+        return {projection.kernel: projection.unmatrix(base, merged)}
 
     def depends_on_layer(self, site: Site) -> bool:
-        return self.dropout > 0 or not _uniform(self.table(site))
+        return self.dropout > 0 or not _low_rank.uniform(self.table(site))
 
     def count(self, site: Site) -> tuple[int, int]:
         trained = sum(self.ranks(site)) * (site.d_in + site.d_out)
@@ -139,32 +97,11 @@ class LoRA(Method):
 
     def ranks(self, site: Site) -> tuple[int, ...]:
         """The rank in every layer; 0 where the layer is not adapted."""
-        named = (pattern_value(self.rank_pattern, name, self.rank) for name in site.names)
-        return tuple(rank if acts else 0 for rank, acts in zip(named, site.active, strict=True))
-
-    def scales(self, site: Site) -> tuple[float, ...]:
-        """The factor s in every layer; 0 where the layer is not adapted."""
-        alphas = (pattern_value(self.alpha_pattern, name, self.alpha) for name in site.names)
-        roots = ((math.sqrt(rank) if self.rslora else rank) for rank in self.ranks(site))
-        return tuple(alpha / root if root else 0.0 for alpha, root in zip(alphas, roots, strict=True))
+        return _low_rank.ranks(self, site)
 
     def table(self, site: Site) -> np.ndarray:
         """`[layers, largest rank]`: the factor of every column of A, zero in the padding."""
-        ranks, scales = np.array(self.ranks(site)), np.array(self.scales(site))
-        return np.where(np.arange(ranks.max()) < ranks[:, None], scales[:, None], 0.0)
+        return _low_rank.table(self.ranks(site), _low_rank.scales(self, site))
 
-    def _running_scale(self, adapter: Any) -> Any:
-        table = self.table(adapter.site)
-        if _uniform(table):
-            return float(table[0, 0])
-        return jnp.asarray(table, adapter.A.dtype)[adapter.layer][None]  # [1, rank]
-
-
-def _difference(adapter: Any, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-    """`product` of A and B, less that of the start where there is one; exactly zero while they are equal."""
-    delta = product(adapter.A[...], adapter.B[...])
-    return delta - product(adapter.A0[...], adapter.B0[...]) if hasattr(adapter, "A0") else delta
-
-
-def _uniform(table: np.ndarray) -> bool:
-    return bool((table == table[0, 0]).all())
+    def _running_factors(self, adapter: Any) -> tuple[jax.Array, jax.Array]:
+        return _low_rank.factors(adapter, _low_rank.running_scale(adapter, self.table(adapter.site)))

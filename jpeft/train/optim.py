@@ -10,7 +10,7 @@ from .._masks import optimizer as by_rules
 from .config import Optimizer
 
 #: Leaves that weight decay leaves alone, by the last part of their path.
-_NOT_DECAYED = ("bias", "scale")
+_NOT_DECAYED = ("bias", "scale", "m")
 
 
 def schedule(config: Optimizer, num_updates: int) -> optax.Schedule:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._partition import GraphDef, Leaves, combine
 from .._sharding import mirrored
+from .._steering import check_steered
 from .losses import Batch, Sums, cls_loss, lm_loss, qa_loss, token_cls_loss
 
 __all__ = ["Metrics", "State", "begin", "cls_loss", "lm_loss", "make_step", "qa_loss", "token_cls_loss"]
@@ -84,7 +85,8 @@ def make_step(
     Args:
       graphdef: of `jpeft.partition`.
       sums: (model, batch, key, groups) -> (sum of losses, number of labels), one of `losses.SUMS`.
-      tx: optimizer of the trainable tree, clipping included.
+      tx: optimizer of the trainable tree, clipping included; where a method takes part in updates, as AdaLoRA does, of
+        `jpeft.optimizer(tx, model=graphdef)`, and anything else is an error.
       groups: number of devices that a batch's rows are split over.
 
     The function's arguments: `frozen` of `jpeft.partition`; `batch` with arrays `[accumulation, rows, ...]`; `key`
@@ -111,6 +113,7 @@ def make_step(
         return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), micros)[0]
 
     def update(state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> tuple[State, Metrics]:
+        check_steered(graphdef, state.optimizer)
         (loss, labels), grads = gradients(state, frozen, batch, key)
         loss, grads = loss / labels, jax.tree.map(lambda g: g / labels, grads)
         norm = optax.tree.norm(grads)

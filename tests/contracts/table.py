@@ -171,6 +171,7 @@ class Line:
       merges: whether it has a merged form.
       on: the models on which it has a meaning; the others refuse it.
       fast: the models on which it is tested in the fast lane.
+      exact: whether its gradient is that of its output, rather than with a part of it held constant.
     """
 
     make: Callable[[Any], Any]
@@ -179,6 +180,7 @@ class Line:
     merges: bool = True
     on: tuple[str, ...] = ("foreign", "bert", "llama")
     fast: tuple[str, ...] = ("foreign", "bert")
+    exact: bool = True
 
 
 EVERY = ("foreign", "bert", "llama", "tied llama", "t5")
@@ -203,6 +205,24 @@ METHODS: dict[str, Line] = {
         lambda targets: jpeft.LoRA(rank=2, alpha=3.0, targets=targets, init="pissa"),
         on=EVERY,
         fast=("foreign", "llama"),
+    ),
+    "dora": Line(lambda targets: jpeft.DoRA(rank=2, alpha=3.0, targets=targets), on=EVERY, exact=False),
+    "dora of several ranks from the kernel, with biases and dropout": Line(
+        lambda targets: jpeft.DoRA(
+            rank=2,
+            alpha=2.0,
+            targets=targets,
+            rslora=True,
+            init="pissa",
+            bias="lora_only",
+            dropout=0.3,
+            rank_pattern={r".*\.1\..*": 1},
+        ),
+        fast=("foreign",),
+        exact=False,
+    ),
+    "adalora": Line(
+        lambda targets: jpeft.AdaLoRA(init_rank=3, target_rank=2, alpha=9.0, targets=targets, total_steps=10), on=EVERY
     ),
 }
 
