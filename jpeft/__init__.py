@@ -25,7 +25,11 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from .io import export_merged, export_peft, import_peft
     from .methods import (
         METHODS,
+        OFT,
+        LoHa,
+        LoKr,
         LoRA,
+        VeRA,
     )
     from .seams import register
 
@@ -43,6 +47,10 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "methods": (
         "METHODS",
         "LoRA",
+        "LoHa",
+        "LoKr",
+        "VeRA",
+        "OFT",
     ),
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
     "_scope": ("dropout_key",),
@@ -54,12 +62,16 @@ _HOME = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
     "METHODS",
+    "OFT",
     "SHARDING_RULES",
     "AdapterConstant",
     "AdapterParam",
     "GraphDef",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "Method",
+    "VeRA",
     "adapt",
     "combine",
     "dropout_key",

@@ -4,17 +4,29 @@
 from collections.abc import Mapping
 
 from .._method import Method
+from .loha import LoHa
+from .lokr import LoKr
 from .lora import LoRA
+from .oft import OFT
+from .vera import VeRA
 
 #: Every method by its kind, the name that stands in leaf paths and configurations.
 METHODS: Mapping[str, type[Method]] = {
     method.kind: method
     for method in (
         LoRA,
+        LoHa,
+        LoKr,
+        VeRA,
+        OFT,
     )
 }  # fmt: skip
 
 __all__ = [
     "METHODS",
+    "OFT",
+    "LoHa",
+    "LoKr",
     "LoRA",
+    "VeRA",
 ]

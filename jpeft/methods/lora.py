@@ -24,13 +24,8 @@ from jaxtyping import Array, Float
 from .. import seams
 from .._fields import indices, names, one_of, rate, whole
 from .._method import BIAS_CHOICES, Adapter, Frozen, Method, Site, Start, Targets, pattern_value, wide
+from ._default_targets import default_targets
 from ._lora_start import STARTS
-
-#: What PEFT adapts by default, by the model's type.
-DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ("q_proj", "v_proj")),
-    "bert": ("query", "value"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +84,7 @@ class LoRA(Method):
             raise ValueError("layers= picks among listed targets; with a regular expression, say the layers in it")
 
     def select(self, model_type: str | None) -> Targets:
-        targets = self.targets
-        if targets is None:
-            if model_type is None or model_type not in DEFAULT_TARGETS:
-                raise ValueError(
-                    f"LoRA knows no default targets for model type {model_type!r} (it does for "
-                    f"{', '.join(DEFAULT_TARGETS)}); pass targets="
-                )
-            targets = DEFAULT_TARGETS[model_type]
+        targets = default_targets("LoRA", self.targets, model_type)
         patterns = (*self.rank_pattern, *self.alpha_pattern)
         return Targets(targets, self.exclude, self.layers, self.modules_to_save, self.bias, patterns)
 
