@@ -163,7 +163,6 @@ class Line:
     drawn: bool = True
 
 
-
 def tables_aside(targets: Any) -> Any:
     """The targets without the embeddings, for a method that refuses those."""
     return [target for target in targets if "embed" not in target]
