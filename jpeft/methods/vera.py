@@ -110,8 +110,8 @@ class VeRA(Method):
         projection, site = seams.projection(base), adapter.site
         acts = jnp.array(site.active).reshape(*site.lead, 1)
         d, b = jnp.where(acts, adapter.d[...], 0), adapter.b[...]
-        right = d[..., None] * adapter.shared.B[...][:, : site.d_out] * b[..., None, :]
-        delta = jnp.matmul(adapter.shared.A[...][: site.d_in], right, precision="highest")
+        a, c = adapter.shared.A[...][: site.d_in], adapter.shared.B[...][:, : site.d_out]
+        delta = jnp.einsum("ir,...r,ro,...o->...io", a, d, c, b, precision="highest")
         kernel = projection.read(base)
         return {projection.kernel: projection.unmatrix(base, kernel.astype(wide(kernel.dtype)) + delta)}
 

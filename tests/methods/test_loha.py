@@ -12,8 +12,9 @@ from blocks_oracle import against_numpy, against_peft, against_transformers, lis
 from flax import nnx
 
 import jpeft
+from jpeft.models import bert
 
-BASE = jpeft.models.bert.PRESETS["bert-base-uncased"]
+BASE = bert.PRESETS["bert-base-uncased"]
 NAMES = {
     "A1": ("hada_w1_b.default", transposed),
     "B1": ("hada_w1_a.default", transposed),

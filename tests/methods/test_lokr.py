@@ -15,8 +15,9 @@ from peft.tuners.lokr.layer import factorization as pefts_factorization
 
 import jpeft
 from jpeft.methods.lokr import factorization
+from jpeft.models import bert
 
-BASE = jpeft.models.bert.PRESETS["bert-base-uncased"]
+BASE = bert.PRESETS["bert-base-uncased"]
 NAMES = {
     "w1": ("lokr_w1.default", transposed),
     "w1_in": ("lokr_w1_b.default", transposed),

@@ -12,8 +12,9 @@ from blocks_oracle import LAYERS, D, X, against_numpy, against_peft, against_tra
 from flax import nnx
 
 import jpeft
+from jpeft.models import bert
 
-BASE = jpeft.models.bert.PRESETS["bert-base-uncased"]
+BASE = bert.PRESETS["bert-base-uncased"]
 KEY = jax.random.key(0)
 TARGETS = ["up", "down"]
 NAMES = {"d": ("vera_lambda_d.default", same), "b": ("vera_lambda_b.default", same)}
@@ -192,6 +193,6 @@ def test_an_embedding_is_refused():
 
 
 def test_a_place_alone_has_no_projections():
-    model = jpeft.adapt(stacked(), jpeft.VeRA(rank=4, targets=["up"]), key=KEY)
+    model = jpeft.adapt(listed(), jpeft.VeRA(rank=4, targets=["up"]), key=KEY)
     with pytest.raises(ValueError, match="outside of a call of the model; call the adapted model itself"):
-        model.blocks.up(X.astype(np.float32))
+        model.blocks[0].up(X.astype(np.float32))
