@@ -127,12 +127,19 @@ def test_it_starts_as_fedpara_and_peft_do():
         assert len(np.unique(leaves[name])) > 0.99 * leaves[name].size
 
 
-def test_counts():
+def test_counts_and_places():
     model = jax.eval_shape(lambda: jpeft.models.build(BASE, "FEATURE_EXTRACTION", key=jax.random.key(0)))
     adapted = jax.eval_shape(lambda m: jpeft.adapt(m, jpeft.LoHa(rank=8), key=jax.random.key(0)), model)
     summary = jpeft.summary(adapted)
     assert (summary.trainable, summary.changed) == (24 * 2 * 8 * (768 + 768), 24 * 768 * 768)
     assert summary.trainable == sum(value.size for value in jpeft.partition(adapted)[1].values())
+    mesh = jpeft.mesh("fsdp=2,tensor=4")
+    places = {path: place.spec for path, place in jpeft.shardings(adapted, mesh).items()}
+    query = "layers/attention/self/query"
+    assert tuple(places[f"{query}/kernel"]) == (None, "fsdp", "tensor")
+    for name in "12":
+        assert tuple(places[f"{query}/adapters/loha/A{name}"]) == (None, "fsdp", None)
+        assert tuple(places[f"{query}/adapters/loha/B{name}"]) == (None, None, "tensor")
     pattern = jpeft.LoHa(rank=2, targets=["up"], rank_pattern={"blocks.1.up": 5}, layers=[1, 2])
     assert jpeft.summary(jpeft.adapt(stacked(), pattern, key=jax.random.key(0))).trainable == 2 * (5 + 2) * 18
 

@@ -7,6 +7,7 @@ import numpy as np
 import peft
 import pytest
 import subjects
+import torch
 from blocks_oracle import against_numpy, against_peft, against_transformers, listed, same, stacked
 from flax import nnx
 
@@ -122,15 +123,11 @@ def test_outside_of_its_bound_the_output_is_pefts_and_the_gradient_that_of_the_o
 
 
 def torch_linear(eps):
-    import torch
-
     config = peft.OFTConfig(oft_block_size=4, coft=True, eps=eps, target_modules=["0"])
     return peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(16, 5)).double(), config)
 
 
 def torch_set(theirs, base, packed):
-    import torch
-
     layer = theirs.base_model.model[0]
     layer.base_layer.weight.data = torch.tensor(np.asarray(base.inner.kernel[...]).T)
     layer.base_layer.bias.data = torch.tensor(np.asarray(base.inner.bias[...]))
@@ -138,8 +135,6 @@ def torch_set(theirs, base, packed):
 
 
 def torch_run(theirs, x):
-    import torch
-
     out = theirs(torch.tensor(x))
     out.sum().backward()
     return out.detach().numpy(), theirs.base_model.model[0].oft_R["default"].weight.grad.numpy()
