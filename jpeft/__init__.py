@@ -25,9 +25,13 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from .io import export_merged, export_peft, import_peft
     from .methods import (
         METHODS,
+        OFT,
         AdaLoRA,
         DoRA,
+        LoHa,
+        LoKr,
         LoRA,
+        VeRA,
     )
     from .seams import register
 
@@ -47,6 +51,10 @@ _WHERE: dict[str, tuple[str, ...]] = {
         "LoRA",
         "DoRA",
         "AdaLoRA",
+        "LoHa",
+        "LoKr",
+        "VeRA",
+        "OFT",
     ),
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
     "_scope": ("dropout_key",),
@@ -58,14 +66,18 @@ _HOME = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
     "METHODS",
+    "OFT",
     "SHARDING_RULES",
     "AdaLoRA",
     "AdapterConstant",
     "AdapterParam",
     "DoRA",
     "GraphDef",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "Method",
+    "VeRA",
     "adapt",
     "combine",
     "dropout_key",

@@ -207,11 +207,15 @@ class Adapter(nnx.Module):
             )
         return current().shared[self.site.adapter]
 
-    def dropout(self, x: jax.Array, rate: float) -> jax.Array:
-        """`x` with entries dropped while the call has a key; every adapter and every layer draws a mask of its own."""
+    def dropout(self, x: jax.Array, rate: float, what: str = "") -> jax.Array:
+        """`x` with entries dropped while the call has a key; every adapter and every layer draws a mask of its own.
+
+        So does every `what`, where one adapter drops several things.
+        """
         if rate == 0.0 or current().key is None:
             return x
-        return dropout(x, rate, f"{self.site.path}/{self.site.adapter}", self.layer)
+        path = f"{self.site.path}/{self.site.adapter}"
+        return dropout(x, rate, f"{path}/{what}" if what else path, self.layer)
 
 
 def pattern_matches(key: str, name: str) -> bool:

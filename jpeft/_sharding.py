@@ -54,10 +54,10 @@ SHARDING_RULES: Rules = (
     *((f"**/{name}/embedding", P("tensor", "fsdp")) for name in _TABLES),
 )
 
-#: What the last axes of an adapter's leaf are on the kernel: `A` is [d_in, rank], `B` is [rank, d_out].
+#: What the last axes of an adapter's leaf are on the kernel: `A` is [d_in, rank], `B` is [rank, d_out]; so LoHa's.
 _SIDES: Mapping[str, tuple[str | None, ...]] = {
-    **dict.fromkeys(("A", "A0"), ("in", None)),
-    **dict.fromkeys(("B", "B0"), (None, "out")),
+    **dict.fromkeys(("A", "A0", "A1", "A2"), ("in", None)),
+    **dict.fromkeys(("B", "B0", "B1", "B2"), (None, "out")),
 }
 
 

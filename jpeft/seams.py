@@ -60,6 +60,18 @@ class Projection(abc.ABC):
     def emit(self, module: Any, y: jax.Array) -> jax.Array:
         """`[..., d_out]` in the layout of the module's output."""
 
+    def rows(self, module: Any, x: jax.Array) -> jax.Array:
+        """The module's input as `[..., d_in]`, in the order of the matrix's rows.
+
+        Raises:
+          ValueError: it is no such row of numbers.
+        """
+        raise ValueError(f"the input of {type(module).__name__} is not a row of d_in numbers")
+
+    def unrows(self, module: Any, rows: jax.Array) -> jax.Array:
+        """The inverse of `rows`."""
+        raise ValueError(f"the input of {type(module).__name__} is not a row of d_in numbers")
+
     def read(self, module: Any) -> jax.Array:
         """The module's kernel as a matrix, `[*lead, d_in, d_out]`."""
         return self.matrix(module, getattr(module, self.kernel)[...])
@@ -139,14 +151,28 @@ class Matmul(Projection):
         return jnp.einsum(f"...{d_in}{d_out}->...{w}", matrix)
 
     def contract(self, module: Any, x: jax.Array, matrix: jax.Array) -> jax.Array:
-        x_axes, _, out = self._terms(module)
-        _, d_in, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
-        kept = "".join(c for c in out if c not in d_out)
+        x_axes, kept, d_in, sizes = self._input(module)
         if x_axes == kept + d_in:
             return rows_times(x.reshape(*x.shape[: x.ndim - len(d_in)], -1), matrix)
         weight = matrix.reshape(*(sizes[c] for c in d_in), matrix.shape[-1])
-        rank = next(c for c in string.ascii_letters if c not in x_axes + out)
+        taken = "".join(self._terms(module))
+        rank = next(c for c in string.ascii_letters if c not in taken)
         return jnp.einsum(f"{x_axes},{d_in}{rank}->{kept}{rank}", x, weight)
+
+    def rows(self, module: Any, x: jax.Array) -> jax.Array:
+        x_axes, kept, d_in, _ = self._input(module)
+        x = jnp.einsum(f"{x_axes}->{kept}{d_in}", x)
+        return x.reshape(*x.shape[: x.ndim - len(d_in)], -1)
+
+    def unrows(self, module: Any, rows: jax.Array) -> jax.Array:
+        x_axes, kept, d_in, sizes = self._input(module)
+        return jnp.einsum(f"{kept}{d_in}->{x_axes}", rows.reshape(*rows.shape[:-1], *(sizes[c] for c in d_in)))
+
+    def _input(self, module: Any) -> tuple[str, str, str, dict[str, int]]:
+        """The input's axes, those that the output keeps, those that the kernel meets, and sizes of the kernel's."""
+        x_axes, _, out = self._terms(module)
+        _, d_in, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
+        return x_axes, "".join(c for c in out if c not in d_out), d_in, sizes
 
     def emit(self, module: Any, y: jax.Array) -> jax.Array:
         _, _, out = self._terms(module)

@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from .._method import Method
 from .adalora import AdaLoRA
 from .dora import DoRA
+from .loha import LoHa
+from .lokr import LoKr
 from .lora import LoRA
+from .oft import OFT
+from .vera import VeRA
 
 #: Every method by its kind, the name that stands in leaf paths and configurations.
 METHODS: Mapping[str, type[Method]] = {
@@ -15,12 +19,20 @@ METHODS: Mapping[str, type[Method]] = {
         LoRA,
         DoRA,
         AdaLoRA,
+        LoHa,
+        LoKr,
+        VeRA,
+        OFT,
     )
 }  # fmt: skip
 
 __all__ = [
     "METHODS",
+    "OFT",
     "AdaLoRA",
     "DoRA",
+    "LoHa",
+    "LoKr",
     "LoRA",
+    "VeRA",
 ]

@@ -172,6 +172,7 @@ class Line:
       on: the models on which it has a meaning; the others refuse it.
       fast: the models on which it is tested in the fast lane.
       exact: whether its gradient is that of its output, rather than with a part of it held constant.
+      drawn: whether any of its trained leaves starts at random.
     """
 
     make: Callable[[Any], Any]
@@ -181,6 +182,12 @@ class Line:
     on: tuple[str, ...] = ("foreign", "bert", "llama")
     fast: tuple[str, ...] = ("foreign", "bert")
     exact: bool = True
+    drawn: bool = True
+
+
+def tables_aside(targets: Any) -> Any:
+    """The targets without the embeddings, for a method that refuses those."""
+    return [target for target in targets if "embed" not in target]
 
 
 EVERY = ("foreign", "bert", "llama", "tied llama", "t5")
@@ -223,6 +230,43 @@ METHODS: dict[str, Line] = {
     ),
     "adalora": Line(
         lambda targets: jpeft.AdaLoRA(init_rank=3, target_rank=2, alpha=9.0, targets=targets, total_steps=10), on=EVERY
+    ),
+    "loha": Line(lambda targets: jpeft.LoHa(rank=2, alpha=3.0, targets=targets), on=EVERY, fast=EVERY),
+    "loha of several ranks with dropout": Line(
+        lambda targets: jpeft.LoHa(
+            rank=3, alpha=2.0, targets=targets, rank_dropout=0.3, module_dropout=0.2, rank_pattern={r".*\.1\..*": 1}
+        ),
+    ),
+    "lokr": Line(lambda targets: jpeft.LoKr(rank=1, alpha=3.0, targets=targets), on=EVERY, fast=EVERY),
+    "lokr of two products with dropout": Line(
+        lambda targets: jpeft.LoKr(
+            rank=1,
+            alpha=2.0,
+            targets=targets,
+            decompose_both=True,
+            decompose_factor=4,
+            init="lycoris",
+            rank_dropout=0.3,
+            module_dropout=0.2,
+            alpha_pattern={r".*\.1\..*": 1.0},
+        ),
+    ),
+    "vera": Line(lambda targets: jpeft.VeRA(rank=5, targets=tables_aside(targets)), on=EVERY, drawn=False),
+    "vera with dropout": Line(
+        lambda targets: jpeft.VeRA(rank=3, d_initial=0.5, dropout=0.3, targets=tables_aside(targets)), drawn=False
+    ),
+    "oft": Line(lambda targets: jpeft.OFT(block_size=4, targets=tables_aside(targets)), on=EVERY, drawn=False),
+    "oft exact, shared, bounded, with dropout": Line(
+        lambda targets: jpeft.OFT(
+            rank=2,
+            targets=tables_aside(targets),
+            neumann_terms=None,
+            coft=True,
+            eps=0.9,
+            block_share=True,
+            block_dropout=0.2,
+        ),
+        drawn=False,
     ),
 }
 
