@@ -24,8 +24,10 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from ._walk import sites
     from .io import export_merged, export_peft, import_peft
     from .methods import (
+        IA3,
         METHODS,
         LoRA,
+        TrainableTokens,
     )
     from .seams import register
 
@@ -43,6 +45,8 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "methods": (
         "METHODS",
         "LoRA",
+        "IA3",
+        "TrainableTokens",
     ),
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
     "_scope": ("dropout_key",),
@@ -53,6 +57,7 @@ _MODULES = ("io", "models", "seams", "train")
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
+    "IA3",
     "METHODS",
     "SHARDING_RULES",
     "AdapterConstant",
@@ -60,6 +65,7 @@ __all__ = [
     "GraphDef",
     "LoRA",
     "Method",
+    "TrainableTokens",
     "adapt",
     "combine",
     "dropout_key",

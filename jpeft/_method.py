@@ -69,6 +69,7 @@ class Site:
       heads: key heads of an attention; 0 elsewhere.
       first: places of the adapter before this one, at seams of the same kind, every layer counted.
       members: of the site of the shared leaves, all the others.
+      bias: whether the projection has a bias.
     """
 
     path: str
@@ -84,6 +85,7 @@ class Site:
     heads: int = 0
     first: int = 0
     members: tuple["Site", ...] = ()
+    bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +213,23 @@ class Adapter(nnx.Module):
         if rate == 0.0 or current().key is None:
             return x
         return dropout(x, rate, f"{self.site.path}/{self.site.adapter}", self.layer)
+
+
+def matches(pattern: str | tuple[str, ...], name: str, path: str) -> bool:
+    """PEFT's rule: a string is a full regular expression, a tuple holds exact names or dotted suffixes.
+
+    Either is read against the NNX path where it holds a `/`. (Else a `(?!...)` about a layer's number would match all
+    layers by their common path.)
+    """
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, path if "/" in pattern else name) is not None
+    return any(_entry_matches(entry, name, path) for entry in pattern)
+
+
+def _entry_matches(entry: str, name: str, path: str) -> bool:
+    if "/" in entry:
+        return path == entry or path.endswith("/" + entry)
+    return entry in (name, path) or name.endswith("." + entry)
 
 
 def pattern_matches(key: str, name: str) -> bool:

@@ -17,7 +17,7 @@ from flax import nnx
 
 from . import seams
 from ._graft import adapters, base_type
-from ._method import Method, Targets, pattern_matches
+from ._method import Method, Targets, matches, pattern_matches
 from ._walk import Found, modules, own_leaves, seam_sizes
 
 ALL_LINEAR = "all-linear"
@@ -69,17 +69,6 @@ def _heads(model: Any) -> tuple[str, ...]:
     return heads if isinstance(heads, tuple) and all(isinstance(head, str) for head in heads) else ()
 
 
-def matches(pattern: str | tuple[str, ...], name: str, path: str) -> bool:
-    """PEFT's rule: a string is a full regular expression, a tuple holds exact names or dotted suffixes.
-
-    Either is read against the NNX path where it holds a `/`. (Else a `(?!...)` about a layer's number would match all
-    layers by their common path.)
-    """
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, path if "/" in pattern else name) is not None
-    return any(_entry_matches(entry, name, path) for entry in pattern)
-
-
 def nearest(wanted: str, names: Iterable[str], count: int = 6) -> str:
     """The names most like `wanted`, by their last part or whole, as a phrase for an error."""
     names = sorted(set(names))
@@ -91,12 +80,6 @@ def nearest(wanted: str, names: Iterable[str], count: int = 6) -> str:
 
 def _last(name: str) -> str:
     return re.split(r"[./]", name)[-1]
-
-
-def _entry_matches(entry: str, name: str, path: str) -> bool:
-    if "/" in entry:
-        return path == entry or path.endswith("/" + entry)
-    return entry in (name, path) or name.endswith("." + entry)
 
 
 def _active(everything: list[Found], asked: Targets, heads: tuple[str, ...], saved: frozenset[str]) -> Layers:

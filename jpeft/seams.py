@@ -60,6 +60,18 @@ class Projection(abc.ABC):
     def emit(self, module: Any, y: jax.Array) -> jax.Array:
         """`[..., d_out]` in the layout of the module's output."""
 
+    def scale_input(self, module: Any, x: jax.Array, scale: jax.Array) -> jax.Array:
+        """The module's input `x`, each of its d_in entries times one of `scale` `[d_in]`.
+
+        Raises:
+          ValueError: its inputs are no entries of a vector.
+        """
+        raise ValueError(f"the input of a {type(module).__name__} is no vector that could be scaled entry by entry")
+
+    def scale_output(self, module: Any, y: jax.Array, scale: jax.Array) -> jax.Array:
+        """The module's output `y`, each of its d_out entries times one of `scale` `[d_out]`."""
+        return y * scale.reshape((1,) * (y.ndim - 1) + scale.shape)
+
     def read(self, module: Any) -> jax.Array:
         """The module's kernel as a matrix, `[*lead, d_in, d_out]`."""
         return self.matrix(module, getattr(module, self.kernel)[...])
@@ -145,6 +157,22 @@ class Matmul(Projection):
         kept = "".join(c for c in out if c not in d_out)
         y = y.reshape(*y.shape[:-1], *(sizes[c] for c in d_out))
         return jnp.einsum(f"{kept}{d_out}->{out}", y)
+
+    def scale_input(self, module: Any, x: jax.Array, scale: jax.Array) -> jax.Array:
+        return x * self._along(module, scale, x.ndim, 0)
+
+    def scale_output(self, module: Any, y: jax.Array, scale: jax.Array) -> jax.Array:
+        return y * self._along(module, scale, y.ndim, 2)
+
+    def _along(self, module: Any, vector: jax.Array, ndim: int, term: int) -> jax.Array:
+        """`[d_in]` laid along the input's axes, or `[d_out]` along the output's: of `nh` and `...hn`, `[1, 1, h, n]`."""
+        axes = self._terms(module)[term]
+        _, d_in, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
+        own, named = (d_out if term else d_in), axes.replace("...", "")
+        vector = jnp.einsum(f"{own}->{''.join(c for c in axes if c in own)}", vector.reshape([sizes[c] for c in own]))
+        shape = [sizes[c] if c in own else 1 for c in named]
+        at = max(axes.find("..."), 0)
+        return vector.reshape(shape[:at] + [1] * (ndim - len(named)) + shape[at:])
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

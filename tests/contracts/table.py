@@ -149,6 +149,7 @@ class Line:
       targeted: whether it heeds them.
       identity: whether it starts as the base.
       merges: whether it has a merged form.
+      drawn: whether its start is drawn from the key.
       on: the models on which it has a meaning; the others refuse it.
       fast: the models on which it is tested in the fast lane.
     """
@@ -157,11 +158,13 @@ class Line:
     targeted: bool = True
     identity: bool = True
     merges: bool = True
+    drawn: bool = True
     on: tuple[str, ...] = ("foreign", "bert", "llama")
     fast: tuple[str, ...] = ("foreign", "bert")
 
 
 EVERY = ("foreign", "bert", "llama", "tied llama")
+FEEDFORWARD = {"up", "output.dense", "down_proj", "gate_proj"}
 
 #: Methods by a name for the test. A new method needs one line.
 METHODS: dict[str, Line] = {
@@ -180,8 +183,21 @@ METHODS: dict[str, Line] = {
     ),
     "lora from the kernel": Line(
         lambda targets: jpeft.LoRA(rank=2, alpha=3.0, targets=targets, init="pissa"),
+        drawn=False,
         on=EVERY,
         fast=("foreign", "llama"),
+    ),
+    "ia3": Line(
+        lambda targets: jpeft.IA3(targets=targets, feedforward=[t for t in targets if t in FEEDFORWARD]),
+        drawn=False,
+        on=EVERY,
+    ),
+    "trainable tokens": Line(
+        lambda targets: jpeft.TrainableTokens((7, 1, 3, 8), targets=r"(.*\.)?(embed|embed_tokens|word_embeddings)"),
+        targeted=False,
+        drawn=False,
+        on=EVERY,
+        fast=("foreign", "tied llama"),
     ),
 }
 
