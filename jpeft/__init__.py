@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from ._mesh import gather, local_rows, mesh, shard_batch
     from ._method import AdapterConstant, AdapterParam, Method
     from ._partition import GraphDef, combine, partition
+    from ._scale import disable, scale
     from ._scope import dropout_key
     from ._sharding import SHARDING_RULES, optimizer_state, placement, shard, shardings
     from ._summary import summary
@@ -26,7 +27,11 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from .methods import (
         IA3,
         METHODS,
+        BitFit,
+        FullFineTune,
+        LastLayers,
         LoRA,
+        NormTuning,
         TrainableTokens,
     )
     from .seams import register
@@ -36,6 +41,7 @@ __version__ = "0.1.0"
 #: Module -> public names in it.
 _WHERE: dict[str, tuple[str, ...]] = {
     "_adapt": ("adapt", "merge", "strip"),
+    "_scale": ("disable", "scale"),
     "_partition": ("partition", "combine", "GraphDef"),
     "_walk": ("sites",),
     "_summary": ("summary",),
@@ -47,6 +53,10 @@ _WHERE: dict[str, tuple[str, ...]] = {
         "LoRA",
         "IA3",
         "TrainableTokens",
+        "BitFit",
+        "NormTuning",
+        "FullFineTune",
+        "LastLayers",
     ),
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
     "_scope": ("dropout_key",),
@@ -62,12 +72,17 @@ __all__ = [
     "SHARDING_RULES",
     "AdapterConstant",
     "AdapterParam",
+    "BitFit",
+    "FullFineTune",
     "GraphDef",
+    "LastLayers",
     "LoRA",
     "Method",
+    "NormTuning",
     "TrainableTokens",
     "adapt",
     "combine",
+    "disable",
     "dropout_key",
     "export_merged",
     "export_peft",
@@ -85,6 +100,7 @@ __all__ = [
     "partition",
     "placement",
     "register",
+    "scale",
     "seams",
     "shard",
     "shard_batch",

@@ -96,9 +96,12 @@ class Targets:
       targets: names, or a regular expression, of modules at which the method's formula acts; None for none.
       exclude, layers, modules_to_save, bias: as of `jpeft.LoRA`.
       patterns: keys of rank_pattern and the like: each must match an adapted name.
-      seam: the kind of seam that is meant.
+      seam: the kind of seam that is meant. Or, for a method that acts nowhere and trains copies of the base's own
+        leaves: `"bias"`, `"norm"` (all leaves of norms) or `"parameter"` (all leaves).
       blocks: of the residuals or attentions, those of these blocks alone; None for all.
       absorb: names of adapters that the method takes over: they stand below its own, and are trained no more.
+      last: in the place of `layers`, how many of the last ones.
+      optional: whether it is no error that nothing matches.
     """
 
     targets: str | tuple[str, ...] | None
@@ -110,6 +113,8 @@ class Targets:
     seam: str = "projection"
     blocks: tuple[str, ...] | None = None
     absorb: tuple[str, ...] = ()
+    last: int | None = None
+    optional: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +135,9 @@ class Adapter(nnx.Module):
     Trained leaves are copies: a train step may donate them, and neither a base leaf nor a constant may go with them.
     """
 
+    strength: AdapterConstant  # where `jpeft.scale` set one; one per layer
     layer_index: AdapterConstant  # in a stack that jpeft does not run itself, if the method depends on the layer
+    order: int = 0  # among the adapters of its module
 
     def __init__(
         self,
@@ -207,6 +214,15 @@ class Adapter(nnx.Module):
                 "outside of a call of the model; call the adapted model itself"
             )
         return current().shared[self.site.adapter]
+
+    def blend(self, old: jax.Array, new: jax.Array) -> jax.Array:
+        """`old + strength (new - old)`: exactly `old` at 0 and `new` at 1; `new` where no strength is set."""
+        if not hasattr(self, "strength"):
+            return new
+        dtype = wide(jnp.result_type(old, new))
+        strength = self.strength[...].astype(dtype)
+        strength = strength.reshape(strength.shape + (1,) * (new.ndim - strength.ndim))
+        return (1 - strength) * old.astype(dtype) + strength * new.astype(dtype)
 
     def dropout(self, x: jax.Array, rate: float) -> jax.Array:
         """`x` with entries dropped while the call has a key; every adapter and every layer draws a mask of its own."""

@@ -165,7 +165,7 @@ class Matmul(Projection):
         return y * self._along(module, scale, y.ndim, 2)
 
     def _along(self, module: Any, vector: jax.Array, ndim: int, term: int) -> jax.Array:
-        """`[d_in]` laid along the input's axes, or `[d_out]` along the output's: of `nh` and `...hn`, `[1, 1, h, n]`."""
+        """`[d_in]` along the input's axes, or `[d_out]` along the output's: of `nh` in `...hn`, `[1, 1, h, n]`."""
         axes = self._terms(module)[term]
         _, d_in, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
         own, named = (d_out if term else d_in), axes.replace("...", "")

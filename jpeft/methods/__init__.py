@@ -4,8 +4,12 @@
 from collections.abc import Mapping
 
 from .._method import Method
+from .bitfit import BitFit
+from .full import FullFineTune
 from .ia3 import IA3
+from .last_layers import LastLayers
 from .lora import LoRA
+from .norm_tuning import NormTuning
 from .trainable_tokens import TrainableTokens
 
 #: Every method by its kind, the name that stands in leaf paths and configurations.
@@ -15,12 +19,20 @@ METHODS: Mapping[str, type[Method]] = {
         LoRA,
         IA3,
         TrainableTokens,
+        BitFit,
+        NormTuning,
+        FullFineTune,
+        LastLayers,
     )
 }  # fmt: skip
 
 __all__ = [
     "IA3",
     "METHODS",
+    "BitFit",
+    "FullFineTune",
+    "LastLayers",
     "LoRA",
+    "NormTuning",
     "TrainableTokens",
 ]

@@ -109,8 +109,8 @@ class IA3(Method):
         size = site.d_in if self.on_the_way_in(site) else site.d_out
         if self.on_the_way_in(site) and not isinstance(projection, seams.Matmul):
             raise ValueError(
-                f"{site.path} is a {type(projection).__name__.lower()}, whose input is no vector to be scaled; leave it "
-                "out of feedforward="
+                f"{site.path} is a {type(projection).__name__.lower()}, whose input is no vector to be scaled; leave "
+                "it out of feedforward="
             )
         return Start({"scale": jnp.ones((*site.lead, size), wide(getattr(base, projection.kernel).dtype))})
 

@@ -199,6 +199,22 @@ METHODS: dict[str, Line] = {
         on=EVERY,
         fast=("foreign", "tied llama"),
     ),
+    "bitfit": Line(lambda targets: jpeft.BitFit(), targeted=False, drawn=False, on=("foreign", "bert")),
+    "norm tuning": Line(lambda targets: jpeft.NormTuning(), targeted=False, drawn=False, on=EVERY),
+    "full fine-tuning": Line(
+        lambda targets: jpeft.FullFineTune(),
+        targeted=False,
+        drawn=False,
+        on=EVERY,
+        fast=("foreign", "tied llama"),
+    ),
+    "the last layer": Line(
+        lambda targets: jpeft.LastLayers(1, final=("out",) if "up" in targets else None),
+        targeted=False,
+        drawn=False,
+        on=EVERY,
+        fast=("foreign", "llama"),
+    ),
 }
 
 #: The compiler's quickest way: there is much to compile here, and little to run.
