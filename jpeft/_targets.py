@@ -269,7 +269,8 @@ def _check_patterns(patterns: tuple[str, ...], adapted: list[str]) -> None:
     for key in patterns:
         if not any(pattern_matches(key, name) for name in adapted):
             raise ValueError(
-                f"the key {key!r} of rank_pattern or alpha_pattern (or the pattern of feedforward) matches the end of no adapted module's name; "
+                f"the key {key!r} of rank_pattern or alpha_pattern (or the pattern of feedforward) matches the end of "
+                f"no adapted module's name; "
                 f"nearest: {nearest(key, adapted)}"
             )
 

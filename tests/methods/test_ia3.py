@@ -71,7 +71,9 @@ def as_stack(flat, num_layers):
     names = sorted({path.split("/", 2)[2] for path in flat if path.startswith("blocks/")})
     some = {name: next(v for p, v in flat.items() if p.endswith("/" + name)) for name in names}
     return {
-        f"blocks/{name}": np.stack([flat.get(f"blocks/{i}/{name}", np.ones_like(some[name])) for i in range(num_layers)])
+        f"blocks/{name}": np.stack(
+            [flat.get(f"blocks/{i}/{name}", np.ones_like(some[name])) for i in range(num_layers)]
+        )
         for name in names
     }
 
@@ -133,7 +135,12 @@ def test_kernels_of_any_layout_are_scaled_and_merged():
         model = subjects.in_float64(subjects.fill(jpeft.adapt(Heads(nnx.Rngs(0)), method, key=KEY)))
         f = {name: subjects.as64(subjects.leaves(getattr(model, name))) for name in targets}
         scale = {name: f[name]["adapters/ia3/scale"] for name in targets}
-        assert {name: s.shape for name, s in scale.items()} == {"split": (6,), "join": (6,), "conv": (4,), "general": (4,)}
+        assert {name: s.shape for name, s in scale.items()} == {
+            "split": (6,),
+            "join": (6,),
+            "conv": (4,),
+            "general": (4,),
+        }
         h = np.einsum("btd,dnh->bthn", x, f["split"]["kernel"]) + f["split"]["bias"]
         h = np.tanh(h * scale["split"].reshape(2, 3).T)
         y = np.einsum("bthn,nhd->btd", h * scale["join"].reshape(2, 3).T, f["join"]["kernel"]) + f["join"]["bias"]
@@ -204,7 +211,10 @@ WRONG = [
     ({"targets": ".*key", "feedforward": "a/b"}, "is one for names, got the path 'a/b'; list paths"),
     ({"targets": ".*key", "feedforward": ".*dense"}, r"the key '\.\*dense' .*matches the end of no adapted"),
     ({"targets": ["key", "word_embeddings"], "feedforward": ["word_embeddings"]}, "lookup, whose input is no vector"),
-    ({"targets": ".*(key|value)", "feedforward": r".*0.*key"}, "matches layers/attention/self/key in some of its layers"),
+    (
+        {"targets": ".*(key|value)", "feedforward": r".*0.*key"},
+        "matches layers/attention/self/key in some of its layers",
+    ),
     ({"targets": ".*key", "layers": [1]}, "with a regular expression, say the layers in it"),
 ]
 
@@ -217,7 +227,9 @@ def test_a_wrong_option_is_an_error(options, message):
 
 @pytest.mark.parametrize("options, name", [({}, "targets"), ({"targets": ["up"]}, "feedforward")], ids=str)
 def test_a_model_of_unknown_type_needs_to_be_told(options, name):
-    with pytest.raises(ValueError, match=f"IA3 knows no default {name} of placement 'peft' for model type None .*pass "):
+    with pytest.raises(
+        ValueError, match=f"IA3 knows no default {name} of placement 'peft' for model type None .*pass "
+    ):
         jpeft.adapt(subjects.Stacked(4, 2, nnx.Rngs(0)), jpeft.IA3(**options), key=KEY)
 
 
