@@ -174,7 +174,7 @@ class Longer(jpeft.Method):
 
 def test_a_method_that_changes_a_shape_is_refused_when_it_runs():
     block = jpeft.adapt(subjects.Block(4, nnx.Rngs(0)), Longer(), key=KEY)
-    with pytest.raises(ValueError, match="'longer' at up changes more than the values of what passes, .* be scaled"):
+    with pytest.raises(ValueError, match=r"'longer' at up changes more than the values of what passes, .* be scaled"):
         jpeft.scale(block, 0.5).up(X)
 
 

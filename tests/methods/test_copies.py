@@ -33,7 +33,7 @@ AUTOGRAD = {
     "bitfit": ("bert cls", jpeft.BitFit(), lambda n: n.endswith(".bias") or is_head(n)),
     "bitfit of some": (
         "bert cls",
-        jpeft.BitFit(targets=["query", "LayerNorm"], layers=[0, 2], modules_to_save=["pooler"], exclude=["2.output.LayerNorm"]),
+        jpeft.BitFit(["query", "LayerNorm"], layers=[0, 2], modules_to_save=["pooler"], exclude=["2.output.LayerNorm"]),
         lambda n: is_head(n) or "pooler" in n
         or (n.endswith(".bias") and (".0." in n or ".2." in n) and ("query" in n or "LayerNorm" in n)
             and "2.output.LayerNorm" not in n),
@@ -113,8 +113,8 @@ COUNTS = [
 
 @pytest.mark.parametrize("method, task, trained", COUNTS, ids=str)
 def test_counts(method, task, trained):
-    model = nnx.eval_shape(lambda: jpeft.models.build(BERT_BASE, task, key=KEY))
-    summary = jpeft.summary(nnx.eval_shape(lambda: jpeft.adapt(model, method, key=KEY)))
+    model = nnx.eval_shape(lambda: jpeft.adapt(jpeft.models.build(BERT_BASE, task, key=KEY), method, key=KEY))
+    summary = jpeft.summary(model)
     assert (summary.trainable, summary.changed) == (trained, trained)
 
 

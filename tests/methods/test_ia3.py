@@ -183,9 +183,10 @@ def _adapted(model):
     return {path.split("/adapters/")[0].removeprefix("layers/") for path in jpeft.partition(model)[1]}
 
 
-def count(name, method, task):
-    model = nnx.eval_shape(lambda: jpeft.models.build(name, task, key=KEY))
-    return jpeft.summary(nnx.eval_shape(lambda: jpeft.adapt(model, method, key=KEY)))
+def count(config, method, task):
+    return jpeft.summary(
+        nnx.eval_shape(lambda: jpeft.adapt(jpeft.models.build(config, task, key=KEY), method, key=KEY))
+    )
 
 
 LLAMA_2_7B = {
@@ -242,7 +243,7 @@ def test_a_bias_of_another_size_has_no_merged_form():
             return self.up(x)
 
     model = jpeft.adapt(Coarse(nnx.Rngs(0)), jpeft.IA3(targets=["up"], feedforward=()), key=KEY)
-    with pytest.raises(ValueError, match="up adds a bias of 3 entries to 6 outputs, .* has no merged form"):
+    with pytest.raises(ValueError, match=r"up adds a bias of 3 entries to 6 outputs, .* has no merged form"):
         jpeft.merge(model)
 
 
