@@ -18,19 +18,26 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from ._mesh import gather, local_rows, mesh, shard_batch
     from ._method import AdapterConstant, AdapterParam, Method
     from ._partition import GraphDef, combine, partition
+    from ._scale import disable, scale
     from ._scope import dropout_key
     from ._sharding import SHARDING_RULES, optimizer_state, placement, shard, shardings
     from ._summary import summary
     from ._walk import sites
     from .io import export_merged, export_peft, import_peft
     from .methods import (
+        IA3,
         METHODS,
         OFT,
         AdaLoRA,
+        BitFit,
         DoRA,
+        FullFineTune,
+        LastLayers,
         LoHa,
         LoKr,
         LoRA,
+        NormTuning,
+        TrainableTokens,
         VeRA,
     )
     from .seams import register
@@ -40,6 +47,7 @@ __version__ = "0.1.0"
 #: Module -> public names in it.
 _WHERE: dict[str, tuple[str, ...]] = {
     "_adapt": ("adapt", "merge", "strip"),
+    "_scale": ("disable", "scale"),
     "_partition": ("partition", "combine", "GraphDef"),
     "_walk": ("sites",),
     "_summary": ("summary",),
@@ -55,6 +63,12 @@ _WHERE: dict[str, tuple[str, ...]] = {
         "LoKr",
         "VeRA",
         "OFT",
+        "IA3",
+        "TrainableTokens",
+        "BitFit",
+        "NormTuning",
+        "FullFineTune",
+        "LastLayers",
     ),
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
     "_scope": ("dropout_key",),
@@ -65,21 +79,28 @@ _MODULES = ("io", "models", "seams", "train")
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
+    "IA3",
     "METHODS",
     "OFT",
     "SHARDING_RULES",
     "AdaLoRA",
     "AdapterConstant",
     "AdapterParam",
+    "BitFit",
     "DoRA",
+    "FullFineTune",
     "GraphDef",
+    "LastLayers",
     "LoHa",
     "LoKr",
     "LoRA",
     "Method",
+    "NormTuning",
+    "TrainableTokens",
     "VeRA",
     "adapt",
     "combine",
+    "disable",
     "dropout_key",
     "export_merged",
     "export_peft",
@@ -97,6 +118,7 @@ __all__ = [
     "partition",
     "placement",
     "register",
+    "scale",
     "seams",
     "shard",
     "shard_batch",

@@ -119,11 +119,15 @@ def _sites(planned: list[Planned], name: str) -> list[Site]:
         sizes = seam_sizes(found) if acts else seams.Sizes(found.lead, 0, 0)
         site = Site(
             found.path, found.names, at.active, sizes.lead, sizes.d_in, sizes.d_out, found.scanned, name,
-            kind, sizes.block, sizes.heads, places.get(kind, 0),
+            kind, sizes.block, sizes.heads, places.get(kind, 0), bias=acts and _has_bias(found.module),
         )  # fmt: skip
         places[kind] = places.get(kind, 0) + len(found.names) * acts
         sites.append(site)
     return sites
+
+
+def _has_bias(module: Any) -> bool:
+    return seams.kind(module) == "projection" and seams.projection(module).read_bias(module) is not None
 
 
 def _adapter(planned: Planned, site: Site, method: Method, key: jax.Array, parts: Mapping[str, Adapter]) -> Adapter:

@@ -60,7 +60,7 @@ def _grafted_type(base: type) -> type:
     def entry(name: str) -> Any:
         def call(self: Any, *inputs: Any, **options: Any) -> Any:
             with sharing(self):
-                return getattr(base, name)(self, *inputs, **options)
+                return getattr(base, name)(with_saved(self), *inputs, **options)
 
         return functools.wraps(getattr(base, name))(call)
 
@@ -161,10 +161,10 @@ def saved_leaves(module: Any, *, running: bool) -> dict[str, jax.Array]:
 
 
 def _in_its_layers(module: Any, adapter: Adapter, name: str, running: bool) -> jax.Array:
-    saved, layers, lead = adapter.saved[name][...], adapter.saved_layers[name], adapter.site.lead
+    own, layers, lead = getattr(module, name)[...], adapter.saved_layers[name], adapter.site.lead
+    saved = adapter.blend(own, adapter.saved[name][...])
     if all(layers):
         return saved
-    own = getattr(module, name)[...]
     if running:
         mask = jnp.array(layers)[adapter.layer]
     else:

@@ -69,6 +69,7 @@ class Site:
       heads: key heads of an attention; 0 elsewhere.
       first: places of the adapter before this one, at seams of the same kind, every layer counted.
       members: of the site of the shared leaves, all the others.
+      bias: whether the projection has a bias.
     """
 
     path: str
@@ -84,6 +85,7 @@ class Site:
     heads: int = 0
     first: int = 0
     members: tuple["Site", ...] = ()
+    bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +96,12 @@ class Targets:
       targets: names, or a regular expression, of modules at which the method's formula acts; None for none.
       exclude, layers, modules_to_save, bias: as of `jpeft.LoRA`.
       patterns: keys of rank_pattern and the like: each must match an adapted name.
-      seam: the kind of seam that is meant.
+      seam: the kind of seam that is meant. Or, for a method that acts nowhere and trains copies of the base's own
+        leaves: `"bias"`, `"norm"` (all leaves of norms) or `"parameter"` (all leaves).
       blocks: of the residuals or attentions, those of these blocks alone; None for all.
       absorb: names of adapters that the method takes over: they stand below its own, and are trained no more.
+      last: in the place of `layers`, how many of the last ones.
+      optional: whether it is no error that nothing matches.
     """
 
     targets: str | tuple[str, ...] | None
@@ -108,6 +113,8 @@ class Targets:
     seam: str = "projection"
     blocks: tuple[str, ...] | None = None
     absorb: tuple[str, ...] = ()
+    last: int | None = None
+    optional: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +135,7 @@ class Adapter(nnx.Module):
     Trained leaves are copies: a train step may donate them, and neither a base leaf nor a constant may go with them.
     """
 
+    strength: AdapterConstant  # where `jpeft.scale` set one; one per layer
     layer_index: AdapterConstant  # in a stack that jpeft does not run itself, if the method depends on the layer
     order: int = 0  # among the adapters of its module
 
@@ -207,6 +215,15 @@ class Adapter(nnx.Module):
             )
         return current().shared[self.site.adapter]
 
+    def blend(self, old: jax.Array, new: jax.Array) -> jax.Array:
+        """`old + strength (new - old)`: exactly `old` at 0 and `new` at 1; `new` where no strength is set."""
+        if not hasattr(self, "strength"):
+            return new
+        dtype = wide(jnp.result_type(old, new))
+        strength = self.strength[...].astype(dtype)
+        strength = strength.reshape(strength.shape + (1,) * (new.ndim - strength.ndim))
+        return (1 - strength) * old.astype(dtype) + strength * new.astype(dtype)
+
     def dropout(self, x: jax.Array, rate: float, what: str = "") -> jax.Array:
         """`x` with entries dropped while the call has a key; every adapter and every layer draws a mask of its own.
 
@@ -216,6 +233,23 @@ class Adapter(nnx.Module):
             return x
         path = f"{self.site.path}/{self.site.adapter}"
         return dropout(x, rate, f"{path}/{what}" if what else path, self.layer)
+
+
+def matches(pattern: str | tuple[str, ...], name: str, path: str) -> bool:
+    """PEFT's rule: a string is a full regular expression, a tuple holds exact names or dotted suffixes.
+
+    Either is read against the NNX path where it holds a `/`. (Else a `(?!...)` about a layer's number would match all
+    layers by their common path.)
+    """
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, path if "/" in pattern else name) is not None
+    return any(_entry_matches(entry, name, path) for entry in pattern)
+
+
+def _entry_matches(entry: str, name: str, path: str) -> bool:
+    if "/" in entry:
+        return path == entry or path.endswith("/" + entry)
+    return entry in (name, path) or name.endswith("." + entry)
 
 
 def pattern_matches(key: str, name: str) -> bool:

@@ -100,7 +100,8 @@ def _row(name: str, adapter: Adapter) -> Row:
         own = _size(adapter.saved[leaf]) * sum(layers) // len(layers)
         trainable, changed = trainable + own, changed + own
     size = sum(_bytes(leaf) for leaf in _leaves(adapter) if isinstance(leaf, AdapterParam))
-    places = 0 if adapter.site.seam == "model" else sum(adapter.site.active) or len(adapter.site.active)
+    acting = adapter.site.active if adapter.acts else tuple(map(any, zip(*adapter.saved_layers.values(), strict=True)))
+    places = 0 if adapter.site.seam == "model" else sum(acting)
     return Row(name, adapter.method, places, trainable, changed, size)
 
 

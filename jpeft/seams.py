@@ -72,6 +72,18 @@ class Projection(abc.ABC):
         """The inverse of `rows`."""
         raise ValueError(f"the input of {type(module).__name__} is not a row of d_in numbers")
 
+    def scale_input(self, module: Any, x: jax.Array, scale: jax.Array) -> jax.Array:
+        """The module's input `x`, each of its d_in entries times one of `scale` `[d_in]`.
+
+        Raises:
+          ValueError: its inputs are no entries of a vector.
+        """
+        raise ValueError(f"the input of a {type(module).__name__} is no vector that could be scaled entry by entry")
+
+    def scale_output(self, module: Any, y: jax.Array, scale: jax.Array) -> jax.Array:
+        """The module's output `y`, each of its d_out entries times one of `scale` `[d_out]`."""
+        return y * scale.reshape((1,) * (y.ndim - 1) + scale.shape)
+
     def read(self, module: Any) -> jax.Array:
         """The module's kernel as a matrix, `[*lead, d_in, d_out]`."""
         return self.matrix(module, getattr(module, self.kernel)[...])
@@ -84,9 +96,9 @@ class Projection(abc.ABC):
     def less_bias(self, module: Any, y: jax.Array) -> jax.Array:
         """The module's output `y` less its bias."""
         bias = self.read_bias(module)
-        return y if bias is None else y - jnp.broadcast_to(self._along(module, bias, y), y.shape)
+        return y if bias is None else y - jnp.broadcast_to(self._bias_along(module, bias, y), y.shape)
 
-    def _along(self, module: Any, bias: jax.Array, y: jax.Array) -> jax.Array:
+    def _bias_along(self, module: Any, bias: jax.Array, y: jax.Array) -> jax.Array:
         """`bias` in a shape that broadcasts to `y`."""
         return bias
 
@@ -181,13 +193,29 @@ class Matmul(Projection):
         y = y.reshape(*y.shape[:-1], *(sizes[c] for c in d_out))
         return jnp.einsum(f"{kept}{d_out}->{out}", y)
 
-    def _along(self, module: Any, bias: jax.Array, y: jax.Array) -> jax.Array:
+    def _bias_along(self, module: Any, bias: jax.Array, y: jax.Array) -> jax.Array:
         _, _, out = self._terms(module)
         _, _, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
         first, _, last = out.rpartition("...")
         middle = (1,) * (y.ndim - len(first + last))
         first, last = (tuple(sizes[c] if c in d_out else 1 for c in part) for part in (first, last))
         return bias.reshape(*first, *middle, *last)
+
+    def scale_input(self, module: Any, x: jax.Array, scale: jax.Array) -> jax.Array:
+        return x * self._along(module, scale, x.ndim, 0)
+
+    def scale_output(self, module: Any, y: jax.Array, scale: jax.Array) -> jax.Array:
+        return y * self._along(module, scale, y.ndim, 2)
+
+    def _along(self, module: Any, vector: jax.Array, ndim: int, term: int) -> jax.Array:
+        """`[d_in]` along the input's axes, or `[d_out]` along the output's: of `nh` in `...hn`, `[1, 1, h, n]`."""
+        axes = self._terms(module)[term]
+        _, d_in, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
+        own, named = (d_out if term else d_in), axes.replace("...", "")
+        vector = jnp.einsum(f"{own}->{''.join(c for c in axes if c in own)}", vector.reshape([sizes[c] for c in own]))
+        shape = [sizes[c] if c in own else 1 for c in named]
+        at = max(axes.find("..."), 0)
+        return vector.reshape(shape[:at] + [1] * (ndim - len(named)) + shape[at:])
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

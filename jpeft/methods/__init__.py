@@ -5,11 +5,17 @@ from collections.abc import Mapping
 
 from .._method import Method
 from .adalora import AdaLoRA
+from .bitfit import BitFit
 from .dora import DoRA
+from .full import FullFineTune
+from .ia3 import IA3
+from .last_layers import LastLayers
 from .loha import LoHa
 from .lokr import LoKr
 from .lora import LoRA
+from .norm_tuning import NormTuning
 from .oft import OFT
+from .trainable_tokens import TrainableTokens
 from .vera import VeRA
 
 #: Every method by its kind, the name that stands in leaf paths and configurations.
@@ -23,16 +29,28 @@ METHODS: Mapping[str, type[Method]] = {
         LoKr,
         VeRA,
         OFT,
+        IA3,
+        TrainableTokens,
+        BitFit,
+        NormTuning,
+        FullFineTune,
+        LastLayers,
     )
 }  # fmt: skip
 
 __all__ = [
+    "IA3",
     "METHODS",
     "OFT",
     "AdaLoRA",
+    "BitFit",
     "DoRA",
+    "FullFineTune",
+    "LastLayers",
     "LoHa",
     "LoKr",
     "LoRA",
+    "NormTuning",
+    "TrainableTokens",
     "VeRA",
 ]

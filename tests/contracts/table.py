@@ -169,28 +169,29 @@ class Line:
       targeted: whether it heeds them.
       identity: whether it starts as the base.
       merges: whether it has a merged form.
+      drawn: whether its start is drawn from the key.
       on: the models on which it has a meaning; the others refuse it.
       fast: the models on which it is tested in the fast lane.
       exact: whether its gradient is that of its output, rather than with a part of it held constant.
-      drawn: whether any of its trained leaves starts at random.
     """
 
     make: Callable[[Any], Any]
     targeted: bool = True
     identity: bool = True
     merges: bool = True
+    drawn: bool = True
     on: tuple[str, ...] = ("foreign", "bert", "llama")
     fast: tuple[str, ...] = ("foreign", "bert")
     exact: bool = True
-    drawn: bool = True
 
 
 def tables_aside(targets: Any) -> Any:
     """The targets without the embeddings, for a method that refuses those."""
-    return [target for target in targets if "embed" not in target]
+    return [target for target in targets if "embed" not in target and target != "shared"]
 
 
 EVERY = ("foreign", "bert", "llama", "tied llama", "t5")
+FEEDFORWARD = {"up", "output.dense", "down_proj", "gate_proj", "wo"}
 
 #: Methods by a name for the test. A new method needs one line.
 METHODS: dict[str, Line] = {
@@ -210,6 +211,35 @@ METHODS: dict[str, Line] = {
     ),
     "lora from the kernel": Line(
         lambda targets: jpeft.LoRA(rank=2, alpha=3.0, targets=targets, init="pissa"),
+        drawn=False,
+        on=EVERY,
+        fast=("foreign", "llama"),
+    ),
+    "ia3": Line(
+        lambda targets: jpeft.IA3(targets=targets, feedforward=[t for t in targets if t in FEEDFORWARD]),
+        drawn=False,
+        on=EVERY,
+    ),
+    "trainable tokens": Line(
+        lambda targets: jpeft.TrainableTokens((7, 1, 3, 8), targets=r"(.*\.)?(embed|embed_tokens|word_embeddings|shared)"),
+        targeted=False,
+        drawn=False,
+        on=EVERY,
+        fast=("foreign", "tied llama"),
+    ),
+    "bitfit": Line(lambda targets: jpeft.BitFit(), targeted=False, drawn=False, on=("foreign", "bert")),
+    "norm tuning": Line(lambda targets: jpeft.NormTuning(), targeted=False, drawn=False, on=EVERY),
+    "full fine-tuning": Line(
+        lambda targets: jpeft.FullFineTune(),
+        targeted=False,
+        drawn=False,
+        on=EVERY,
+        fast=("foreign", "tied llama"),
+    ),
+    "the last layer": Line(
+        lambda targets: jpeft.LastLayers(1, final=("out",) if "up" in targets else None),
+        targeted=False,
+        drawn=False,
         on=EVERY,
         fast=("foreign", "llama"),
     ),
@@ -226,6 +256,7 @@ METHODS: dict[str, Line] = {
             rank_pattern={r".*\.1\..*": 1},
         ),
         fast=("foreign",),
+        drawn=False,
         exact=False,
     ),
     "adalora": Line(
