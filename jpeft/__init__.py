@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Python
     from . import io, models, seams, train
-    from ._adapt import adapt, merge, strip
+    from ._adapt import adapt, merge, penalty, strip
     from ._masks import labels, mask, optimizer
     from ._mesh import gather, local_rows, mesh, shard_batch
     from ._method import AdapterConstant, AdapterParam, Method
@@ -25,7 +25,12 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from .io import export_merged, export_peft, import_peft
     from .methods import (
         METHODS,
+        AdapterFusion,
+        Compacter,
+        Houlsby,
         LoRA,
+        ParallelAdapter,
+        Pfeiffer,
     )
     from .seams import register
 
@@ -33,7 +38,7 @@ __version__ = "0.1.0"
 
 #: Module -> public names in it.
 _WHERE: dict[str, tuple[str, ...]] = {
-    "_adapt": ("adapt", "merge", "strip"),
+    "_adapt": ("adapt", "merge", "penalty", "strip"),
     "_partition": ("partition", "combine", "GraphDef"),
     "_walk": ("sites",),
     "_summary": ("summary",),
@@ -42,7 +47,12 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "_sharding": ("SHARDING_RULES", "placement", "shardings", "shard", "optimizer_state"),
     "methods": (
         "METHODS",
+        "AdapterFusion",
+        "Compacter",
+        "Houlsby",
         "LoRA",
+        "ParallelAdapter",
+        "Pfeiffer",
     ),
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
     "_scope": ("dropout_key",),
@@ -56,10 +66,15 @@ __all__ = [
     "METHODS",
     "SHARDING_RULES",
     "AdapterConstant",
+    "AdapterFusion",
     "AdapterParam",
+    "Compacter",
     "GraphDef",
+    "Houlsby",
     "LoRA",
     "Method",
+    "ParallelAdapter",
+    "Pfeiffer",
     "adapt",
     "combine",
     "dropout_key",
@@ -77,6 +92,7 @@ __all__ = [
     "optimizer",
     "optimizer_state",
     "partition",
+    "penalty",
     "placement",
     "register",
     "seams",

@@ -97,6 +97,7 @@ class Targets:
       seam: the kind of seam that is meant.
       blocks: of the residuals or attentions, those of these blocks alone; None for all.
       absorb: names of adapters that the method takes over: they stand below its own, and are trained no more.
+      leave_out: indices of layers in which it does not act; the others are as `layers` says.
     """
 
     targets: str | tuple[str, ...] | None
@@ -108,6 +109,7 @@ class Targets:
     seam: str = "projection"
     blocks: tuple[str, ...] | None = None
     absorb: tuple[str, ...] = ()
+    leave_out: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +216,11 @@ class Adapter(nnx.Module):
         return dropout(x, rate, f"{self.site.path}/{self.site.adapter}", self.layer)
 
 
+def layer_of(name: str) -> int | None:
+    """The first numbered part of a name: `encoder.layer.3.attention` is layer 3."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
 def pattern_matches(key: str, name: str) -> bool:
     """PEFT's rule for the keys of a `rank_pattern`: a regular expression for the end of `name`, at a dot."""
     return re.match(rf"(.*\.)?({key})$", name) is not None
@@ -267,6 +274,10 @@ class Method(abc.ABC):
         own = getattr(base, name)[...]
         change = (table - own.astype(table.dtype)).astype(wide(query.dtype))
         return (y + query.astype(change.dtype) @ change.T).astype(y.dtype)
+
+    def penalty(self, adapter: Adapter) -> jax.Array | None:
+        """What the adapter's own leaves add to a training loss, a scalar over all layers; None where nothing."""
+        return None
 
     def depends_on_layer(self, site: Site) -> bool:
         """Whether what it computes at a stacked `site` differs between layers by more than the leaves."""

@@ -4,6 +4,9 @@
 from collections.abc import Mapping
 
 from .._method import Method
+from .bottleneck import Houlsby, ParallelAdapter, Pfeiffer
+from .compacter import Compacter
+from .fusion import AdapterFusion
 from .lora import LoRA
 
 #: Every method by its kind, the name that stands in leaf paths and configurations.
@@ -11,10 +14,20 @@ METHODS: Mapping[str, type[Method]] = {
     method.kind: method
     for method in (
         LoRA,
+        Houlsby,
+        Pfeiffer,
+        ParallelAdapter,
+        Compacter,
+        AdapterFusion,
     )
 }  # fmt: skip
 
 __all__ = [
     "METHODS",
+    "AdapterFusion",
+    "Compacter",
+    "Houlsby",
     "LoRA",
+    "ParallelAdapter",
+    "Pfeiffer",
 ]

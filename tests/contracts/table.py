@@ -183,6 +183,49 @@ METHODS: dict[str, Line] = {
         on=EVERY,
         fast=("foreign", "llama"),
     ),
+    "houlsby with dropout": Line(
+        lambda _: jpeft.Houlsby(reduction_factor=2, scaling="learned", dropout=0.3),
+        targeted=False,
+        identity=False,
+        merges=False,
+    ),
+    "pfeiffer of several widths, with norms, a gate and a coupling": Line(
+        lambda _: jpeft.Pfeiffer(
+            reduction_factor={0: 4, "default": 2},
+            non_linearity="gelu",
+            ln_before=True,
+            ln_after=True,
+            gate=True,
+            invertible="nice",
+        ),
+        targeted=False,
+        identity=False,
+        merges=False,
+        on=("foreign", "bert"),
+    ),
+    "parallel adapter in one layer": Line(
+        lambda _: jpeft.ParallelAdapter(layers=[1], non_linearity="swish", scaling="channel"),
+        targeted=False,
+        merges=False,
+        fast=("foreign", "llama"),
+    ),
+    "compacter": Line(
+        lambda _: jpeft.Compacter(reduction_factor=2, n=2, rule_std=0.5),
+        targeted=False,
+        identity=False,
+        merges=False,
+    ),
+    "adapter fusion": Line(
+        lambda _: (
+            jpeft.Pfeiffer(reduction_factor=2, scaling=30.0)
+            | jpeft.Pfeiffer(reduction_factor=4, scaling=30.0)
+            | jpeft.AdapterFusion(adapters=("pfeiffer", "pfeiffer_2"))
+        ),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("foreign", "llama"),
+    ),
 }
 
 #: The compiler's quickest way: there is much to compile here, and little to run.
