@@ -248,7 +248,7 @@ def _check_layers(asked: Targets, fitting: list[Found]) -> None:
     names = [name for found in fitting for _, names in found.places for name in names]
     if asked.targets != ALL_LINEAR:
         names = [n for f in fitting for path, named in f.places for n in named if matches(asked.targets, n, path)]  # type: ignore[arg-type]
-    known = {layer for layer in map(_layer_of, names) if layer is not None}
+    known = {layer for layer in map(layer_of, names) if layer is not None}
     for field, layers in (("layers", asked.layers), ("leave_out", asked.leave_out)):
         missing = [layer for layer in layers or () if layer not in known]
         if missing or (layers == () and field == "layers"):

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
 from .. import _text
@@ -177,6 +178,11 @@ class Bottleneck(Method):
             raise ValueError(
                 f"reduction_factor names layer {unknown[0]}, and the adapter stands in none of that number"
             )
+        if self.gate and any(getattr(module, "causal", False) for _, module in nnx.iter_modules(model)):
+            raise ValueError(
+                "gate=True takes a mean over all tokens of an example, so in a causal model tokens would look ahead; it is "
+                "for encoders"
+            )
         if self.invertible and getattr(model, "task", None) == "CAUSAL_LM" and not getattr(model, "head", ()):
             raise ValueError(
                 "invertible='nice' changes the embedded input, and would have to be inverted before a head that is "
@@ -227,10 +233,10 @@ class Bottleneck(Method):
         if self.ln_before:
             z = _norm(z, adapter.before_scale[...], adapter.before_bias[...])
         down, down_bias, up, up_bias = self.linears(adapter)
-        hidden = ACTIVATIONS[self.non_linearity](rows_times(z, down) + down_bias)
+        hidden = ACTIVATIONS[self.non_linearity](plus(rows_times(z, down), down_bias))
         used = self._used(adapter)
-        u = rows_times(hidden if used is None else hidden * used, up) + up_bias
-        return u * (adapter.scale[...] if isinstance(self.scaling, str) else self.scaling)
+        u = plus(rows_times(hidden if used is None else times(hidden, used), up), up_bias)
+        return times(u, adapter.scale[...]) if isinstance(self.scaling, str) else u * self.scaling
 
     def linears(self, adapter: Any) -> Linears:
         """`down` `[d_model, m]` and `up` `[m, d_model]` of the running layer, each with its bias."""
@@ -240,7 +246,7 @@ class Bottleneck(Method):
         """The adapter's output with the residual around it."""
         u = adapter.dropout(self.change(adapter, z), self.dropout)
         if self.gate:
-            u = u * _text.gate(z, adapter.gate_weight[...], adapter.gate_bias[...])
+            u = u * _text.gate(z, adapter.gate_weight[...], adapter.gate_bias[...].reshape((1,) * z.ndim))
         if self.ln_after:
             u = u + residual if self.adapter_residual_before_ln else u
             u = _norm(u, adapter.after_scale[...], adapter.after_bias[...])
@@ -260,9 +266,11 @@ class Bottleneck(Method):
         a, b = jnp.split(e.astype(wide(e.dtype)), [half], axis=-1)
 
         def net(name: str, x: jax.Array) -> jax.Array:
-            leaf = lambda part: getattr(adapter, f"{name}_{part}")[...]  # noqa: E731
-            hidden = ACTIVATIONS[self.non_linearity](rows_times(x, leaf("down")) + leaf("down_bias"))
-            return rows_times(hidden, leaf("up")) + leaf("up_bias")
+            down, down_bias, up, up_bias = (
+                getattr(adapter, f"{name}_{leaf}")[...] for leaf in ("down", "down_bias", "up", "up_bias")
+            )
+            hidden = ACTIVATIONS[self.non_linearity](plus(rows_times(x, down), down_bias))
+            return plus(rows_times(hidden, up), up_bias)
 
         a = a + net("F", b)
         return jnp.concatenate([a, b + net("G", a)], -1).astype(e.dtype)
@@ -301,10 +309,20 @@ def only_where_active(adapter: Adapter, new: jax.Array, old: jax.Array) -> jax.A
     return new if all(active) else jnp.where(jnp.asarray(active)[adapter.layer], new, old)
 
 
+def plus(x: jax.Array, vector: jax.Array) -> jax.Array:
+    """`x + vector`, along the last axis."""
+    return x + vector.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def times(x: jax.Array, vector: jax.Array) -> jax.Array:
+    """`x * vector`, along the last axis."""
+    return x * vector.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
 def _norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """Layer norm over the last axis."""
     x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + EPS) * scale + bias
+    return plus(times(x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + EPS), scale), bias)
 
 
 def _shapes(function: Callable[..., Any], site: Site) -> list[tuple[int, ...]]:

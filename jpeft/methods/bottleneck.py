@@ -29,8 +29,8 @@ class Houlsby(Bottleneck):
       dropout: probability of dropping an entry of the output while training.
       init: `"bert"` (normal, std 0.02), `"mam"` (down as torch's linears, up zero: starts as the base) or `"houlsby"`
         (normal, std 0.01, cut at two of them); biases are zero.
-      gate: multiply the output by UniPELT's gate, one number per example (Mao et al. 2022). The mean over the text
-        makes a causal model look ahead.
+      gate: multiply the output by UniPELT's gate, one number per example (Mao et al. 2022); of encoders alone, as the
+        mean over the text would make a causal model look ahead.
       ln_before, ln_after: a layer norm of the adapter's own on what it reads, or on its output.
       adapter_residual_before_ln: with `ln_after`, norm the sum of output and residual instead.
       original_ln_before: read norm(h + x) instead of h.

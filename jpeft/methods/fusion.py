@@ -21,7 +21,7 @@ from .._fields import indices, names, one_of, rate
 from .._method import Adapter, Method, Site, Start, Targets, wide
 from .._scope import fold_path
 from ..seams import rows_times
-from ._bottleneck import NEAR_ZERO, Bottleneck, only_where_active
+from ._bottleneck import NEAR_ZERO, Bottleneck, only_where_active, plus, times
 
 #: What V starts with beside its diagonal.
 OFF_DIAGONAL = 1e-6
@@ -130,10 +130,10 @@ class AdapterFusion(Method):
     def _mixed(self, adapter: Any, z: jax.Array, residual: jax.Array) -> jax.Array:
         parts = [adapter.parts[name] for name in self.adapters]
         u = jnp.stack([part.method.change(part, z) for part in parts], axis=-2)  # [..., adapters, d_model]
-        query = rows_times(z.astype(wide(z.dtype)), adapter.query[...]) + adapter.query_bias[...]
+        query = plus(rows_times(z.astype(wide(z.dtype)), adapter.query[...]), adapter.query_bias[...])
         # q · (u K + k) = u · (q Kᵀ) + q · k: one product with K for all adapters.
         scores = jnp.einsum("...nd,...d->...n", u, rows_times(query, adapter.key[...].T))
-        scores = scores + (query * adapter.key_bias[...]).sum(-1, keepdims=True)
+        scores = scores + times(query, adapter.key_bias[...]).sum(-1, keepdims=True)
         weights = jax.nn.softmax(adapter.dropout(scores, self.dropout), axis=-1)
         mixed = jnp.einsum("...n,...nd->...d", weights, u)
         if self.dynamic:
@@ -144,7 +144,9 @@ class AdapterFusion(Method):
         if not self.dynamic or not self.regularization or not adapter.acts:
             return None
         value = adapter.value[...]
-        squares = jnp.square(value - jnp.eye(value.shape[-1], dtype=value.dtype)).sum((-2, -1))
+        squares = jnp.square(
+            value - jnp.eye(value.shape[-1], dtype=value.dtype).reshape((1,) * (value.ndim - 2) + (*value.shape[-2:],))
+        ).sum((-2, -1))
         active = jnp.asarray(adapter.site.active).reshape(adapter.site.lead)
         return self.regularization * jnp.where(active, squares, 0).sum()
 

@@ -189,19 +189,25 @@ METHODS: dict[str, Line] = {
         identity=False,
         merges=False,
     ),
-    "pfeiffer of several widths, with norms, a gate and a coupling": Line(
+    "pfeiffer of several widths, with norms and a coupling": Line(
         lambda _: jpeft.Pfeiffer(
             reduction_factor={0: 4, "default": 2},
             non_linearity="gelu",
             ln_before=True,
             ln_after=True,
-            gate=True,
             invertible="nice",
         ),
         targeted=False,
         identity=False,
         merges=False,
-        on=("foreign", "bert"),
+    ),
+    "pfeiffer with a gate": Line(
+        lambda _: jpeft.Pfeiffer(reduction_factor=2, gate=True, original_ln_after=False),
+        targeted=False,
+        identity=False,
+        merges=False,
+        on=("bert",),
+        fast=("bert",),
     ),
     "parallel adapter in one layer": Line(
         lambda _: jpeft.ParallelAdapter(layers=[1], non_linearity="swish", scaling="channel"),
@@ -217,8 +223,8 @@ METHODS: dict[str, Line] = {
     ),
     "adapter fusion": Line(
         lambda _: (
-            jpeft.Pfeiffer(reduction_factor=2, scaling=30.0)
-            | jpeft.Pfeiffer(reduction_factor=4, scaling=30.0)
+            jpeft.Pfeiffer(reduction_factor=2, scaling=100.0)
+            | jpeft.Pfeiffer(reduction_factor=4, scaling=100.0)
             | jpeft.AdapterFusion(adapters=("pfeiffer", "pfeiffer_2"))
         ),
         targeted=False,
