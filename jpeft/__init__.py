@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Python
     from . import io, models, seams, train
-    from ._adapt import adapt, merge, strip
+    from ._adapt import adapt, merge, penalty, strip
     from ._masks import labels, mask, optimizer
     from ._mesh import gather, local_rows, mesh, shard_batch
     from ._method import AdapterConstant, AdapterParam, Method
@@ -29,14 +29,19 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
         METHODS,
         OFT,
         AdaLoRA,
+        AdapterFusion,
         BitFit,
+        Compacter,
         DoRA,
         FullFineTune,
+        Houlsby,
         LastLayers,
         LoHa,
         LoKr,
         LoRA,
         NormTuning,
+        ParallelAdapter,
+        Pfeiffer,
         TrainableTokens,
         VeRA,
     )
@@ -46,7 +51,7 @@ __version__ = "0.1.0"
 
 #: Module -> public names in it.
 _WHERE: dict[str, tuple[str, ...]] = {
-    "_adapt": ("adapt", "merge", "strip"),
+    "_adapt": ("adapt", "merge", "penalty", "strip"),
     "_scale": ("disable", "scale"),
     "_partition": ("partition", "combine", "GraphDef"),
     "_walk": ("sites",),
@@ -56,6 +61,9 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "_sharding": ("SHARDING_RULES", "placement", "shardings", "shard", "optimizer_state"),
     "methods": (
         "METHODS",
+        "AdapterFusion",
+        "Compacter",
+        "Houlsby",
         "LoRA",
         "DoRA",
         "AdaLoRA",
@@ -69,6 +77,8 @@ _WHERE: dict[str, tuple[str, ...]] = {
         "NormTuning",
         "FullFineTune",
         "LastLayers",
+        "ParallelAdapter",
+        "Pfeiffer",
     ),
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
     "_scope": ("dropout_key",),
@@ -85,17 +95,22 @@ __all__ = [
     "SHARDING_RULES",
     "AdaLoRA",
     "AdapterConstant",
+    "AdapterFusion",
     "AdapterParam",
     "BitFit",
+    "Compacter",
     "DoRA",
     "FullFineTune",
     "GraphDef",
+    "Houlsby",
     "LastLayers",
     "LoHa",
     "LoKr",
     "LoRA",
     "Method",
     "NormTuning",
+    "ParallelAdapter",
+    "Pfeiffer",
     "TrainableTokens",
     "VeRA",
     "adapt",
@@ -116,6 +131,7 @@ __all__ = [
     "optimizer",
     "optimizer_state",
     "partition",
+    "penalty",
     "placement",
     "register",
     "scale",

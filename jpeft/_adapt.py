@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting methods on a model and taking them off: `adapt`, `merge`, `strip`. Each returns a new model."""
+"""Putting methods on a model and taking them off: `adapt`, `merge`, `strip`, each giving a new model; `penalty`."""
 
 import contextlib
 from collections.abc import Mapping
@@ -61,9 +61,17 @@ def _put_on(model: Any, method: Method, key: jax.Array, name: str) -> None:
             )
     sites = _sites(planned, name)
     for at, site in zip(planned, sites, strict=True):
-        parts = {part: at.found.module.adapters.pop(part) for part in at.absorbed}
-        graft(at.found.module, name, _adapter(at, site, method, fold_path(key, f"{site.path}/{name}"), parts))
-        _check_company(at.found.module)
+        module = at.found.module
+        parts = {part: adapters(module)[part] for part in at.absorbed}
+        adapter = _adapter(at, site, method, fold_path(key, f"{site.path}/{name}"), parts)
+        for part in parts:
+            module.adapters.pop(part)
+        graft(module, name, adapter)
+        _check_company(module)
+    for part in {part for at in planned for part in at.absorbed} & {*adapters(model)}:
+        order = model.adapters[part].order
+        model.adapters[part] = model.adapters[part].frozen()  # what its places share
+        model.adapters[part].order = order
     members = tuple(site for site in sites if any(site.active))
     root = Site("", ("",), (False,), adapter=name, seam="model", members=members)
     start = method.start_shared(root, model, fold_path(key, name)) if members else None
@@ -107,6 +115,23 @@ def strip(model: nnx.Module) -> Any:
     for _, module in grafts(model):
         ungraft(module)
     return model
+
+
+def penalty(model: nnx.Module) -> jax.Array | None:
+    """What the methods on `model` add to a training loss, such as AdapterFusion's regulariser; None where nothing.
+
+    `jpeft.train.step.make_step` adds it to its loss, once per update; a loop of your own must.
+
+    Example:
+      >>> loss = lm_loss(model, batch) + (jpeft.penalty(model) or 0)
+    """
+    terms = [
+        term
+        for _, module in grafts(model)
+        for adapter in adapters(module).values()
+        if (term := adapter.method.penalty(adapter)) is not None
+    ]
+    return sum(terms[1:], terms[0]) if terms else None
 
 
 def _sites(planned: list[Planned], name: str) -> list[Site]:

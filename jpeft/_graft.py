@@ -36,15 +36,16 @@ def _grafted_type(base: type) -> type:
 
     def __call__(self: Any, *inputs: Any, **options: Any) -> Any:
         acting = [adapter for adapter in adapters(self).values() if adapter.acts]
-        plain = with_saved(self)
+        running = with_saved(self)
+        plain = running if running is not self else replace_leaves(self, {})  # what a method may call again
         with sharing(self):
             if not acting:
-                return base.__call__(plain, *inputs, **options)
+                return base.__call__(running, *inputs, **options)
             bound = _signature(base).bind(self, *inputs, **options)  # an input may come by its keyword
             inputs = given = bound.args[1:]
             for adapter in acting:
                 given = adapter.method.before(adapter, plain, *given)
-            y = base.__call__(plain, *given, **bound.kwargs)
+            y = base.__call__(running, *given, **bound.kwargs)
             for adapter in acting:
                 y = adapter.method.after(adapter, plain, y, *inputs)
             return y

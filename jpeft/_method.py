@@ -102,6 +102,7 @@ class Targets:
       absorb: names of adapters that the method takes over: they stand below its own, and are trained no more.
       last: in the place of `layers`, how many of the last ones.
       optional: whether it is no error that nothing matches.
+      leave_out: indices of layers in which it does not act; the others are as `layers` says.
     """
 
     targets: str | tuple[str, ...] | None
@@ -115,6 +116,7 @@ class Targets:
     absorb: tuple[str, ...] = ()
     last: int | None = None
     optional: bool = False
+    leave_out: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +254,11 @@ def _entry_matches(entry: str, name: str, path: str) -> bool:
     return entry in (name, path) or name.endswith("." + entry)
 
 
+def layer_of(name: str) -> int | None:
+    """The first numbered part of a name: `encoder.layer.3.attention` is layer 3."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
 def pattern_matches(key: str, name: str) -> bool:
     """PEFT's rule for the keys of a `rank_pattern`: a regular expression for the end of `name`, at a dot."""
     return re.match(rf"(.*\.)?({key})$", name) is not None
@@ -326,6 +333,10 @@ class Method(abc.ABC):
 
     def steer(self, adapters: Mapping[str, Adapter]) -> "Steering | None":
         """What it does to every update, given its adapters by the path in front of their leaves; None for nothing."""
+        return None
+
+    def penalty(self, adapter: Adapter) -> jax.Array | None:
+        """What the adapter's own leaves add to a training loss, a scalar over all layers; None where nothing."""
         return None
 
     def depends_on_layer(self, site: Site) -> bool:

@@ -18,7 +18,7 @@ from flax import nnx
 from . import seams
 from ._copies import COPIES, Layers, check_held, leaves_of, saved_leaves
 from ._graft import adapters, base_type
-from ._method import Method, Targets, matches, pattern_matches
+from ._method import Method, Targets, layer_of, matches, pattern_matches
 from ._walk import Found, modules, own_leaves, seam_sizes
 
 ALL_LINEAR = "all-linear"
@@ -138,14 +138,28 @@ def _fitting(everything: list[Found], asked: Targets, saved: frozenset[str]) -> 
                 + (f" (only of {', '.join(blocks)})" if blocks else "; the models of jpeft.models have them")
             )
     if asked.absorb:
-        here = [found for found in here if {*asked.absorb} <= {*adapters(found.module)}]
-        if not here:
-            carried = sorted({name for found in everything for name in adapters(found.module)})
-            raise ValueError(
-                f"no {asked.seam} of the model carries the adapters {', '.join(asked.absorb)} together; it has "
-                f"{', '.join(carried) or 'none'}"
-            )
+        here = _carrying(everything, here, asked)
     return [found for found in here if not _inside(found.path, saved)]
+
+
+def _carrying(everything: list[Found], here: list[Found], asked: Targets) -> list[Found]:
+    """Those of `here` that carry all the adapters to be taken over; no place may carry some of them alone."""
+    wanted = {*asked.absorb}
+    together = [found for found in here if wanted <= {*adapters(found.module)}]
+    if not together:
+        carried = sorted({name for found in everything for name in adapters(found.module)})
+        raise ValueError(
+            f"no {asked.seam} of the model carries the adapters {', '.join(asked.absorb)} together; it has "
+            f"{', '.join(carried) or 'none'}"
+        )
+    for found in everything:
+        acting = sorted(name for name in wanted & {*adapters(found.module)} if adapters(found.module)[name].acts)
+        if acting and found not in together:
+            raise ValueError(
+                f"{found.path} carries {', '.join(acting)} of the adapters {', '.join(asked.absorb)}, which cannot be "
+                "taken over there; adapters that are taken over together must stand at the same places"
+            )
+    return together
 
 
 def _selects(asked: Targets, found: Found, path: str, name: str, heads: tuple[str, ...]) -> bool:
@@ -158,7 +172,9 @@ def _selects(asked: Targets, found: Found, path: str, name: str, heads: tuple[st
 
 
 def _in_layers(asked: Targets, name: str) -> bool:
-    if asked.layers is None or _layer_of(name) in asked.layers:
+    if layer_of(name) in asked.leave_out:
+        return False
+    if asked.layers is None or layer_of(name) in asked.layers:
         return True
     return isinstance(asked.targets, tuple) and name in asked.targets  # a name in full says its layer itself
 
@@ -229,22 +245,18 @@ def _is_odd(found: Found, exclude: str | tuple[str, ...], saved: frozenset[str])
     return not _inside(found.path, saved) and not all(_match_layers(exclude, found))
 
 
-def _layer_of(name: str) -> int | None:
-    """The first numbered part of a name: `encoder.layer.3.attention` is layer 3."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
 def _check_layers(asked: Targets, fitting: list[Found]) -> None:
     """Every layer asked for must have a target in it."""
-    if asked.layers is None:
+    if asked.layers is None and not asked.leave_out:
         return
     names = [name for found in fitting for _, names in found.places for name in names]
     if asked.targets != ALL_LINEAR:
         names = [n for f in fitting for path, named in f.places for n in named if matches(asked.targets, n, path)]  # type: ignore[arg-type]
-    known = {layer for layer in map(_layer_of, names) if layer is not None}
-    missing = [layer for layer in asked.layers if layer not in known]
-    if missing or not asked.layers:
-        raise ValueError(f"layers={list(asked.layers)}: the targets stand in layers {sorted(known)}, not in {missing}")
+    known = {layer for layer in map(layer_of, names) if layer is not None}
+    for field, layers in (("layers", asked.layers), ("leave_out", asked.leave_out)):
+        missing = [layer for layer in layers or () if layer not in known]
+        if missing or (layers == () and field == "layers"):
+            raise ValueError(f"{field}={list(layers)}: the targets stand in layers {sorted(known)}, not in {missing}")
 
 
 def _check_exclude(exclude: str | tuple[str, ...], everything: list[Found], candidates: list[str]) -> None:

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from .._method import Method
 from .adalora import AdaLoRA
 from .bitfit import BitFit
+from .bottleneck import Houlsby, ParallelAdapter, Pfeiffer
+from .compacter import Compacter
 from .dora import DoRA
 from .full import FullFineTune
+from .fusion import AdapterFusion
 from .ia3 import IA3
 from .last_layers import LastLayers
 from .loha import LoHa
@@ -35,6 +38,11 @@ METHODS: Mapping[str, type[Method]] = {
         NormTuning,
         FullFineTune,
         LastLayers,
+        Houlsby,
+        Pfeiffer,
+        ParallelAdapter,
+        Compacter,
+        AdapterFusion,
     )
 }  # fmt: skip
 
@@ -43,14 +51,19 @@ __all__ = [
     "METHODS",
     "OFT",
     "AdaLoRA",
+    "AdapterFusion",
     "BitFit",
+    "Compacter",
     "DoRA",
     "FullFineTune",
+    "Houlsby",
     "LastLayers",
     "LoHa",
     "LoKr",
     "LoRA",
     "NormTuning",
+    "ParallelAdapter",
+    "Pfeiffer",
     "TrainableTokens",
     "VeRA",
 ]

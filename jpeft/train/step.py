@@ -7,7 +7,7 @@
 
 A batch's arrays are `[accumulation, rows, ...]`: the micro-batches of one update. Losses and gradients are summed over
 all of them and divided once by the number of labels that count, so k micro-batches of b rows are the update of one of
-k * b, however unequally the labels are spread.
+k * b, however unequally the labels are spread. What the methods add to the loss (`jpeft.penalty`) is added once.
 """
 
 import time
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from .._adapt import penalty
 from .._partition import GraphDef, Leaves, combine
 from .._sharding import mirrored
 from .._steering import check_steered
@@ -52,7 +53,7 @@ class Metrics(NamedTuple):
     """What one update measured, still on the device.
 
     Attributes:
-      loss: mean over the labels that count.
+      loss: mean over the labels that count, and what the methods add to it (`jpeft.penalty`).
       labels: their number.
       grad_norm: of the whole trainable tree, before clipping.
     """
@@ -115,7 +116,9 @@ def make_step(
     def update(state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> tuple[State, Metrics]:
         check_steered(graphdef, state.optimizer)
         (loss, labels), grads = gradients(state, frozen, batch, key)
-        loss, grads = loss / labels, jax.tree.map(lambda g: g / labels, grads)
+        loss, grads = _with_penalty(
+            graphdef, state.trainable, frozen, loss / labels, jax.tree.map(lambda g: g / labels, grads)
+        )
         norm = optax.tree.norm(grads)
         failed = state.failed | ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         changes, optimizer = tx.update(grads, state.optimizer, state.trainable)
@@ -125,6 +128,20 @@ def make_step(
         return kept._replace(failed=failed), Metrics(loss, labels, norm)
 
     return Compiled(update)
+
+
+def _with_penalty(
+    graphdef: GraphDef, trainable: Leaves, frozen: Leaves, loss: jax.Array, grads: Leaves
+) -> tuple[jax.Array, Leaves]:
+    """Loss and gradients with what the adapters' own leaves add to them."""
+
+    def added(trainable: Leaves) -> jax.Array | None:
+        return penalty(combine(graphdef, trainable, frozen))
+
+    if jax.eval_shape(added, trainable) is None:
+        return loss, grads
+    more, its_grads = jax.value_and_grad(added)(trainable)
+    return loss + more, jax.tree.map(jnp.add, grads, its_grads)
 
 
 class Compiled:

@@ -221,7 +221,9 @@ METHODS: dict[str, Line] = {
         on=EVERY,
     ),
     "trainable tokens": Line(
-        lambda targets: jpeft.TrainableTokens((7, 1, 3, 8), targets=r"(.*\.)?(embed|embed_tokens|word_embeddings|shared)"),
+        lambda targets: jpeft.TrainableTokens(
+            (7, 1, 3, 8), targets=r"(.*\.)?(embed|embed_tokens|word_embeddings|shared)"
+        ),
         targeted=False,
         drawn=False,
         on=EVERY,
@@ -298,6 +300,55 @@ METHODS: dict[str, Line] = {
             block_dropout=0.2,
         ),
         drawn=False,
+    ),
+    "houlsby with dropout": Line(
+        lambda _: jpeft.Houlsby(reduction_factor=2, scaling="learned", dropout=0.3),
+        targeted=False,
+        identity=False,
+        merges=False,
+    ),
+    "pfeiffer of several widths, with norms and a coupling": Line(
+        lambda _: jpeft.Pfeiffer(
+            reduction_factor={0: 4, "default": 2},
+            non_linearity="gelu",
+            ln_before=True,
+            ln_after=True,
+            invertible="nice",
+        ),
+        targeted=False,
+        identity=False,
+        merges=False,
+    ),
+    "pfeiffer with a gate": Line(
+        lambda _: jpeft.Pfeiffer(reduction_factor=2, gate=True, original_ln_after=False),
+        targeted=False,
+        identity=False,
+        merges=False,
+        on=("bert",),
+        fast=("bert",),
+    ),
+    "parallel adapter in one layer": Line(
+        lambda _: jpeft.ParallelAdapter(layers=[1], non_linearity="swish", scaling="channel"),
+        targeted=False,
+        merges=False,
+        fast=("foreign", "llama"),
+    ),
+    "compacter": Line(
+        lambda _: jpeft.Compacter(reduction_factor=2, n=2, rule_std=0.5),
+        targeted=False,
+        identity=False,
+        merges=False,
+    ),
+    "adapter fusion": Line(
+        lambda _: (
+            jpeft.Pfeiffer(reduction_factor=2, scaling=100.0)
+            | jpeft.Pfeiffer(reduction_factor=4, scaling=100.0)
+            | jpeft.AdapterFusion(adapters=("pfeiffer", "pfeiffer_2"))
+        ),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("foreign", "llama"),
     ),
 }
 
