@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Python
     from . import io, models, seams, train
     from ._adapt import adapt, merge, strip
+    from ._fold import fold
     from ._masks import labels, mask, optimizer
     from ._mesh import gather, local_rows, mesh, shard_batch
     from ._method import AdapterConstant, AdapterParam, Method
@@ -26,6 +27,9 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from .methods import (
         METHODS,
         LoRA,
+        PrefixTuning,
+        PromptTuning,
+        PTuning,
     )
     from .seams import register
 
@@ -34,6 +38,7 @@ __version__ = "0.1.0"
 #: Module -> public names in it.
 _WHERE: dict[str, tuple[str, ...]] = {
     "_adapt": ("adapt", "merge", "strip"),
+    "_fold": ("fold",),
     "_partition": ("partition", "combine", "GraphDef"),
     "_walk": ("sites",),
     "_summary": ("summary",),
@@ -43,6 +48,9 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "methods": (
         "METHODS",
         "LoRA",
+        "PrefixTuning",
+        "PromptTuning",
+        "PTuning",
     ),
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
     "_scope": ("dropout_key",),
@@ -60,11 +68,15 @@ __all__ = [
     "GraphDef",
     "LoRA",
     "Method",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
     "adapt",
     "combine",
     "dropout_key",
     "export_merged",
     "export_peft",
+    "fold",
     "gather",
     "import_peft",
     "io",

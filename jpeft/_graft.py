@@ -37,7 +37,7 @@ def _grafted_type(base: type) -> type:
     def __call__(self: Any, *inputs: Any, **options: Any) -> Any:
         acting = [adapter for adapter in self.adapters.values() if adapter.acts]
         plain = with_saved(self)
-        with sharing(self):
+        with sharing(self, options.get("key")):
             if not acting:
                 return base.__call__(plain, *inputs, **options)
             bound = _signature(base).bind(self, *inputs, **options)  # an input may come by its keyword
@@ -59,7 +59,7 @@ def _grafted_type(base: type) -> type:
 
     def entry(name: str) -> Any:
         def call(self: Any, *inputs: Any, **options: Any) -> Any:
-            with sharing(self):
+            with sharing(self, options.get("key")):
                 return getattr(base, name)(self, *inputs, **options)
 
         return functools.wraps(getattr(base, name))(call)
@@ -76,14 +76,18 @@ def _grafted_type(base: type) -> type:
 
 
 @contextlib.contextmanager
-def sharing(module: Any) -> Iterator[None]:
-    """Runs the block with what the adapters at `module`, a model's root, share between their places."""
+def sharing(module: Any, key: Any = None) -> Iterator[None]:
+    """Runs the block with what the adapters at `module`, a model's root, share between their places.
+
+    `key` is the call's dropout key, where it has one of its own.
+    """
     roots = {name: adapter for name, adapter in module.adapters.items() if adapter.site.seam == "model"}
     outer = current().shared
     if not roots or roots.keys() <= outer.keys():  # an inner entry of the same call
         yield
         return
-    shared = {name: adapter.method.share(adapter) for name, adapter in roots.items()}
+    with scope(key=key):
+        shared = {name: adapter.method.share(adapter) for name, adapter in roots.items()}
     with scope(shared={**outer, **shared}):
         yield
 

@@ -97,6 +97,7 @@ class Targets:
       seam: the kind of seam that is meant.
       blocks: of the residuals or attentions, those of these blocks alone; None for all.
       absorb: names of adapters that the method takes over: they stand below its own, and are trained no more.
+      prefer: blocks again: of those that the model has, the first alone.
     """
 
     targets: str | tuple[str, ...] | None
@@ -108,6 +109,7 @@ class Targets:
     seam: str = "projection"
     blocks: tuple[str, ...] | None = None
     absorb: tuple[str, ...] = ()
+    prefer: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,15 @@ class Start:
 
     trainable: Mapping[str, jax.Array]
     constants: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """A simpler method that does the same: its kind, its options, and the leaves that all its places share."""
+
+    kind: str
+    options: Mapping[str, Any]
+    start: Start
 
 
 class Adapter(nnx.Module):
@@ -251,6 +262,10 @@ class Method(abc.ABC):
     def share(self, adapter: Adapter) -> Any:
         """What every place reads as `adapter.shared` during a call of the model, given the adapter of shared leaves."""
         return adapter
+
+    def fold(self, adapter: Adapter) -> Folded | None:
+        """The method that holds what this one, given the adapter of shared leaves, computes; None if it computes none."""
+        return None
 
     def before(self, adapter: Adapter, base: Any, *inputs: Any) -> tuple[Any, ...]:
         """What goes into the base module in the place of `inputs`."""

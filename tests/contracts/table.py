@@ -183,6 +183,48 @@ METHODS: dict[str, Line] = {
         on=EVERY,
         fast=("foreign", "llama"),
     ),
+    "prompt tuning": Line(
+        lambda targets: jpeft.PromptTuning(num_tokens=3), targeted=False, identity=False, merges=False
+    ),
+    "prompt tuning from the vocabulary": Line(
+        lambda targets: jpeft.PromptTuning(num_tokens=5, init="vocabulary"),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("llama",),
+    ),
+    "p-tuning": Line(
+        lambda targets: jpeft.PTuning(num_tokens=3, hidden_size=5), targeted=False, identity=False, merges=False
+    ),
+    "p-tuning by lstm, with dropout": Line(
+        lambda targets: jpeft.PTuning(num_tokens=3, hidden_size=5, reparam="lstm", dropout=0.3),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("foreign",),
+    ),
+    "prefix tuning": Line(
+        lambda targets: jpeft.PrefixTuning(num_tokens=3),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("foreign", "bert", "llama"),
+    ),
+    "prefix tuning by a projection, in one layer, positions shifted": Line(
+        lambda targets: jpeft.PrefixTuning(
+            num_tokens=3, projection=True, hidden_size=5, layers=[1], shift_positions=True
+        ),
+        targeted=False,
+        identity=False,
+        merges=False,
+    ),
+    "gated prefix tuning": Line(
+        lambda targets: jpeft.PrefixTuning(num_tokens=3, gate=True),
+        targeted=False,
+        identity=False,
+        merges=False,
+        on=("bert",),
+    ),
 }
 
 #: The compiler's quickest way: there is much to compile here, and little to run.
