@@ -28,5 +28,7 @@ def fold(model: nnx.Module) -> Any:
         for _, module in grafts(model):
             if name in adapters(module):
                 adapters(module)[name].method = method
-        model.adapters[name] = Adapter(method, root.site, folded.start, {}, {})  # type: ignore[attr-defined]
+        holding = Adapter(method, root.site, folded.start, {}, {})
+        holding.order = root.order
+        model.adapters[name] = holding  # type: ignore[attr-defined]
     return model

@@ -265,7 +265,7 @@ class Method(abc.ABC):
         return adapter
 
     def fold(self, adapter: Adapter) -> Folded | None:
-        """The method that holds what this one, given the adapter of shared leaves, computes; None if it computes none."""
+        """The method that holds what this one, given its adapter of shared leaves, computes; or None."""
         return None
 
     def before(self, adapter: Adapter, base: Any, *inputs: Any) -> tuple[Any, ...]:

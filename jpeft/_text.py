@@ -37,4 +37,5 @@ def gate(x: Float[Array, "*batch d_model"], weight: jax.Array, bias: jax.Array) 
       weight: `[d_model, 1]`.
       bias: `[1]`.
     """
+    bias = bias.reshape((1,) * x.ndim)
     return text_mean(jax.nn.sigmoid(x.astype(weight.dtype) @ weight + bias))

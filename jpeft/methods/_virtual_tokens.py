@@ -108,6 +108,6 @@ def uniform(key: jax.Array, shape: tuple[int, ...], fan: int) -> jax.Array:
     return jax.random.uniform(key, shape, minval=-(fan**-0.5), maxval=fan**-0.5)
 
 
-def apply_linear(adapter: Any, name: str, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+def apply_linear(adapter: Any, name: str, x: Float[Array, "tokens d_in"]) -> Float[Array, "tokens d_out"]:
     """x · kernel + bias, of the leaves that `linear` gave."""
-    return x @ getattr(adapter, f"{name}_kernel")[...] + getattr(adapter, f"{name}_bias")[...]
+    return x @ getattr(adapter, f"{name}_kernel")[...] + getattr(adapter, f"{name}_bias")[...][None]

@@ -134,7 +134,7 @@ def _bilstm(adapter: Any, layer: int, x: Float[Array, "tokens d_in"]) -> Float[A
         getattr(adapter, f"lstm_{layer}_{name}")[...] for name in ("input", "hidden", "input_bias", "hidden_bias")
     )
     both = jnp.stack([x, x[::-1]], 1)  # [tokens, direction, d_in]
-    given = jnp.einsum("tdi,dig->tdg", both, into) + b_into + b_again
+    given = jnp.einsum("tdi,dig->tdg", both, into) + (b_into + b_again)[None]
 
     def step(state: tuple[jax.Array, jax.Array], gates: jax.Array) -> Any:
         h, c = state

@@ -119,7 +119,7 @@ class PrefixTuning(Method):
         k, v, mask = y
         prefix = adapter.shared[adapter.index][:, None]  # [2, 1, tokens, kv_heads, d_head]
         if self.gate:
-            prefix = prefix * self._gate(adapter, inputs[3])[..., None, None]
+            prefix = prefix * self._gate(adapter, inputs[3])[None, ..., None]
         shape = (len(k), self.num_tokens)
         front = (jnp.broadcast_to(p.astype(k.dtype), (*shape, *k.shape[2:])) for p in prefix)
         if not all(adapter.site.active):
