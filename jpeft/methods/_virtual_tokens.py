@@ -87,12 +87,15 @@ def moved(positions: Any, length: int, base: seams.InputEmbedding, seq: int, seg
             f"{seq} tokens behind {length} virtual ones are more than the {last} positions this model has; cut the "
             f"input to {last - length} tokens, or take fewer virtual ones"
         )
-    return positions + length
+    return jnp.asarray(positions) + length
 
 
 def in_front(values: jax.Array | None, new: jax.Array) -> jax.Array | None:
     """`new` before `values` `[batch, seq]`, as values of their type; None stays None."""
-    return None if values is None else jnp.concatenate([new.astype(values.dtype), values], 1)
+    if values is None:
+        return None
+    values = jnp.asarray(values)
+    return jnp.concatenate([new.astype(values.dtype), values], 1)
 
 
 def linear(key: jax.Array, name: str, d_in: int, d_out: int) -> dict[str, jax.Array]:
