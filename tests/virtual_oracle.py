@@ -138,14 +138,16 @@ def _weights(outputs, task, rows):
     return weights * peft_oracle.MASK[rows][..., None] if weights.ndim == 3 else weights
 
 
-def foreign64(flat, ids, prompt=None, prefix=None):
+def foreign64(flat, ids, prompt=None, prefix=None, layers=(0, 1)):
     """The contracts' foreign model in NumPy: `prompt` `[P, d]`, `prefix` `[P, 2 · layers, heads, d]`."""
     x = flat["embed/embedding"][ids]
     seq = x.shape[1]
     if prompt is not None:
         x = np.concatenate([np.broadcast_to(prompt, (len(x), *prompt.shape)), x], 1)
     for i in range(2):
-        x = _foreign_block({p: v[i] for p, v in flat.items() if p.startswith("blocks/")}, x, prefix, i)
+        x = _foreign_block(
+            {p: v[i] for p, v in flat.items() if p.startswith("blocks/")}, x, prefix if i in layers else None, i
+        )
     return x[:, -seq:] @ flat["out/kernel"] + flat["out/bias"]
 
 
