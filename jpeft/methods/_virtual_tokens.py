@@ -90,7 +90,7 @@ def moved(positions: Any, length: int, base: seams.InputEmbedding, seq: int, seg
     return jnp.asarray(positions) + length
 
 
-def in_front(values: jax.Array | None, new: jax.Array) -> jax.Array | None:
+def in_front(values: Any, new: jax.Array) -> jax.Array | None:
     """`new` before `values` `[batch, seq]`, as values of their type; None stays None."""
     if values is None:
         return None

@@ -194,7 +194,11 @@ METHODS: dict[str, Line] = {
         fast=("llama",),
     ),
     "p-tuning": Line(
-        lambda targets: jpeft.PTuning(num_tokens=3, hidden_size=5), targeted=False, identity=False, merges=False
+        lambda targets: jpeft.PTuning(num_tokens=3, hidden_size=5),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("bert",),
     ),
     "p-tuning by lstm, with dropout": Line(
         lambda targets: jpeft.PTuning(num_tokens=3, hidden_size=5, reparam="lstm", dropout=0.3),
@@ -217,6 +221,7 @@ METHODS: dict[str, Line] = {
         targeted=False,
         identity=False,
         merges=False,
+        fast=("bert",),
     ),
     "gated prefix tuning": Line(
         lambda targets: jpeft.PrefixTuning(num_tokens=3, gate=True),
@@ -224,6 +229,7 @@ METHODS: dict[str, Line] = {
         identity=False,
         merges=False,
         on=("bert",),
+        fast=("bert",),
     ),
 }
 
