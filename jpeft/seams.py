@@ -293,7 +293,7 @@ class KeyValues(nnx.Module):
 
     k, v: `[batch, keys, kv_heads, d_head]`, after the rotary embedding. mask: `[batch, keys]`, 0 for a key that nobody
     sees, or None. x: the attention's input, `[batch, seq, d_model]`. Keys put in front of the others are seen by every
-    query.
+    query, but for those that the mask that comes out hides, even where none went in.
 
     Args:
       d_model: width of x.
