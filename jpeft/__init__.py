@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Python
     from . import io, models, seams, train
     from ._adapt import adapt, merge, penalty, strip
+    from ._fold import fold
     from ._masks import labels, mask, optimizer
     from ._mesh import gather, local_rows, mesh, shard_batch
     from ._method import AdapterConstant, AdapterParam, Method
@@ -42,6 +43,9 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
         NormTuning,
         ParallelAdapter,
         Pfeiffer,
+        PrefixTuning,
+        PromptTuning,
+        PTuning,
         TrainableTokens,
         VeRA,
     )
@@ -52,6 +56,7 @@ __version__ = "0.1.0"
 #: Module -> public names in it.
 _WHERE: dict[str, tuple[str, ...]] = {
     "_adapt": ("adapt", "merge", "penalty", "strip"),
+    "_fold": ("fold",),
     "_scale": ("disable", "scale"),
     "_partition": ("partition", "combine", "GraphDef"),
     "_walk": ("sites",),
@@ -79,6 +84,9 @@ _WHERE: dict[str, tuple[str, ...]] = {
         "LastLayers",
         "ParallelAdapter",
         "Pfeiffer",
+        "PrefixTuning",
+        "PromptTuning",
+        "PTuning",
     ),
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
     "_scope": ("dropout_key",),
@@ -109,8 +117,11 @@ __all__ = [
     "LoRA",
     "Method",
     "NormTuning",
+    "PTuning",
     "ParallelAdapter",
     "Pfeiffer",
+    "PrefixTuning",
+    "PromptTuning",
     "TrainableTokens",
     "VeRA",
     "adapt",
@@ -119,6 +130,7 @@ __all__ = [
     "dropout_key",
     "export_merged",
     "export_peft",
+    "fold",
     "gather",
     "import_peft",
     "io",

@@ -38,7 +38,7 @@ def _grafted_type(base: type) -> type:
         acting = [adapter for adapter in adapters(self).values() if adapter.acts]
         running = with_saved(self)
         plain = running if running is not self else replace_leaves(self, {})  # what a method may call again
-        with sharing(self):
+        with sharing(self, options.get("key")):
             if not acting:
                 return base.__call__(running, *inputs, **options)
             bound = _signature(base).bind(self, *inputs, **options)  # an input may come by its keyword
@@ -60,7 +60,7 @@ def _grafted_type(base: type) -> type:
 
     def entry(name: str) -> Any:
         def call(self: Any, *inputs: Any, **options: Any) -> Any:
-            with sharing(self):
+            with sharing(self, options.get("key")):
                 return getattr(base, name)(with_saved(self), *inputs, **options)
 
         return functools.wraps(getattr(base, name))(call)
@@ -77,14 +77,18 @@ def _grafted_type(base: type) -> type:
 
 
 @contextlib.contextmanager
-def sharing(module: Any) -> Iterator[None]:
-    """Runs the block with what the adapters at `module`, a model's root, share between their places."""
+def sharing(module: Any, key: Any = None) -> Iterator[None]:
+    """Runs the block with what the adapters at `module`, a model's root, share between their places.
+
+    `key` is the call's dropout key, where it has one of its own.
+    """
     roots = {name: adapter for name, adapter in module.adapters.items() if adapter.site.seam == "model"}
     outer = current().shared
     if not roots or roots.keys() <= outer.keys():  # an inner entry of the same call
         yield
         return
-    shared = {name: adapter.method.share(adapter) for name, adapter in roots.items()}
+    with scope(key=key):
+        shared = {name: adapter.method.share(adapter) for name, adapter in roots.items()}
     with scope(shared={**outer, **shared}):
         yield
 

@@ -103,6 +103,7 @@ class Targets:
       last: in the place of `layers`, how many of the last ones.
       optional: whether it is no error that nothing matches.
       leave_out: indices of layers in which it does not act; the others are as `layers` says.
+      prefer: blocks again: of those that the model has, the first alone.
     """
 
     targets: str | tuple[str, ...] | None
@@ -117,6 +118,7 @@ class Targets:
     last: int | None = None
     optional: bool = False
     leave_out: tuple[int, ...] = ()
+    prefer: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +127,15 @@ class Start:
 
     trainable: Mapping[str, jax.Array]
     constants: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """A simpler method that does the same: its kind, its options, and the leaves that all its places share."""
+
+    kind: str
+    options: Mapping[str, Any]
+    start: Start
 
 
 class Adapter(nnx.Module):
@@ -315,6 +326,10 @@ class Method(abc.ABC):
     def share(self, adapter: Adapter) -> Any:
         """What every place reads as `adapter.shared` during a call of the model, given the adapter of shared leaves."""
         return adapter
+
+    def fold(self, adapter: Adapter) -> Folded | None:
+        """The method that holds what this one, given its adapter of shared leaves, computes; or None."""
+        return None
 
     def before(self, adapter: Adapter, base: Any, *inputs: Any) -> tuple[Any, ...]:
         """What goes into the base module in the place of `inputs`."""

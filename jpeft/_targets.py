@@ -137,6 +137,8 @@ def _fitting(everything: list[Found], asked: Targets, saved: frozenset[str]) -> 
                 f"the method acts at a {seams.KINDS[asked.seam]}{wanted}, and the model has none"
                 + (f" (only of {', '.join(blocks)})" if blocks else "; the models of jpeft.models have them")
             )
+        first = next((block for block in asked.prefer if block in blocks), None)
+        here = [found for found in here if first is None or found.module.block == first]
     if asked.absorb:
         here = _carrying(everything, here, asked)
     return [found for found in here if not _inside(found.path, saved)]

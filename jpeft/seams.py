@@ -364,7 +364,7 @@ class KeyValues(nnx.Module):
 
     k, v: `[batch, keys, kv_heads, d_head]`, after the rotary embedding. mask: `[batch, keys]`, 0 for a key that nobody
     sees, or None. x: the attention's input, `[batch, seq, d_model]`. Keys put in front of the others are seen by every
-    query.
+    query, but for those that the mask that comes out hides, even where none went in.
 
     Args:
       d_model: width of x.
@@ -391,10 +391,11 @@ class InputEmbedding(nnx.Module):
       d_model: width of e.
       block: `"encoder"` or `"decoder"`.
       causal: whether the tokens see none after them.
+      max_positions: how many positions the model has a vector for; None where it takes any.
     """
 
-    def __init__(self, d_model: int, block: str, causal: bool):
-        self.d_model, self.block, self.causal = d_model, block, causal
+    def __init__(self, d_model: int, block: str, causal: bool, max_positions: int | None = None):
+        self.d_model, self.block, self.causal, self.max_positions = d_model, block, causal, max_positions
 
     def __call__(self, e: jax.Array, positions: Any, mask: Any, segments: Any) -> tuple[jax.Array, Any, Any, Any]:
         return split_embedded(e), positions, mask, segments

@@ -18,6 +18,9 @@ from .lokr import LoKr
 from .lora import LoRA
 from .norm_tuning import NormTuning
 from .oft import OFT
+from .p_tuning import PTuning
+from .prefix import PrefixTuning
+from .prompt import PromptTuning
 from .trainable_tokens import TrainableTokens
 from .vera import VeRA
 
@@ -43,6 +46,9 @@ METHODS: Mapping[str, type[Method]] = {
         ParallelAdapter,
         Compacter,
         AdapterFusion,
+        PromptTuning,
+        PTuning,
+        PrefixTuning,
     )
 }  # fmt: skip
 
@@ -62,8 +68,11 @@ __all__ = [
     "LoKr",
     "LoRA",
     "NormTuning",
+    "PTuning",
     "ParallelAdapter",
     "Pfeiffer",
+    "PrefixTuning",
+    "PromptTuning",
     "TrainableTokens",
     "VeRA",
 ]

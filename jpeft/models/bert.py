@@ -232,7 +232,7 @@ class Bert(nnx.Module):
         self.config, self.task, self.remat, self.unroll = config, task, remat, unroll
         self.head = _HEAD.get(task, ())
         self.embeddings = Embeddings(config, rngs=rngs, dtype=dtype)
-        self.input_embedding = InputEmbedding(config.hidden_size, "encoder", causal=False)
+        self.input_embedding = InputEmbedding(config.hidden_size, "encoder", False, config.max_position_embeddings)
         self.layers = _stack.stack(lambda r: Layer(config, rngs=r, dtype=dtype), config.num_hidden_layers, rngs)
         if task in _POOLED:
             self.pooler = Pooler(config, rngs=rngs, dtype=dtype)

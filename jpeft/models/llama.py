@@ -201,6 +201,7 @@ class Llama(nnx.Module):
                 positions = jnp.arange(e.shape[1])[None] if segment_ids is None else segment_positions(segment_ids)
             seq = e.shape[1]
             x, places, mask, segments = self.input_embedding(e, positions, attention_mask, segment_ids)
+            self._check_windows(x.shape[1] - seq, segments)
             rope = self._rope(places)
 
             def body(layer: Layer, x: jax.Array, window: Any) -> tuple[jax.Array, None]:
@@ -248,6 +249,14 @@ class Llama(nnx.Module):
             max_position=config.max_position_embeddings,
             scaling=config.rope_scaling,
         )
+
+    def _check_windows(self, virtual: int, segment_ids: Any) -> None:
+        """A window is counted in places of the row, which in a packed one are not distances to the virtual tokens."""
+        if virtual and segment_ids is not None and any(window is not None for window in self.config.windows):
+            raise ValueError(
+                f"of {virtual} virtual tokens in front of a packed row (segment_ids) its later examples would see fewer "
+                "than by themselves, for this model attends within a window; give each example a row of its own"
+            )
 
     def _windows(self) -> tuple[int | None, jax.Array | None]:
         """The window of every layer, or where they differ an array of them."""

@@ -54,8 +54,8 @@ class ForeignBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = self.norm(x)
-        k, v, _ = self.keys_values(self.key(h), self.value(h), None, h)
-        x = self.attention_residual(self.merge_heads(foreign_attention(self.query(h), k, v)), x)
+        k, v, mask = self.keys_values(self.key(h), self.value(h), None, h)
+        x = self.attention_residual(self.merge_heads(foreign_attention(self.query(h), k, v, mask)), x)
         return self.mlp_residual(self.down(jnp.tanh(self.up(x))), x)
 
 
@@ -69,12 +69,13 @@ class ForeignNorm(nnx.Module):
         return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6) * self.scale[None, None]
 
 
-def foreign_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def foreign_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Any) -> jax.Array:
     """Its attention, in the input's own precision for the same reason; keys beyond the queries come first."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
     seq, keys = scores.shape[-2:]
-    seen = jnp.arange(keys)[None] <= jnp.arange(seq)[:, None] + keys - seq
-    weights = jax.nn.softmax(jnp.where(seen[None, None], scores, -1e30), axis=-1)
+    seen = (jnp.arange(keys)[None] <= jnp.arange(seq)[:, None] + keys - seq)[None, None]
+    seen = seen if mask is None else seen & (mask != 0)[:, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
@@ -349,6 +350,54 @@ METHODS: dict[str, Line] = {
         identity=False,
         merges=False,
         fast=("foreign", "llama"),
+    ),
+    "prompt tuning": Line(
+        lambda targets: jpeft.PromptTuning(num_tokens=3), targeted=False, identity=False, merges=False
+    ),
+    "prompt tuning from the vocabulary": Line(
+        lambda targets: jpeft.PromptTuning(num_tokens=5, init="vocabulary"),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("llama",),
+    ),
+    "p-tuning": Line(
+        lambda targets: jpeft.PTuning(num_tokens=3, hidden_size=5),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("bert",),
+    ),
+    "p-tuning by lstm, with dropout": Line(
+        lambda targets: jpeft.PTuning(num_tokens=3, hidden_size=5, reparam="lstm", dropout=0.3),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("foreign",),
+    ),
+    "prefix tuning": Line(
+        lambda targets: jpeft.PrefixTuning(num_tokens=3),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("foreign", "bert", "llama"),
+    ),
+    "prefix tuning by a projection, in one layer, positions shifted": Line(
+        lambda targets: jpeft.PrefixTuning(
+            num_tokens=3, projection=True, hidden_size=5, layers=[1], shift_positions=True
+        ),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("bert",),
+    ),
+    "gated prefix tuning": Line(
+        lambda targets: jpeft.PrefixTuning(num_tokens=3, gate=True),
+        targeted=False,
+        identity=False,
+        merges=False,
+        on=("bert",),
+        fast=("bert",),
     ),
 }
 
