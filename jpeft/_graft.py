@@ -35,7 +35,7 @@ def _grafted_type(base: type) -> type:
     """The subclass of `base` that runs adapters: in its call and, on an embedding, where its table is a head."""
 
     def __call__(self: Any, *inputs: Any, **options: Any) -> Any:
-        acting = [adapter for adapter in self.adapters.values() if adapter.acts]
+        acting = [adapter for adapter in adapters(self).values() if adapter.acts]
         plain = with_saved(self)
         with sharing(self):
             if not acting:
@@ -52,7 +52,7 @@ def _grafted_type(base: type) -> type:
     def attend(self: Any, query: jax.Array, *args: Any, **options: Any) -> jax.Array:
         plain = with_saved(self)
         y = base.attend(plain, query, *args, **options)  # type: ignore[attr-defined]
-        for adapter in self.adapters.values():
+        for adapter in adapters(self).values():
             if adapter.acts:
                 y = adapter.method.attend(adapter, plain, y, query)
         return y
@@ -105,8 +105,14 @@ def is_grafted(module: Any) -> bool:
 
 
 def adapters(module: Any) -> Mapping[str, Adapter]:
-    """The adapters that `module` carries, by name; none where it has an attribute `adapters` of its own."""
-    return module.adapters if is_grafted(module) else {}
+    """The adapters that `module` carries, in the order in which they were put on, by name.
+
+    NNX sorts what it rebuilds by name, so each adapter keeps its own number. None where the module has an attribute
+    `adapters` of its own.
+    """
+    if not is_grafted(module):
+        return {}
+    return dict(sorted(module.adapters.items(), key=lambda item: item[1].order))
 
 
 def base_type(module: Any) -> type:
@@ -123,6 +129,7 @@ def graft(module: Any, name: str, adapter: Adapter) -> None:
             )
         setattr(module, ADAPTERS, nnx.Dict())
         _become(module, _grafted_type(type(module)))
+    adapter.order = 1 + max((other.order for other in module.adapters.values()), default=-1)
     module.adapters[name] = adapter
 
 

@@ -129,6 +129,7 @@ class Adapter(nnx.Module):
     """
 
     layer_index: AdapterConstant  # in a stack that jpeft does not run itself, if the method depends on the layer
+    order: int = 0  # among the adapters of its module
 
     def __init__(
         self,
