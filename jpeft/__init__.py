@@ -18,14 +18,17 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from ._mesh import gather, local_rows, mesh, shard_batch
     from ._method import AdapterConstant, AdapterParam, Method
     from ._partition import GraphDef, combine, partition
-    from ._scope import dropout_key
+    from ._scope import dropout_key, prompt_tokens
     from ._sharding import SHARDING_RULES, optimizer_state, placement, shard, shardings
     from ._summary import summary
     from ._walk import sites
     from .io import export_merged, export_peft, import_peft
     from .methods import (
         METHODS,
+        DiReFT,
         LoRA,
+        LoReFT,
+        NoReFT,
     )
     from .seams import register
 
@@ -43,9 +46,12 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "methods": (
         "METHODS",
         "LoRA",
+        "LoReFT",
+        "NoReFT",
+        "DiReFT",
     ),
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
-    "_scope": ("dropout_key",),
+    "_scope": ("dropout_key", "prompt_tokens"),
     "seams": ("register",),
     "io": ("export_peft", "import_peft", "export_merged"),
 }
@@ -57,9 +63,12 @@ __all__ = [
     "SHARDING_RULES",
     "AdapterConstant",
     "AdapterParam",
+    "DiReFT",
     "GraphDef",
     "LoRA",
+    "LoReFT",
     "Method",
+    "NoReFT",
     "adapt",
     "combine",
     "dropout_key",
@@ -78,6 +87,7 @@ __all__ = [
     "optimizer_state",
     "partition",
     "placement",
+    "prompt_tokens",
     "register",
     "seams",
     "shard",
