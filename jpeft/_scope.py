@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped, UInt32
+from jaxtyping import Array, UInt32
 
 from ._dropout import drop, make_seed
 
@@ -88,7 +88,7 @@ def dropout_key(key: jax.Array) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def prompt_tokens(mask: Shaped[Array, "*batch seq"] | None) -> Iterator[None]:
+def prompt_tokens(mask: Any) -> Iterator[None]:
     """Says which tokens are the prompt, for every model called inside the block.
 
     Methods that act on the ends of the prompt (LoReFT and its like) need it where a text holds more than that; without
