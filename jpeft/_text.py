@@ -5,11 +5,18 @@ A packed row holds several examples, and a padded one tokens that are none; a me
 make an output depend on the second.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ._scope import current
+from .seams import InputEmbedding
+
+#: Tasks whose outputs may depend on all of a causal model's input.
+_WHOLE_INPUT = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def text_mean(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
@@ -38,6 +45,20 @@ def gate(x: Float[Array, "*batch d_model"], weight: jax.Array, bias: jax.Array) 
       bias: `[1]`.
     """
     return text_mean(jax.nn.sigmoid(x.astype(weight.dtype) @ weight + bias))
+
+
+def check_gate(model: Any) -> None:
+    """Refuses a gate where a token's output must not depend on those after it.
+
+    Raises:
+      ValueError: the model is causal, and its task gives an output per token that predicts the next.
+    """
+    causal = any(isinstance(m, InputEmbedding) and m.causal for _, m in nnx.iter_modules(model))
+    if causal and getattr(model, "task", None) not in _WHOLE_INPUT:
+        raise ValueError(
+            "gate=True averages over all of an example's text, so the outputs of a causal model would depend on later "
+            f"tokens; it fits bidirectional models and the tasks {', '.join(_WHOLE_INPUT)}"
+        )
 
 
 def prompt_ends(shape: tuple[int, ...], first: int, last: int) -> tuple[Bool[Array, "*batch seq"], ...]:

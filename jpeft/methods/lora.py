@@ -24,6 +24,8 @@ from jaxtyping import Array, Float
 from .. import seams
 from .._fields import indices, names, one_of, rate, whole
 from .._method import BIAS_CHOICES, Adapter, Frozen, Method, Site, Start, Targets, pattern_value, wide
+from .._scope import fold_path
+from .._text import check_gate, text_mean
 from ._lora_start import STARTS
 
 #: What PEFT adapts by default, by the model's type.
@@ -48,6 +50,8 @@ class LoRA(Method):
         and B random with A B zero), `"pissa"`, `"olora"`.
       bias: `"none"`, `"lora_only"` (train the adapted projections' biases too) or `"all"`.
       rank_pattern, alpha_pattern: other ranks and alphas by name; the first key that matches the end of a name counts.
+      gate: times a number per example, the mean over its text of sigmoid(x · w + b), as in UniPELT (Mao et al. 2022),
+        with w, b trained at each place. (`adapters` leaves out alpha / rank then, and lets padding into the mean.)
       layers: indices of the layers to adapt; None for all.
       exclude: names left out of `targets`, by the same rules.
       modules_to_save: modules trained whole, as a copy; None trains the head of a classification task, () nothing.
@@ -67,6 +71,7 @@ class LoRA(Method):
     bias: str = "none"
     rank_pattern: Any = dataclasses.field(default_factory=Frozen)
     alpha_pattern: Any = dataclasses.field(default_factory=Frozen)
+    gate: bool = False
     layers: Any = None
     exclude: Any = ()
     modules_to_save: Any = None
@@ -85,6 +90,7 @@ class LoRA(Method):
         rate("LoRA", "dropout", self.dropout)
         one_of("LoRA", "init", self.init, STARTS)
         one_of("LoRA", "bias", self.bias, BIAS_CHOICES)
+        one_of("LoRA", "gate", self.gate, (True, False))
         if isinstance(self.targets, str) and self.targets != "all-linear" and self.layers is not None:
             raise ValueError("layers= picks among listed targets; with a regular expression, say the layers in it")
 
@@ -103,17 +109,25 @@ class LoRA(Method):
     def start(self, site: Site, base: Any, key: jax.Array) -> Start:
         start = STARTS[self.init](site, base, key, self.ranks(site), self.scales(site))
         dtype = wide(getattr(base, seams.projection(base).kernel).dtype)
-        parts = (start.trainable, start.constants)
+        parts = ({**start.trainable, **(_gate(site, base, key) if self.gate else {})}, start.constants)
         return Start(*({name: leaf.astype(dtype) for name, leaf in leaves.items()} for leaves in parts))
 
-    def after(self, adapter: Adapter, base: Any, y: jax.Array, *inputs: Any) -> Float[Array, "..."]:
+    def start_shared(self, site: Site, model: Any, key: jax.Array) -> None:
+        if self.gate:
+            check_gate(model)
+
+    def after(self, adapter: Any, base: Any, y: jax.Array, *inputs: Any) -> Float[Array, "..."]:
         projection = seams.projection(base)
-        x, scale = jnp.asarray(inputs[0]), self._running_scale(adapter)
+        x = given = jnp.asarray(inputs[0])
+        scale = self._running_scale(adapter)
         if not isinstance(projection, seams.Lookup):
             x = adapter.dropout(x.astype(wide(x.dtype)), self.dropout)
         delta = _difference(
             adapter, lambda a, b: seams.rows_times(projection.contract(base, x, a * scale), b)
         )  # [..., d_out]
+        if self.gate:
+            score = projection.contract(base, given.astype(delta.dtype), adapter.gate_weight[...])  # [..., 1]
+            delta = delta * text_mean(jax.nn.sigmoid(score + adapter.gate_bias[...].reshape((1,) * score.ndim)))
         return (y + projection.emit(base, delta)).astype(y.dtype)
 
     def attend(self, adapter: Adapter, base: Any, y: jax.Array, query: jax.Array) -> Float[Array, "..."]:
@@ -121,6 +135,11 @@ class LoRA(Method):
         return (y + _difference(adapter, lambda a, b: (query @ b.T) @ (a * scale).T)).astype(y.dtype)
 
     def merge(self, adapter: Any, base: Any) -> Mapping[str, jax.Array]:
+        if self.gate:
+            raise ValueError(
+                f"{adapter.site.path}: a LoRA with gate=True weighs its update by what it reads, so it has no merged "
+                "form; keep the adapter beside the base"
+            )
         projection = seams.projection(base)
         scale = jnp.asarray(self.table(adapter.site), adapter.A.dtype).reshape(*adapter.site.lead, 1, -1)
         delta = _difference(adapter, lambda a, b: jnp.matmul(a * scale, b, precision="highest"))
@@ -131,8 +150,8 @@ class LoRA(Method):
         return self.dropout > 0 or not _uniform(self.table(site))
 
     def count(self, site: Site) -> tuple[int, int]:
-        trained = sum(self.ranks(site)) * (site.d_in + site.d_out)
-        return trained, sum(site.active) * site.d_in * site.d_out
+        gates = sum(site.active) * (site.d_in + 1) * self.gate
+        return sum(self.ranks(site)) * (site.d_in + site.d_out) + gates, sum(site.active) * site.d_in * site.d_out
 
     def ranks(self, site: Site) -> tuple[int, ...]:
         """The rank in every layer; 0 where the layer is not adapted."""
@@ -155,6 +174,17 @@ class LoRA(Method):
         if _uniform(table):
             return float(table[0, 0])
         return jnp.asarray(table, adapter.A.dtype)[adapter.layer][None]  # [1, rank]
+
+
+def _gate(site: Site, base: Any, key: jax.Array) -> Mapping[str, jax.Array]:
+    """First values of a gate: w normal with std 0.02 and b zero (of `adapters`, b uniform as torch's Linear)."""
+    if not isinstance(seams.projection(base), seams.Matmul):
+        raise ValueError(
+            f"{site.path} is no matrix product of each token, and LoRA's gate reads one vector per token; leave it out "
+            "of targets, or adapt it without gate="
+        )
+    weight = 0.02 * jax.random.normal(fold_path(key, "gate"), (*site.lead, site.d_in, 1))
+    return {"gate_weight": weight, "gate_bias": jnp.zeros((*site.lead, 1))}
 
 
 def _difference(adapter: Any, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:

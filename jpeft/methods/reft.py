@@ -150,9 +150,11 @@ class DiReFT(ReFT):
 
 
 def orthonormal(leaf: Float[Array, "*lead d_model rank"]) -> Float[Array, "*lead d_model rank"]:
-    """Q of leaf = Q T, the diagonal of T positive. Columns of zeros, as of an adapter that does nothing, stay so."""
-    q, t = jnp.linalg.qr(leaf)
-    return q * jnp.sign(jnp.diagonal(t, axis1=-2, axis2=-1))[..., None, :]
+    """Q of leaf = Q T, the diagonal of T positive. A leaf of zeros, which does nothing, stays one."""
+    zeros = ~leaf.any((-2, -1), keepdims=True)
+    some = jnp.broadcast_to(jnp.eye(*leaf.shape[-2:], dtype=leaf.dtype), leaf.shape)
+    q, t = jnp.linalg.qr(jnp.where(zeros, some, leaf))
+    return jnp.where(zeros, 0, q * jnp.sign(jnp.diagonal(t, axis1=-2, axis2=-1))[..., None, :])
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

@@ -183,6 +183,12 @@ METHODS: dict[str, Line] = {
         on=EVERY,
         fast=("foreign", "llama"),
     ),
+    "gated lora": Line(
+        lambda targets: jpeft.LoRA(rank=2, alpha=3.0, targets=[t for t in targets if "embed" not in t], gate=True),
+        merges=False,
+        on=("bert",),
+        fast=("bert",),
+    ),
     "loreft": Line(lambda _: jpeft.LoReFT(rank=2, first=2, last=1), targeted=False, identity=False, merges=False),
     "untied loreft in one layer, with dropout": Line(
         lambda _: jpeft.LoReFT(rank=2, first=2, last=2, tied=False, layers=[1], dropout=0.3),
