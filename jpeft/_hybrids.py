@@ -49,7 +49,7 @@ def UniPELT(
     """UniPELT (Mao et al. 2022, https://arxiv.org/abs/2110.07577): LoRA, a prefix and an adapter, each with a gate.
 
     A gate is one number per example, so it looks at all of its text: causal language models are refused. LoRA's factor
-    alpha / rank counts here; `adapters` leaves it out, so that its alpha of 2 is one of 8 (pass `alpha=8` for the same).
+    alpha / rank counts here; `adapters` leaves it out, so that its alpha of 2 does nothing (`alpha=8` does the same).
 
     Args:
       rank, alpha, targets: of LoRA.

@@ -110,7 +110,9 @@ def test_a_language_models_loss_takes_the_prompt_from_its_labels_or_from_the_cal
     with jpeft.prompt_tokens(np.arange(6) < np.array([[3], [4]])):
         assert losses.lm_loss(model, BATCH) == loss
         states = model.hidden(IDS, BATCH["attention_mask"])
-    assert losses.lm_loss(model, BATCH) == pytest.approx(losses.nll(model.logits(states), losses.next_tokens(BATCH)) / 5)
+    assert losses.lm_loss(model, BATCH) == pytest.approx(
+        losses.nll(model.logits(states), losses.next_tokens(BATCH)) / 5
+    )
     with jpeft.prompt_tokens(np.arange(6) < np.array([[1], [2]])):
         assert losses.lm_loss(model, BATCH) != loss
     with jpeft.prompt_tokens(np.zeros_like(IDS)):

@@ -78,7 +78,7 @@ class ReFT(Method):
         return Targets(".*", layers=self.layers, modules_to_save=saved, seam="residual", blocks=("mlp",))
 
     def start(self, site: Site, base: Any, key: jax.Array) -> Start:
-        """All uniform in ±1/sqrt(d_model), as torch's Linear; an R that is constrained orthonormal, from normal numbers."""
+        """All uniform in ±1/sqrt(d_model), as torch's Linear; but LoReFT's R is the Q factor of normal numbers."""
         if self.constrained and self.rank > site.d_out:
             raise ValueError(
                 f"{site.path} is {site.d_out} wide, which has no {self.rank} orthonormal directions; lower the rank"

@@ -6,9 +6,9 @@ It needs an environment of its own, for `adapters` wants an older transformers:
   python3.11 -m venv env && env/bin/pip install torch==2.13.0 && env/bin/pip install adapters==1.3.0
   env/bin/python tests/golden/make_reft.py
 
-The file holds the base's weights (`base/...`, by transformers' names), `ids` and `mask`, and for every case its options,
-the units' R, W and b, the last hidden states, and the gradients of `(sines * tanh(states))[mask].sum()` with respect to
-the three; that of LoReFT's R is of R itself, as if it were free.
+The file holds the base's weights (`base/...`, by transformers' names), `ids` and `mask`, and for every case its
+options, the units' R, W and b, the last hidden states, and the gradients of `(sines * tanh(states))[mask].sum()` with
+respect to the three; that of LoReFT's R is of R itself, as if it were free.
 """
 
 import importlib

@@ -63,10 +63,10 @@ def net64(flat, x, scale, stacked):
         h = x
         for name, shape in (("up", (5, 6)), ("down", (6, 5))):
             path = f"layers/{name}" if stacked else f"layers/{i}/{name}"
-            leaf = (lambda n, path=path, i=i: flat[f"{path}/{n}"][i] if stacked else flat[f"{path}/{n}"])
-            score = h @ leaf("adapters/lora/gate_weight") + leaf("adapters/lora/gate_bias")
-            delta = h @ leaf("adapters/lora/A") @ leaf("adapters/lora/B")
-            y = h @ leaf("kernel").reshape(shape) + leaf("bias").reshape(-1)
+            own = {p.removeprefix(f"{path}/"): v[i] if stacked else v for p, v in flat.items() if p.startswith(path)}
+            score = h @ own["adapters/lora/gate_weight"] + own["adapters/lora/gate_bias"]
+            delta = h @ own["adapters/lora/A"] @ own["adapters/lora/B"]
+            y = h @ own["kernel"].reshape(shape) + own["bias"].reshape(-1)
             h = y + scale * means(1 / (1 + np.exp(-score))) * delta
             h = np.tanh(h) if name == "up" else x + h
         x = h
@@ -124,7 +124,7 @@ def test_what_a_gate_does_not_fit_is_refused(tmp_path):
         jpeft.adapt(llama, jpeft.LoRA(gate=True), key=KEY)
     classifier = jpeft.models.build(LLAMA, "SEQ_CLS", key=KEY)
     assert jpeft.summary(jpeft.adapt(classifier, jpeft.LoRA(gate=True), key=KEY)).trainable
-    with pytest.raises(ValueError, match="LoRA's gate must be one of True, False; got 1.5"):
+    with pytest.raises(ValueError, match=r"LoRA's gate must be one of True, False; got 1\.5"):
         jpeft.LoRA(gate=1.5)
     gated = jpeft.adapt(bert, jpeft.LoRA(gate=True), key=KEY)
     with pytest.raises(ValueError, match="weighs its update by what it reads, so it has no merged form"):
