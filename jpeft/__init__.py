@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from ._method import AdapterConstant, AdapterParam, Method
     from ._partition import GraphDef, combine, partition
     from ._scale import disable, scale
-    from ._scope import dropout_key
+    from ._scope import dropout_key, prompt_tokens
     from ._sharding import SHARDING_RULES, optimizer_state, placement, shard, shardings
     from ._summary import summary
     from ._walk import sites
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
         AdapterFusion,
         BitFit,
         Compacter,
+        DiReFT,
         DoRA,
         FullFineTune,
         Houlsby,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
         LoHa,
         LoKr,
         LoRA,
+        LoReFT,
+        NoReFT,
         NormTuning,
         ParallelAdapter,
         Pfeiffer,
@@ -87,9 +90,12 @@ _WHERE: dict[str, tuple[str, ...]] = {
         "PrefixTuning",
         "PromptTuning",
         "PTuning",
+        "LoReFT",
+        "NoReFT",
+        "DiReFT",
     ),
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
-    "_scope": ("dropout_key",),
+    "_scope": ("dropout_key", "prompt_tokens"),
     "seams": ("register",),
     "io": ("export_peft", "import_peft", "export_merged"),
 }
@@ -107,6 +113,7 @@ __all__ = [
     "AdapterParam",
     "BitFit",
     "Compacter",
+    "DiReFT",
     "DoRA",
     "FullFineTune",
     "GraphDef",
@@ -115,7 +122,9 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoReFT",
     "Method",
+    "NoReFT",
     "NormTuning",
     "PTuning",
     "ParallelAdapter",
@@ -145,6 +154,7 @@ __all__ = [
     "partition",
     "penalty",
     "placement",
+    "prompt_tokens",
     "register",
     "scale",
     "seams",

@@ -68,6 +68,8 @@ _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _portable(adapter: Any) -> Adapter:
+    if adapter.method.gate:
+        raise ValueError(f"{adapter.site.path}: PEFT's files hold no gates, and without them a gated LoRA is another")
     if not hasattr(adapter, "A0"):
         return adapter
     method = adapter.method

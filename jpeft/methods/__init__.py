@@ -21,6 +21,7 @@ from .oft import OFT
 from .p_tuning import PTuning
 from .prefix import PrefixTuning
 from .prompt import PromptTuning
+from .reft import DiReFT, LoReFT, NoReFT
 from .trainable_tokens import TrainableTokens
 from .vera import VeRA
 
@@ -49,6 +50,9 @@ METHODS: Mapping[str, type[Method]] = {
         PromptTuning,
         PTuning,
         PrefixTuning,
+        LoReFT,
+        NoReFT,
+        DiReFT,
     )
 }  # fmt: skip
 
@@ -60,6 +64,7 @@ __all__ = [
     "AdapterFusion",
     "BitFit",
     "Compacter",
+    "DiReFT",
     "DoRA",
     "FullFineTune",
     "Houlsby",
@@ -67,6 +72,8 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoReFT",
+    "NoReFT",
     "NormTuning",
     "PTuning",
     "ParallelAdapter",

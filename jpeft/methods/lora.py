@@ -21,7 +21,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import seams
+from .._fields import one_of
 from .._method import Adapter, Frozen, Method, Site, Start, Targets, wide
+from .._scope import fold_path
+from .._text import check_gate, text_mean
 from . import _low_rank
 
 
@@ -40,6 +43,8 @@ class LoRA(Method):
         and B random with A B zero), `"pissa"`, `"olora"`.
       bias: `"none"`, `"lora_only"` (train the adapted projections' biases too) or `"all"`.
       rank_pattern, alpha_pattern: other ranks and alphas by name; the first key that matches the end of a name counts.
+      gate: times a number per example, the mean over its text of sigmoid(x · w + b), as in UniPELT (Mao et al. 2022),
+        with w, b trained at each place. (`adapters` leaves out alpha / rank then, and lets padding into the mean.)
       layers: indices of the layers to adapt; None for all.
       exclude: names left out of `targets`, by the same rules.
       modules_to_save: modules trained whole, as a copy; None trains the head of a classification task, () nothing.
@@ -59,29 +64,46 @@ class LoRA(Method):
     bias: str = "none"
     rank_pattern: Any = dataclasses.field(default_factory=Frozen)
     alpha_pattern: Any = dataclasses.field(default_factory=Frozen)
+    gate: bool = False
     layers: Any = None
     exclude: Any = ()
     modules_to_save: Any = None
 
     def __post_init__(self) -> None:
         _low_rank.check_factors(self)
+        one_of("LoRA", "gate", self.gate, (True, False))
 
     def select(self, model_type: str | None) -> Targets:
         return _low_rank.select(self, model_type, (*self.rank_pattern, *self.alpha_pattern))
 
     def start(self, site: Site, base: Any, key: jax.Array) -> Start:
-        return _low_rank.start(self, site, base, key)
+        start = _low_rank.start(self, site, base, key)
+        return Start({**start.trainable, **_gate(site, base, key)}, start.constants) if self.gate else start
 
-    def after(self, adapter: Adapter, base: Any, y: jax.Array, *inputs: Any) -> Float[Array, "..."]:
+    def start_shared(self, site: Site, model: Any, key: jax.Array) -> None:
+        if self.gate:
+            check_gate(model)
+
+    def after(self, adapter: Any, base: Any, y: jax.Array, *inputs: Any) -> Float[Array, "..."]:
         a, b = self._running_factors(adapter)
         x, _ = _low_rank.dropped(adapter, base, inputs[0], self.dropout)
-        return (y + seams.projection(base).emit(base, _low_rank.change(base, x, a, b))).astype(y.dtype)
+        delta = _low_rank.change(base, x, a, b)
+        if self.gate:
+            given = jnp.asarray(inputs[0]).astype(delta.dtype)
+            score = seams.projection(base).contract(base, given, adapter.gate_weight[...])  # [..., 1]
+            delta = delta * text_mean(jax.nn.sigmoid(score + adapter.gate_bias[...].reshape((1,) * score.ndim)))
+        return (y + seams.projection(base).emit(base, delta)).astype(y.dtype)
 
     def attend(self, adapter: Adapter, base: Any, y: jax.Array, query: jax.Array) -> Float[Array, "..."]:
         a, b = self._running_factors(adapter)
         return (y + (query.astype(wide(query.dtype)) @ b.T) @ a.T).astype(y.dtype)
 
     def merge(self, adapter: Any, base: Any) -> Mapping[str, jax.Array]:
+        if self.gate:
+            raise ValueError(
+                f"{adapter.site.path}: a LoRA with gate=True weighs its update by what it reads, so it has no merged "
+                "form; keep the adapter beside the base"
+            )
         projection = seams.projection(base)
         a, b = _low_rank.factors(adapter, _low_rank.scale_of_all(adapter, self.table(adapter.site)))
         kernel = projection.read(base)
@@ -92,8 +114,8 @@ class LoRA(Method):
         return self.dropout > 0 or not _low_rank.uniform(self.table(site))
 
     def count(self, site: Site) -> tuple[int, int]:
-        trained = sum(self.ranks(site)) * (site.d_in + site.d_out)
-        return trained, sum(site.active) * site.d_in * site.d_out
+        gates = sum(site.active) * (site.d_in + 1) * self.gate
+        return sum(self.ranks(site)) * (site.d_in + site.d_out) + gates, sum(site.active) * site.d_in * site.d_out
 
     def ranks(self, site: Site) -> tuple[int, ...]:
         """The rank in every layer; 0 where the layer is not adapted."""
@@ -105,3 +127,14 @@ class LoRA(Method):
 
     def _running_factors(self, adapter: Any) -> tuple[jax.Array, jax.Array]:
         return _low_rank.factors(adapter, _low_rank.running_scale(adapter, self.table(adapter.site)))
+
+
+def _gate(site: Site, base: Any, key: jax.Array) -> Mapping[str, jax.Array]:
+    """First values of a gate: w normal with std 0.02 and b zero (of `adapters`, b uniform as torch's Linear)."""
+    if not isinstance(seams.projection(base), seams.Matmul):
+        raise ValueError(
+            f"{site.path} is no matrix product of each token, and LoRA's gate reads one vector per token; leave it out "
+            "of targets, or adapt it without gate="
+        )
+    weight = 0.02 * jax.random.normal(fold_path(key, "gate"), (*site.lead, site.d_in, 1))
+    return {"gate_weight": weight, "gate_bias": jnp.zeros((*site.lead, 1))}

@@ -22,7 +22,7 @@ import numpy as np
 from jax import core
 from jaxtyping import Array, Bool, Float, Int
 
-from .._scope import dropout_key, scope
+from .._scope import current, dropout_key, scope
 from ._head import IGNORED, head_nll, nll
 
 Batch = Mapping[str, Any]
@@ -36,7 +36,8 @@ def lm_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Arr
     """Mean over the labelled tokens of -log p(token | the tokens before it), in nats.
 
     A model of the zoo computes logits only where a label is. Any other is called as `model(input_ids,
-    attention_mask)` and must return logits `[batch seq vocab]`.
+    attention_mask)` and must return logits `[batch seq vocab]`. The prompt of an example is what stands before its first
+    label, unless `jpeft.prompt_tokens` says otherwise.
 
     Args:
       model: an nnx model, adapted or not.
@@ -79,7 +80,8 @@ def seq2seq_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Floa
 def lm_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Sums:
     """Sum of `lm_loss`'s terms, and their number; `groups` as in `head_nll`."""
     targets = next_tokens(batch)
-    with scope(prompt=_prompt(targets, batch)):
+    prompt = _prompt(targets, batch) if current().prompt is None else current().prompt
+    with scope(prompt=prompt):
         if not hasattr(model, "hidden"):
             return nll(logits_of(model, batch, key), targets), _count(targets)
         hidden = model.hidden(batch["input_ids"], batch["attention_mask"], **_extras(batch), key=key)

@@ -399,6 +399,21 @@ METHODS: dict[str, Line] = {
         on=("bert",),
         fast=("bert",),
     ),
+    "gated lora": Line(
+        lambda targets: jpeft.LoRA(rank=2, alpha=3.0, targets=[t for t in targets if "embed" not in t], gate=True),
+        merges=False,
+        on=("bert",),
+        fast=("bert",),
+    ),
+    "loreft": Line(lambda _: jpeft.LoReFT(rank=2, first=2, last=1), targeted=False, identity=False, merges=False),
+    "untied loreft in one layer, with dropout": Line(
+        lambda _: jpeft.LoReFT(rank=2, first=2, last=2, tied=False, layers=[1], dropout=0.3),
+        targeted=False,
+        identity=False,
+        merges=False,
+    ),
+    "noreft": Line(lambda _: jpeft.NoReFT(rank=2), targeted=False, identity=False, merges=False, fast=("bert",)),
+    "direft": Line(lambda _: jpeft.DiReFT(last=1), targeted=False, identity=False, merges=False, fast=("bert",)),
 }
 
 #: The compiler's quickest way: there is much to compile here, and little to run.
