@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values of a method's fields as they are kept: hashable, in one form, and checked."""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def names(field: str, value: Any) -> Any:
+    """What `targets`, `exclude` and `modules_to_save` take: a regular expression, names, or None.
+
+    Raises:
+      TypeError, ValueError: it is something else, or empty targets.
+    """
+    if isinstance(value, str) and field != "modules_to_save":
+        return "all-linear" if field == "targets" and value.lower() == "all-linear" else value
+    if value is None:
+        return () if field == "exclude" else None
+    found = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else value
+    wrong = [name for name in found if not isinstance(name, str) or not name]
+    if wrong:
+        raise TypeError(f"{field} takes module names, got {wrong[0]!r}")
+    found = tuple(sorted(found) if isinstance(found, (set, frozenset)) else found)
+    if field == "targets" and not found:
+        raise ValueError("targets is empty, so nothing would be trained; name at least one module")
+    return found
+
+
+def indices(layers: Any) -> tuple[int, ...] | None:
+    """What `layers` takes: the indices of layers, or None for all.
+
+    Raises:
+      ValueError: it is something else, or empty.
+    """
+    if layers is None:
+        return None
+    found = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+    wrong = [index for index in found if not isinstance(index, int) or isinstance(index, bool) or index < 0]
+    if wrong or not found:
+        raise ValueError(f"layers takes the indices of layers, counted from 0, got {layers!r}")
+    return tuple(sorted(set(found)))
+
+
+def whole(method: str, field: str, value: Any, least: int = 1) -> int:
+    """A whole number of at least `least`.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{method}'s {field} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
+def one_of(method: str, field: str, value: Any, choices: Iterable[Any]) -> Any:
+    """One of the `choices`.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{method}'s {field} must be one of {', '.join(map(str, choices))}; got {value!r}")
+    return value
+
+
+def rate(method: str, field: str, value: Any) -> float:
+    """A probability in [0, 1).
+
+    Raises:
+      ValueError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{method}'s {field} must be in [0, 1), got {value!r}")
+    return value
