@@ -14,6 +14,9 @@ from ._graft import ADAPTERS, adapters, base_type, is_grafted
 #: The stacks around a module: of each, how many parts its own path has, and how many layers it holds.
 Stacks = tuple[tuple[int, int], ...]
 
+#: Leading axes of the projections, by path.
+Leads = dict[tuple[Any, ...], tuple[int, ...]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Found:
@@ -77,7 +80,13 @@ def modules(model: nnx.Module) -> list[Found]:
         places.setdefault(id(module), []).append((path, stacks))
         objects[id(module)] = module
     mapped = model.module_names() if hasattr(model, "module_names") else {}  # type: ignore[attr-defined]
-    return [_found(objects[i], found, mapped) for i, found in places.items()]
+    known = {
+        path: lead
+        for i, at in places.items()
+        for path, stacks in at
+        if (lead := _own_lead(objects[i], stacks)) is not None
+    }
+    return [_found(objects[i], found, mapped, known) for i, found in places.items()]
 
 
 def sites(model: nnx.Module) -> list[Seam]:
@@ -140,10 +149,12 @@ def _children(node: Any) -> list[tuple[Any, Any]]:
     return [(name, child) for name, child in below.items() if nnx.graph.is_node(child) and name != hidden]
 
 
-def _found(module: Any, places: list[tuple[tuple[Any, ...], Stacks]], mapped: dict[str, tuple[str, ...]]) -> Found:
-    stacks = places[0][1]
+def _found(
+    module: Any, places: list[tuple[tuple[Any, ...], Stacks]], mapped: dict[str, tuple[str, ...]], known: Leads
+) -> Found:
+    path, stacks = places[0]
     scanned = tuple(size for _, size in stacks)
-    lead = _lead(module, scanned)
+    lead = known[path] if path in known else scanned or _lead_beside(path, known)
     named = []
     for path, around in places:
         joined = "/".join(map(str, path))
@@ -152,14 +163,23 @@ def _found(module: Any, places: list[tuple[tuple[Any, ...], Stacks]], mapped: di
     return Found(path, module, names, tuple(aliases), lead, len(scanned) == 1 and lead == scanned)
 
 
-def _lead(module: Any, scanned: tuple[int, ...]) -> tuple[int, ...]:
-    """Leading axes of the module's leaves: a projection's own shape tells, else the stacks around it."""
+def _own_lead(module: Any, stacks: Stacks) -> tuple[int, ...] | None:
+    """Leading axes of a projection's leaves, which its own shape tells; None of anything else."""
     if seams.kind(module) != "projection":
-        return scanned
+        return None
     try:
         return seams.projection(module).dims(module).lead
     except ValueError:
-        return scanned
+        return tuple(size for _, size in stacks)
+
+
+def _lead_beside(path: tuple[Any, ...], known: Leads) -> tuple[int, ...]:
+    """Leading axes of a module in a stack that jpeft did not build: its own, or of the projections nearest to it."""
+    for depth in range(len(path), -1, -1):
+        beside = [lead for other, lead in known.items() if other[:depth] == path[:depth]]
+        if beside:
+            return min(beside, key=len)
+    return ()
 
 
 def _layer_names(path: tuple[Any, ...], lead: tuple[int, ...], stacks: Stacks) -> tuple[str, ...]:
