@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Python
     from . import io, models, seams, train
     from ._adapt import adapt, merge, strip
+    from ._algebra import as_lora, average, combine_adapters
+    from ._bank import Bank, apply_bank, bank, select, vote
     from ._masks import labels, mask, optimizer
     from ._mesh import gather, local_rows, mesh, shard_batch
     from ._method import AdapterConstant, AdapterParam, Method
@@ -28,12 +30,16 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
         LoRA,
     )
     from .seams import register
+    from .train.many import train_many
 
 __version__ = "0.1.0"
 
 #: Module -> public names in it.
 _WHERE: dict[str, tuple[str, ...]] = {
     "_adapt": ("adapt", "merge", "strip"),
+    "_bank": ("bank", "Bank", "select", "apply_bank", "vote"),
+    "_algebra": ("combine_adapters", "average", "as_lora"),
+    "train.many": ("train_many",),
     "_partition": ("partition", "combine", "GraphDef"),
     "_walk": ("sites",),
     "_summary": ("summary",),
@@ -57,11 +63,17 @@ __all__ = [
     "SHARDING_RULES",
     "AdapterConstant",
     "AdapterParam",
+    "Bank",
     "GraphDef",
     "LoRA",
     "Method",
     "adapt",
+    "apply_bank",
+    "as_lora",
+    "average",
+    "bank",
     "combine",
+    "combine_adapters",
     "dropout_key",
     "export_merged",
     "export_peft",
@@ -80,6 +92,7 @@ __all__ = [
     "placement",
     "register",
     "seams",
+    "select",
     "shard",
     "shard_batch",
     "shardings",
@@ -87,6 +100,8 @@ __all__ = [
     "strip",
     "summary",
     "train",
+    "train_many",
+    "vote",
 ]
 
 

@@ -43,10 +43,10 @@ def _grafted_type(base: type) -> type:
             bound = _signature(base).bind(self, *inputs, **options)  # an input may come by its keyword
             inputs = given = bound.args[1:]
             for adapter in acting:
-                given = adapter.method.before(adapter, plain, *given)
+                given = adapter.where_on(adapter.method.before(adapter, plain, *given), given)
             y = base.__call__(plain, *given, **bound.kwargs)
             for adapter in acting:
-                y = adapter.method.after(adapter, plain, y, *inputs)
+                y = adapter.where_on(adapter.method.after(adapter, plain, y, *inputs), y)
             return y
 
     def attend(self: Any, query: jax.Array, *args: Any, **options: Any) -> jax.Array:
@@ -54,7 +54,7 @@ def _grafted_type(base: type) -> type:
         y = base.attend(plain, query, *args, **options)  # type: ignore[attr-defined]
         for adapter in self.adapters.values():
             if adapter.acts:
-                y = adapter.method.attend(adapter, plain, y, query)
+                y = adapter.where_on(adapter.method.attend(adapter, plain, y, query), y)
         return y
 
     def entry(name: str) -> Any:
@@ -154,10 +154,10 @@ def saved_leaves(module: Any, *, running: bool) -> dict[str, jax.Array]:
 
 
 def _in_its_layers(module: Any, adapter: Adapter, name: str, running: bool) -> jax.Array:
-    saved, layers, lead = adapter.saved[name][...], adapter.saved_layers[name], adapter.site.lead
+    own, layers, lead = getattr(module, name)[...], adapter.saved_layers[name], adapter.site.lead
+    saved = adapter.where_on(adapter.saved[name][...], own)
     if all(layers):
         return saved
-    own = getattr(module, name)[...]
     if running:
         mask = jnp.array(layers)[adapter.layer]
     else:

@@ -122,10 +122,25 @@ class LoRA(Method):
 
     def merge(self, adapter: Any, base: Any) -> Mapping[str, jax.Array]:
         projection = seams.projection(base)
-        scale = jnp.asarray(self.table(adapter.site), adapter.A.dtype).reshape(*adapter.site.lead, 1, -1)
+        scale = self._scale(adapter)[..., None, :]
         delta = _difference(adapter, lambda a, b: jnp.matmul(a * scale, b, precision="highest"))
         kernel = projection.read(base)
         return {projection.kernel: projection.unmatrix(base, kernel.astype(wide(kernel.dtype)) + delta)}
+
+    def factors(self, adapter: Any, base: Any) -> tuple[jax.Array, jax.Array]:
+        a, b = adapter.A[...] * self._scale(adapter)[..., None, :], adapter.B[...]
+        if not hasattr(adapter, "A0"):
+            return a, b
+        a0 = adapter.A0[...] * self._scale(adapter)[..., None, :]
+        return jnp.concatenate([a, -a0], -1), jnp.concatenate([b, adapter.B0[...]], -2)
+
+    def padded(self, adapter: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Method, Mapping[str, Any]]:
+        scale, rank = self._scale(adapter), shapes["A"][-1]
+        padding = [(0, 0)] * (scale.ndim - 1) + [(0, rank - scale.shape[-1])]
+        plain = dataclasses.replace(
+            self, rank=rank, alpha=rank, rslora=False, init="default", rank_pattern={}, alpha_pattern={}
+        )
+        return plain, {"scale": jnp.pad(scale, padding)}
 
     def depends_on_layer(self, site: Site) -> bool:
         return self.dropout > 0 or not _uniform(self.table(site))
@@ -150,7 +165,15 @@ class LoRA(Method):
         ranks, scales = np.array(self.ranks(site)), np.array(self.scales(site))
         return np.where(np.arange(ranks.max()) < ranks[:, None], scales[:, None], 0.0)
 
+    def _scale(self, adapter: Any) -> Float[Array, "..."]:
+        """`[*lead, rank]`: the factor of every column of A, in all layers."""
+        if hasattr(adapter, "scale"):
+            return adapter.scale[...]
+        return jnp.asarray(self.table(adapter.site), adapter.A.dtype).reshape(*adapter.site.lead, -1)
+
     def _running_scale(self, adapter: Any) -> Any:
+        if hasattr(adapter, "scale"):  # a slot of a bank
+            return adapter.scale[...][None]
         table = self.table(adapter.site)
         if _uniform(table):
             return float(table[0, 0])
