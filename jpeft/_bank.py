@@ -252,8 +252,10 @@ def _slot(
 
 def _padded(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], others: list[Adapter], on: bool) -> Adapter:
     site = adapter.site
-    method, constants = adapter.method.padded(adapter, shapes)
-    if site.seam in ("keys_values", "input") and not constants:
+    method, constants = others[0].method, {}  # where only copies are trained, no method runs
+    if adapter.acts or site.seam == "model":
+        method, constants = adapter.method.padded(adapter, shapes)
+    if site.seam in ("keys_values", "input") and adapter.acts and not constants:
         raise ValueError(
             f"{type(method).__name__} does not say how its {site.seam} are left out of some rows of a batch "
             "(Method.padded), so it cannot stand in a bank"
