@@ -46,7 +46,9 @@ def make_bank(base: Any, rows: int) -> jpeft.Bank:
     return jpeft.bank(models)
 
 
-def programs(bank: jpeft.Bank, ids: jax.Array, tokens: jax.Array) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
+def programs(
+    bank: jpeft.Bank, ids: jax.Array, tokens: jax.Array
+) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
     """name -> (one adapter for all rows, another one for every row): functions of the bank's trainable leaves."""
     graphdef, own, frozen = jpeft.partition(bank.model(1))
 
@@ -91,14 +93,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--seq", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", choices=MODELS, default="minilm")
     args = parser.parse_args()
     bank = make_bank(build(args.model), args.rows)
     tokens = jax.random.randint(jax.random.key(1), (args.rows, args.seq), 0, 1000)
     made = programs(bank, jnp.arange(args.rows) + 1, tokens)
     own = jpeft.partition(bank.model(1))[1]
-    print(f"{args.model}, {args.rows} rows of {args.seq} tokens, {args.rows} adapters of rank {RANK}, {jax.devices()[0]}")
+    print(f"{args.model}, {args.rows} rows of {args.seq} tokens, each with a LoRA of rank {RANK}, {jax.devices()[0]}")
     for name, (one, many) in made.items():
         alone, mixed = best([lambda one=one: one(own), lambda many=many: many(bank.trainable)], args.repeats)
         found = copies(many, args.rows, MODELS[args.model][0])

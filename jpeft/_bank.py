@@ -11,7 +11,7 @@ what is padding is multiplied by zero, and has no gradient.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,19 +21,11 @@ from flax import nnx
 from jax import core
 from jaxtyping import Array, Float, Int
 
-from ._graft import ADAPTERS, grafts
-from ._method import Adapter, AdapterConstant, AdapterParam, Frozen, Method, Start
+from ._graft import ADAPTERS
+from ._method import Frozen
 from ._partition import GraphDef, Leaves, combine, partition
 from ._scope import scope
-
-#: Options that say where a method acts and how it starts: read off the model's sites, and so no part of a bank.
-_BEFORE = ("targets", "exclude", "layers", "modules_to_save", "bias", "init")
-
-#: Where an adapter stands: path of its module, and its name there.
-Place = tuple[str, str]
-
-#: Of every place, the shape of each leaf.
-Shapes = Mapping[Place, Mapping[str, tuple[int, ...]]]
+from ._slots import check_make, slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +80,9 @@ class Bank:
           IndexError: there is no such slot, or it is slot 0, which holds no adapter.
         """
         if not 0 < slot < len(self):
-            raise IndexError(f"adapters stand in the slots 1 to {len(self) - 1} of this bank (0 is the base), not {slot}")
+            raise IndexError(
+                f"adapters stand in the slots 1 to {len(self) - 1} of this bank (0 is the base), not {slot}"
+            )
         own = self.own[slot - 1]
         leaves = {**self.frozen, **{p: v[slot] for half in (self.trainable, self.constants) for p, v in half.items()}}
         cut = {path: leaves[path][tuple(map(slice, shape))] for path, shape in own.shapes.items()}
@@ -118,15 +112,11 @@ def bank(adapters: Sequence[Any], frozen: Leaves | None = None) -> Bank:
     models = [_model(adapter, frozen) for adapter in adapters]
     if not models:
         raise ValueError("a bank needs at least one adapter")
-    places = [_places(model) for model in models]
-    _check_places(places)
-    shapes = {at: _largest([place[at] for place in places]) for at in places[0]}
-    slots = [partition(_slot(model, place, shapes, places)) for model, place in zip(models, places, strict=True)]
-    _check_make([graphdef for graphdef, _, _ in slots])
-    empty = partition(_slot(models[0], places[0], shapes, places, on=False))
-    trainable = _stack([empty[1], *(own for _, own, _ in slots)])
-    constants, common = _constants([empty[2], *(kept for _, _, kept in slots)])
-    return Bank(slots[0][0], trainable, constants, common, tuple(map(_own, models)))
+    parts = [partition(slot) for slot in slots(models)]
+    check_make([graphdef for graphdef, _, _ in parts[1:]])
+    trainable = {path: jnp.stack([own[path] for _, own, _ in parts]) for path in parts[0][1]}
+    constants, common = _constants([kept for _, _, kept in parts])
+    return Bank(parts[0][0], trainable, constants, common, tuple(map(_own, models)))
 
 
 def select(bank: Bank, ids: Any) -> tuple[Leaves, Leaves]:
@@ -146,7 +136,9 @@ def select(bank: Bank, ids: Any) -> tuple[Leaves, Leaves]:
       >>> model = bank.combine(*jpeft.select(bank, 2))
     """
     ids = _checked(ids, len(bank))
-    halves = ({p: leaf.at[ids].get(mode="fill") for p, leaf in half.items()} for half in (bank.trainable, bank.constants))
+    halves = (
+        {p: leaf.at[ids].get(mode="fill") for p, leaf in half.items()} for half in (bank.trainable, bank.constants)
+    )
     trainable, constants = halves
     return trainable, constants
 
@@ -214,126 +206,6 @@ def _model(adapter: Any, frozen: Leaves | None) -> nnx.Module:
     raise TypeError(f"a bank takes adapted models, or (graphdef, trainable) pairs; got {type(adapter).__name__}")
 
 
-def _places(model: nnx.Module) -> dict[Place, Adapter]:
-    return {(path, name): adapter for path, module in grafts(model) for name, adapter in module.adapters.items()}
-
-
-def _leaves(adapter: Adapter, kind: type = nnx.Variable) -> dict[str, jax.Array]:
-    return {name: leaf[...] for name, leaf in vars(adapter).items() if isinstance(leaf, kind)}
-
-
-def _largest(adapters: list[Adapter]) -> dict[str, tuple[int, ...]]:
-    """The shapes to which the leaves of one place are padded.
-
-    Raises:
-      ValueError: a leaf has another number of axes in one of them.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for adapter in adapters:
-        for name, leaf in _leaves(adapter).items():
-            other = shapes.setdefault(name, leaf.shape)
-            if len(other) != leaf.ndim:
-                raise ValueError(f"{adapter.site.path}: {name} has the shapes {other} and {leaf.shape}")
-            shapes[name] = tuple(map(max, other, leaf.shape))
-    return shapes
-
-
-def _slot(
-    model: nnx.Module, place: Mapping[Place, Adapter], shapes: Shapes, places: list[dict[Place, Adapter]], on: bool = True
-) -> nnx.Module:
-    """`model` with its adapters as they stand in a bank; without their effect where not `on`."""
-    model = nnx.clone(model)
-    for path, module in grafts(model):
-        for name in module.adapters:
-            at = (path, name)
-            module.adapters[name] = _padded(place[at], shapes[at], [other[at] for other in places], on)
-    return model
-
-
-def _padded(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], others: list[Adapter], on: bool) -> Adapter:
-    site = adapter.site
-    method, constants = others[0].method, {}  # where only copies are trained, no method runs
-    if adapter.acts or site.seam == "model":
-        method, constants = adapter.method.padded(adapter, shapes)
-    if site.seam in ("keys_values", "input") and adapter.acts and not constants:
-        raise ValueError(
-            f"{type(method).__name__} does not say how its {site.seam} are left out of some rows of a batch "
-            "(Method.padded), so it cannot stand in a bank"
-        )
-    method = _placed(method, others[0])
-    extra = {"on": jnp.full(site.lead, on), **{n: v if on else jnp.zeros_like(v) for n, v in constants.items()}}
-    trainable, kept = ({n: _pad(v, shapes[n]) for n, v in _leaves(adapter, kind).items()}
-                       for kind in (AdapterParam, AdapterConstant))  # fmt: skip
-    if "layer_index" in shapes and "layer_index" not in kept:  # another of them depends on the layer
-        extra["layer_index"] = next(other.layer_index[...] for other in others if hasattr(other, "layer_index"))
-    saved = {name: leaf[...] for name, leaf in adapter.saved.items()}
-    return Adapter(method, site, Start(trainable, {**kept, **extra}), saved, adapter.saved_layers, dict(adapter.parts))
-
-
-def _placed(method: Method, like: Adapter) -> Method:
-    """`method` with the options that chose its places and start as `like` has them."""
-    fields = {field.name for field in dataclasses.fields(method)} & {*_BEFORE}
-    return dataclasses.replace(method, **{name: getattr(like.method, name) for name in fields})
-
-
-def _pad(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.pad(leaf, [(0, n - size) for size, n in zip(leaf.shape, shape, strict=True)])
-
-
-def _check_places(places: list[dict[Place, Adapter]]) -> None:
-    """All adapters are of the same methods at the same places."""
-    first = places[0]
-    if not first:
-        raise ValueError("the first model carries no adapter; adapt it first (the base itself is slot 0 of every bank)")
-    for i, other in enumerate(places[1:], 1):
-        odd = sorted({*first} ^ {*other})
-        if odd:
-            path, name = odd[0]
-            raise ValueError(
-                f"the adapters 0 and {i} act at different places: {path or 'the root'} has {name!r} in one alone; a bank "
-                "takes adapters of the same targets and names"
-            )
-        for at, adapter in other.items():
-            if type(adapter.method) is not type(first[at].method):
-                kinds = type(first[at].method).__name__, type(adapter.method).__name__
-                raise ValueError(f"the adapters 0 and {i} are of different methods, {' and '.join(kinds)}")
-            if adapter.site != first[at].site or adapter.saved_layers != first[at].saved_layers:
-                raise ValueError(
-                    f"the adapters 0 and {i} act in different layers of {at[0]}, or train copies of different leaves of "
-                    "it; a bank takes adapters of the same targets, layers, bias and modules_to_save"
-                )
-
-
-def _check_make(graphdefs: list[GraphDef]) -> None:
-    """All padded models are of one make."""
-    first = graphdefs[0]
-    for i, other in enumerate(graphdefs[1:], 1):
-        if other == first:
-            continue
-        methods = [[n.method for _, m in grafts(_shell(g)) for n in m.adapters.values()] for g in (first, other)]
-        for mine, theirs in zip(*methods, strict=True):
-            for field in dataclasses.fields(mine) if mine != theirs else ():
-                values = getattr(mine, field.name), getattr(theirs, field.name)
-                if values[0] != values[1]:
-                    raise ValueError(
-                        f"the adapters 0 and {i} differ in {type(mine).__name__}'s {field.name} ({values[0]!r} and "
-                        f"{values[1]!r}), which a bank has once for all"
-                    )
-        odd = sorted({*first.paths} ^ {*other.paths})
-        raise ValueError(
-            f"the adapters 0 and {i} are not of one make: " + (f"one alone has {odd[0]}" if odd else "their bases differ")
-        )
-
-
-def _shell(graphdef: GraphDef) -> Any:
-    """The model of a graphdef with nothing in it."""
-    return nnx.graph.unflatten(graphdef.nnx, [np.zeros(0)] * len(graphdef.paths))
-
-
-def _stack(slots: list[Leaves]) -> Leaves:
-    return {path: jnp.stack([slot[path] for slot in slots]) for path in slots[0]}
-
-
 def _constants(slots: list[Leaves]) -> tuple[Leaves, Leaves]:
     """(adapters' constants, stacked; the base and the constants that are equal in all slots).
 
@@ -348,7 +220,7 @@ def _constants(slots: list[Leaves]) -> tuple[Leaves, Leaves]:
         elif ADAPTERS in path.split("/"):
             stacked[path] = jnp.stack(values)
         else:
-            raise ValueError(f"the adapters stand on different bases: {path} differs; load the base once for all of them")
+            raise ValueError(f"the adapters stand on different bases: {path} differs; load one base for all")
     return stacked, common
 
 
@@ -374,5 +246,7 @@ def _checked(ids: Any, size: int) -> jax.Array:
     if not isinstance(found, core.Tracer):
         wrong = np.asarray(found)[(np.asarray(found) < 0) | (np.asarray(found) >= size)]
         if wrong.size:
-            raise IndexError(f"the bank has the slots 0 to {size - 1} (0 is the base); got {sorted({*wrong.tolist()})[:5]}")
+            raise IndexError(
+                f"the bank has the slots 0 to {size - 1} (0 is the base), got {sorted({*wrong.tolist()})[:5]}"
+            )
     return jnp.where(found < 0, size, found)
