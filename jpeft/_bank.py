@@ -80,9 +80,7 @@ class Bank:
           IndexError: there is no such slot, or it is slot 0, which holds no adapter.
         """
         if not 0 < slot < len(self):
-            raise IndexError(
-                f"adapters stand in the slots 1 to {len(self) - 1} of this bank (0 is the base), not {slot}"
-            )
+            raise IndexError(f"adapters stand in the slots 1 to {len(self) - 1} (0 is the base), not in {slot}")
         own = self.own[slot - 1]
         leaves = {**self.frozen, **{p: v[slot] for half in (self.trainable, self.constants) for p, v in half.items()}}
         cut = {path: leaves[path][tuple(map(slice, shape))] for path, shape in own.shapes.items()}
