@@ -94,7 +94,7 @@ def _padded(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], others: lis
     return Adapter(method, site, Start(trainable, {**kept, **extra}), saved, adapter.saved_layers, dict(adapter.parts))
 
 
-def _placed(method: Method, like: Adapter) -> Method:
+def _placed(method: Any, like: Adapter) -> Method:
     """`method` with the options that chose its places and start as `like` has them."""
     fields = {field.name for field in dataclasses.fields(method)} & {*_BEFORE}
     return dataclasses.replace(method, **{name: getattr(like.method, name) for name in fields})
@@ -136,7 +136,7 @@ def check_make(graphdefs: list[GraphDef]) -> None:
     for i, other in enumerate(graphdefs[1:], 1):
         if other == first:
             continue
-        methods = [[n.method for _, m in grafts(_shell(g)) for n in m.adapters.values()] for g in (first, other)]
+        methods: Any = [[n.method for _, m in grafts(_shell(g)) for n in m.adapters.values()] for g in (first, other)]
         for mine, theirs in zip(*methods, strict=True):
             for field in dataclasses.fields(mine) if mine != theirs else ():
                 values = getattr(mine, field.name), getattr(theirs, field.name)

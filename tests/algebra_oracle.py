@@ -3,6 +3,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,7 +51,7 @@ def delta(i):
     for layer in range(LAYERS):
         for name in PROJECTIONS:
             rank, alpha = sizes(layer, name)
-            leaf = {k: flat.get(f"blocks/{name}/adapters/lora/{k}") for k in ("A", "B", "A0", "B0", "saved/bias")}
+            leaf: Any = {k: flat.get(f"blocks/{name}/adapters/lora/{k}") for k in ("A", "B", "A0", "B0", "saved/bias")}
             dw = leaf["A"][layer][:, :rank] @ leaf["B"][layer][:rank]
             if leaf["A0"] is not None:
                 dw = dw - leaf["A0"][layer][:, :rank] @ leaf["B0"][layer][:rank]

@@ -92,7 +92,7 @@ def train_many(
     Example:
       >>> trained = jpeft.train_many(bank, lm_sums, optax.adamw(1e-3), batches)
     """
-    fixed = fix(bank, options or {})
+    fixed: Any = fix(bank, options or {})
     state = begin_many(tx, bank, fixed)
     update = make_step_many(bank, sums, tx, own_batches=own_batches)
     metrics = []
@@ -180,7 +180,11 @@ def _transform(tx: Optimizer, options: Mapping[str, Any], sizes: Mapping[str, An
         raise ValueError(
             f"tx takes no options, so {', '.join(options)} would change nothing; pass a function of them that makes it"
         )
-    return optax.chain(own, optax.stateless(lambda updates, _: {p: _within(u, sizes.get(p)) for p, u in updates.items()}))
+
+    def inside(updates: Any, _: Any) -> Any:
+        return {path: _within(update, sizes.get(path)) for path, update in updates.items()}
+
+    return optax.chain(own, optax.stateless(inside))
 
 
 def _within(update: jax.Array, size: jax.Array | None) -> jax.Array:
