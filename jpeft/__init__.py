@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Python
     from . import io, models, seams, train
     from ._adapt import adapt, merge, penalty, strip
+    from ._algebra import as_lora, average, combine_adapters
+    from ._bank import Bank, apply_bank, bank, select, vote
     from ._fold import fold
     from ._masks import labels, mask, optimizer
     from ._mesh import gather, local_rows, mesh, shard_batch
@@ -53,6 +55,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
         VeRA,
     )
     from .seams import register
+    from .train.many import train_many
 
 __version__ = "0.1.0"
 
@@ -61,6 +64,9 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "_adapt": ("adapt", "merge", "penalty", "strip"),
     "_fold": ("fold",),
     "_scale": ("disable", "scale"),
+    "_bank": ("bank", "Bank", "select", "apply_bank", "vote"),
+    "_algebra": ("combine_adapters", "average", "as_lora"),
+    "train.many": ("train_many",),
     "_partition": ("partition", "combine", "GraphDef"),
     "_walk": ("sites",),
     "_summary": ("summary",),
@@ -111,6 +117,7 @@ __all__ = [
     "AdapterConstant",
     "AdapterFusion",
     "AdapterParam",
+    "Bank",
     "BitFit",
     "Compacter",
     "DiReFT",
@@ -134,7 +141,12 @@ __all__ = [
     "TrainableTokens",
     "VeRA",
     "adapt",
+    "apply_bank",
+    "as_lora",
+    "average",
+    "bank",
     "combine",
+    "combine_adapters",
     "disable",
     "dropout_key",
     "export_merged",
@@ -158,6 +170,7 @@ __all__ = [
     "register",
     "scale",
     "seams",
+    "select",
     "shard",
     "shard_batch",
     "shardings",
@@ -165,6 +178,8 @@ __all__ = [
     "strip",
     "summary",
     "train",
+    "train_many",
+    "vote",
 ]
 
 

@@ -44,10 +44,10 @@ def _grafted_type(base: type) -> type:
             bound = _signature(base).bind(self, *inputs, **options)  # an input may come by its keyword
             inputs = given = bound.args[1:]
             for adapter in acting:
-                given = adapter.method.before(adapter, plain, *given)
+                given = adapter.where_on(adapter.method.before(adapter, plain, *given), given)
             y = base.__call__(running, *given, **bound.kwargs)
             for adapter in acting:
-                y = adapter.method.after(adapter, plain, y, *inputs)
+                y = adapter.where_on(adapter.method.after(adapter, plain, y, *inputs), y)
             return y
 
     def attend(self: Any, query: jax.Array, *args: Any, **options: Any) -> jax.Array:
@@ -55,7 +55,7 @@ def _grafted_type(base: type) -> type:
         y = base.attend(plain, query, *args, **options)  # type: ignore[attr-defined]
         for adapter in adapters(self).values():
             if adapter.acts:
-                y = adapter.method.attend(adapter, plain, y, query)
+                y = adapter.where_on(adapter.method.attend(adapter, plain, y, query), y)
         return y
 
     def entry(name: str) -> Any:
@@ -167,7 +167,7 @@ def saved_leaves(module: Any, *, running: bool) -> dict[str, jax.Array]:
 
 def _in_its_layers(module: Any, adapter: Adapter, name: str, running: bool) -> jax.Array:
     own, layers, lead = getattr(module, name)[...], adapter.saved_layers[name], adapter.site.lead
-    saved = adapter.blend(own, adapter.saved[name][...])
+    saved = adapter.where_on(adapter.blend(own, adapter.saved[name][...]), own)
     if all(layers):
         return saved
     if running:

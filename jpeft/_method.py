@@ -151,6 +151,7 @@ class Adapter(nnx.Module):
     strength: AdapterConstant  # where `jpeft.scale` set one; one per layer
     layer_index: AdapterConstant  # in a stack that jpeft does not run itself, if the method depends on the layer
     order: int = 0  # among the adapters of its module
+    on: AdapterConstant  # in a bank: False in the slot without an adapter; one per layer
 
     def __init__(
         self,
@@ -189,6 +190,17 @@ class Adapter(nnx.Module):
     def acts(self) -> bool:
         """Whether the method's formula runs here, rather than only copies of leaves being trained."""
         return any(self.site.active)
+
+    def where_on(self, new: Any, old: Any) -> Any:
+        """`new`, or `old` where this is a bank's empty slot; what changed its shape passes (`Method.padded`)."""
+        if not hasattr(self, "on"):
+            return new
+        if isinstance(new, tuple):
+            return tuple(self.where_on(*pair) for pair in zip(new, old, strict=True))
+        if new is None or old is None or new.shape != old.shape:
+            return new
+        on = self.on[...]
+        return jnp.where(on.reshape(on.shape + (1,) * (new.ndim - on.ndim)), new, old.astype(new.dtype))
 
     @property
     def layer(self) -> jax.Array | None:
@@ -368,6 +380,23 @@ class Method(abc.ABC):
             f"{adapter.site.path or 'the model'}: {type(self).__name__} computes what no weights of the base can, so "
             "it has no merged form; keep the adapter beside the base"
         )
+
+    def padded(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> tuple["Method", Mapping[str, Any]]:
+        """How `adapter` stands beside others of its kind in a bank, where its leaves are padded with zeros to `shapes`.
+
+        Returns:
+          The method that runs all of them, in which no size or factor of a single one is left; and constants, with the
+          site's leading axes, that tell it what the padded leaves mean. All zero, they mean that there is no adapter.
+          By default the method as it is, for nothing in which its adapters could differ.
+        """
+        return self, {}
+
+    def factors(self, adapter: Adapter, base: Any) -> tuple[jax.Array, jax.Array] | None:
+        """`[*lead, d_in, n]` and `[*lead, n, d_out]`, whose product is all that `merge` adds to the kernel's matrix.
+
+        None, the default, where the method has no such product; the change is then read off `merge`.
+        """
+        return None
 
     def on_the_way_in(self, site: Site) -> bool:
         """Whether it acts by `before`: of several methods the one that acts first is then merged last."""

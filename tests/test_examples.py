@@ -34,6 +34,15 @@ def test_readme_example(tmp_path, monkeypatch):
     assert (tmp_path / "my-model" / "model.safetensors").exists()
 
 
+def test_many_adapters_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec("\n".join(code_blocks("docs/many_adapters.md")), names)
+    assert len(names["bank"]) == 4
+    assert names["trained"].losses.shape == (5, 3)
+    assert max(names["errors"].values()) <= 0.1
+
+
 @jax.numpy_rank_promotion("allow")  # the page's formula broadcasts, for brevity
 def test_method_page_example():
     """The method on the page about adding one: starts as the base, merges to itself."""

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
 from .. import _text
@@ -178,11 +177,8 @@ class Bottleneck(Method):
             raise ValueError(
                 f"reduction_factor names layer {unknown[0]}, and the adapter stands in none of that number"
             )
-        if self.gate and any(getattr(module, "causal", False) for _, module in nnx.iter_modules(model)):
-            raise ValueError(
-                "gate=True takes a mean over all tokens of an example, so in a causal model tokens would look ahead; it is "
-                "for encoders"
-            )
+        if self.gate:
+            check_gate(model)
         if self.invertible and getattr(model, "task", None) == "CAUSAL_LM" and not getattr(model, "head", ()):
             raise ValueError(
                 "invertible='nice' changes the embedded input, and would have to be inverted before a head that is "

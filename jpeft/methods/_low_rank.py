@@ -109,7 +109,9 @@ def factors(adapter: Any, scale: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def running_scale(adapter: Any, table: np.ndarray) -> Any:
-    """The factors of the running layer: a number, or `[1, rank]`."""
+    """The factors of the running layer: a number, or `[1, rank]`; in a slot of a bank they are a leaf."""
+    if hasattr(adapter, "scale"):
+        return adapter.scale[...][None]
     if uniform(table):
         return float(table[0, 0])
     return jnp.asarray(table, adapter.A.dtype)[adapter.layer][None]
@@ -117,6 +119,8 @@ def running_scale(adapter: Any, table: np.ndarray) -> Any:
 
 def scale_of_all(adapter: Any, table: np.ndarray) -> jax.Array:
     """The factors of all layers at once, `[*lead, 1, rank]`."""
+    if hasattr(adapter, "scale"):
+        return adapter.scale[...][..., None, :]
     return jnp.asarray(table, adapter.A.dtype).reshape(*adapter.site.lead, 1, -1)
 
 

@@ -13,18 +13,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
-from .. import seams
 from .._fields import indices, names, one_of, whole
 from .._method import Adapter, Folded, Method, Site, Start, Targets
 from .._scope import current, fold_path
-from .._text import gate
+from .._text import check_gate, gate
 from ._virtual_tokens import apply_linear, chosen, in_front, linear, moved, places
-
-#: Tasks whose outputs may depend on all of a causal model's input.
-_WHOLE_INPUT = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +84,7 @@ class PrefixTuning(Method):
 
     def start_shared(self, site: Site, model: Any, key: jax.Array) -> Start:
         if self.gate:
-            _check_gate(model)
+            check_gate(model)
         layers, width, heads = places(site, "keys_values")
         size = 2 * layers * width
         if not self.projection:
@@ -166,13 +161,3 @@ class PrefixTuning(Method):
                 "one prefix; give each example a row of its own, or adapt without gate="
             )
         return gate(x, adapter.gate_weight[...], adapter.gate_bias[...])
-
-
-def _check_gate(model: Any) -> None:
-    """Refuses a gate where a token's output must not depend on those after it."""
-    causal = any(isinstance(m, seams.InputEmbedding) and m.causal for _, m in nnx.iter_modules(model))
-    if causal and getattr(model, "task", None) not in _WHOLE_INPUT:
-        raise ValueError(
-            "gate=True averages over all of an example's text, so the outputs of a causal model would depend on later "
-            f"tokens; it fits bidirectional models and the tasks {', '.join(_WHOLE_INPUT)}"
-        )

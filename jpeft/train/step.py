@@ -94,54 +94,60 @@ def make_step(
     turns dropout on, another one in each update and micro-batch, and may be None.
     """
 
-    def gradients(state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> Any:
-        """Sums over the micro-batches: (loss, labels), gradients."""
-
-        def of_one(micro: Any) -> Any:
-            index, batch = micro
-            own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, state.updates), index)
-
-            def loss(trainable: Leaves) -> Sums:
-                return sums(combine(graphdef, trainable, frozen), batch, own, groups)
-
-            return jax.value_and_grad(loss, has_aux=True)(state.trainable)
-
-        def add(total: Any, micro: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, of_one(micro)), None
-
-        micros = jnp.arange(len(batch["labels"])), batch
-        shapes = jax.eval_shape(of_one, jax.tree.map(lambda x: x[0], micros))
-        return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), micros)[0]
-
     def update(state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> tuple[State, Metrics]:
         check_steered(graphdef, state.optimizer)
-        (loss, labels), grads = gradients(state, frozen, batch, key)
-        loss, grads = _with_penalty(
-            graphdef, state.trainable, frozen, loss / labels, jax.tree.map(lambda g: g / labels, grads)
-        )
-        norm = optax.tree.norm(grads)
-        failed = state.failed | ~(jnp.isfinite(loss) & jnp.isfinite(norm))
-        changes, optimizer = tx.update(grads, state.optimizer, state.trainable)
-        trainable: Any = optax.apply_updates(state.trainable, changes)
-        new = State(trainable, optimizer, state.updates + 1, failed)
-        kept = jax.tree.map(lambda new, old: jnp.where(failed, old, new), new, state)
-        return kept._replace(failed=failed), Metrics(loss, labels, norm)
+
+        def of_one(trainable: Leaves, batch: Batch, key: jax.Array | None) -> Sums:
+            return sums(combine(graphdef, trainable, frozen), batch, key, groups)
+
+        return advance(of_one, tx, state, batch, key, lambda leaves: penalty(combine(graphdef, leaves, frozen)))
 
     return Compiled(update)
 
 
-def _with_penalty(
-    graphdef: GraphDef, trainable: Leaves, frozen: Leaves, loss: jax.Array, grads: Leaves
-) -> tuple[jax.Array, Leaves]:
-    """Loss and gradients with what the adapters' own leaves add to them."""
+def advance(
+    sums: Callable[[Leaves, Batch, jax.Array | None], Sums],
+    tx: optax.GradientTransformation,
+    state: State,
+    batch: Batch,
+    key: jax.Array | None,
+    added: Callable[[Leaves], jax.Array | None],
+) -> tuple[State, Metrics]:
+    """One update of one adapter.
 
-    def added(trainable: Leaves) -> jax.Array | None:
-        return penalty(combine(graphdef, trainable, frozen))
+    Args:
+      sums: (trainable, micro-batch, key) -> (sum of losses, number of labels).
+      tx, state, batch, key: as of `make_step`'s function.
+      added: trainable -> what the adapters' own leaves add to the loss, or None.
+    """
+    (loss, labels), grads = _gradients(sums, state, batch, key)
+    loss, grads = loss / labels, jax.tree.map(lambda g: g / labels, grads)
+    if jax.eval_shape(added, state.trainable) is not None:
+        more, its_grads = jax.value_and_grad(added)(state.trainable)
+        loss, grads = loss + more, jax.tree.map(jnp.add, grads, its_grads)
+    norm = optax.tree.norm(grads)
+    failed = state.failed | ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+    changes, optimizer = tx.update(grads, state.optimizer, state.trainable)
+    trainable: Any = optax.apply_updates(state.trainable, changes)
+    new = State(trainable, optimizer, state.updates + 1, failed)
+    kept = jax.tree.map(lambda new, old: jnp.where(failed, old, new), new, state)
+    return kept._replace(failed=failed), Metrics(loss, labels, norm)
 
-    if jax.eval_shape(added, trainable) is None:
-        return loss, grads
-    more, its_grads = jax.value_and_grad(added)(trainable)
-    return loss + more, jax.tree.map(jnp.add, grads, its_grads)
+
+def _gradients(sums: Callable[..., Sums], state: State, batch: Batch, key: jax.Array | None) -> Any:
+    """Sums over the micro-batches: (loss, labels), gradients."""
+
+    def of_one(micro: Any) -> Any:
+        index, batch = micro
+        own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, state.updates), index)
+        return jax.value_and_grad(sums, has_aux=True)(state.trainable, batch, own)
+
+    def add(total: Any, micro: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_one(micro)), None
+
+    micros = jnp.arange(len(batch["labels"])), batch
+    shapes = jax.eval_shape(of_one, jax.tree.map(lambda x: x[0], micros))
+    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), micros)[0]
 
 
 class Compiled:
@@ -162,7 +168,7 @@ class Compiled:
         return len(self._programs)
 
     def __call__(self, state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> tuple[State, Metrics]:
-        shapes = tuple((name, batch[name].shape) for name in sorted(batch)), key is None
+        shapes = tuple((name, batch[name].shape) for name in sorted(batch)), None if key is None else key.shape
         if shapes not in self._programs:
             start = time.perf_counter()
             places = jax.tree.map(lambda leaf: leaf.sharding, state)

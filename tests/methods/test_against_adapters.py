@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bottleneck adapters, Compacter and AdapterFusion against AdapterHub's library: outputs and gradients, on a padded
-batch, with numbers in every leaf. The one difference is by intention: the library's coupling ("nice") on BERT acts after the
-norm of the embeddings, jpeft's on the token vectors, so it is compared on Llama."""
+batch, with numbers in every leaf. The one difference is by intention: the library's coupling ("nice") on BERT acts
+after the norm of the embeddings, jpeft's on the token vectors, so it is compared on Llama."""
 
 from typing import Any
 
