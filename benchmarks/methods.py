@@ -59,7 +59,7 @@ def peft_methods() -> dict[str, Any]:
     """PEFT's configurations of the same."""
     import peft as p
 
-    prompt = {"num_virtual_tokens": 20}
+    prompt: dict[str, Any] = {"num_virtual_tokens": 20}
     return {
         "lora": p.LoraConfig(r=8, lora_alpha=16, target_modules=QV),
         "dora": p.LoraConfig(r=8, lora_alpha=16, target_modules=QV, use_dora=True),
