@@ -7,6 +7,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -124,7 +125,7 @@ class Front(seams.InputEmbedding):
 
     def __call__(self, e, positions, mask, segments):
         virtual = jnp.broadcast_to(self.virtual[None], (e.shape[0], 2, e.shape[2]))
-        ones = jnp.ones((e.shape[0], 2), mask.dtype)
+        ones = np.ones((e.shape[0], 2), int)
         return jnp.concatenate([virtual, e], 1), jnp.arange(e.shape[1] + 2)[None], jnp.concatenate([ones, mask], 1), None
 
 
@@ -152,7 +153,7 @@ def test_a_head_of_its_own_survives_transformers(tmp_path):
     """transformers 5 writes tie_word_embeddings=true of such a model, and scale_decoder_outputs=false."""
     ours = build(V1_1, LM)
     models.save(ours, tmp_path / "ours")
-    theirs, info = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    theirs, info = T5.classes[LM].from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
     assert not theirs.config.scale_decoder_outputs
     theirs.save_pretrained(tmp_path / "theirs")
@@ -213,8 +214,8 @@ def test_first_values_are_transformers():
             assert np.std(leaf) == pytest.approx(0.7, rel=0.05)
             continue
         std, mean = expected[entries[path]]
-        assert np.std(leaf) == pytest.approx(std, rel=0.05 if leaf.size > 4000 else 0.5), path
-        assert np.mean(leaf) == pytest.approx(mean, abs=0.2 * std + 1e-6), path
+        assert np.std(leaf) == pytest.approx(std, rel=0.05 if leaf.size > 4000 else 0.5, abs=1e-6), path
+        assert np.mean(leaf) == pytest.approx(mean, abs=0.3 * std + 1e-6), path
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ def test_what_is_not_supported_is_refused_by_name(attributes, message):
         models.build(TINY | attributes, LM, key=jax.random.key(0))
 
 
-def test_wrong_calls_are_refused(tmp_path):
+def test_wrong_calls_are_refused():
     model, inputs = build(TINY, LM), batch(T5)
     with pytest.raises(ValueError, match="give either input_ids or inputs_embeds"):
         model(decoder_input_ids=inputs["decoder_input_ids"])
@@ -241,6 +242,18 @@ def test_wrong_calls_are_refused(tmp_path):
         model(**inputs, segment_ids=inputs["input_ids"])
     with pytest.raises(ValueError, match="the config has no pad_token_id"):
         build(TINY | {"pad_token_id": None}, LM).decoder_inputs(jnp.ones((1, 3), int))
-    adapted = jpeft.adapt(model, jpeft.LoRA(rank=2, targets=["shared"]), key=jax.random.key(0))
+
+
+def test_an_adapter_on_the_table_has_no_form_in_peft(tmp_path):
+    """There the table is read through modules of their own, so that an adapter on it does nothing."""
+    theirs = torch_model(TINY, LM, T5.classes)
+    inputs = {name: torch.tensor(value) for name, value in batch(T5).items()}
+    before = theirs(**inputs).logits
+    real = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=["shared"]))
+    for name, weight in real.named_parameters():
+        weight.data += "lora" in name
+    torch.testing.assert_close(real(**inputs).logits, before, rtol=0, atol=0)
+
+    adapted = jpeft.adapt(build(TINY, LM), jpeft.LoRA(rank=2, targets=["shared"]), key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"shared is read as encoder.embed_tokens and decoder.embed_tokens"):
         jpeft.export_peft(adapted, tmp_path)

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -170,7 +171,7 @@ def test_no_field_is_left_out(name):
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_every_attribute_of_transformers_config_is_known(name):
     config = module_of(name).Config
-    kind = type(transformers.AutoConfig.for_model(name))
+    kind: Any = type(transformers.AutoConfig.for_model(name))
     hf = kind(num_labels=7).to_dict()
     assert config.from_hf(hf) == dataclasses.replace(config(), num_labels=7)
     assert kind.from_dict(config.from_hf(hf).to_hf()).to_dict() == hf
