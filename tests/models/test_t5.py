@@ -244,6 +244,7 @@ def test_wrong_calls_are_refused():
         build(TINY | {"pad_token_id": None}, LM).decoder_inputs(jnp.ones((1, 3), int))
 
 
+@pytest.mark.filterwarnings("ignore")  # peft warns that the table is tied
 def test_an_adapter_on_the_table_has_no_form_in_peft(tmp_path):
     """There the table is read through modules of their own, so that an adapter on it does nothing."""
     theirs = torch_model(TINY, LM, T5.classes)

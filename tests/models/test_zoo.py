@@ -27,6 +27,7 @@ from zoo_reference import (
     torch_output,
 )
 
+import jpeft
 from jpeft import models
 
 #: Share of the outputs' norm: bfloat16 keeps 8 bits, 2^-8 per rounding, over some thirty roundings in a row.
@@ -259,3 +260,15 @@ def test_labels_size_the_head(name):
             lambda task=task, options=options: models.build(subject.config, task, **options)(**batch(subject))
         )
         assert shape.shape[-1] == labels_of(task)
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_every_kernel_and_table_has_a_place_on_a_mesh(name):
+    """But for heads, positions and T5's biases, which are small."""
+    config = next(iter(module_of(name).PRESETS.values()))
+    model = nnx.eval_shape(lambda: models.build(config, by_token(SUBJECTS[name]), key=jax.random.key(0)))
+    place = jpeft.placement(jpeft.mesh("data=2,fsdp=2,tensor=2"))
+    leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    whole = {path for path, leaf in leaves.items() if leaf.ndim > 1 and not any(place(path, leaf.get_value()).spec)}
+    small = ("head", "classifier", "bias", "scale", "position_embeddings", "wpe", "relative_attention_bias")
+    assert not {path for path in whole if not any(part in path for part in small)}
