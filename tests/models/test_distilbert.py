@@ -55,6 +55,7 @@ def test_packed_segments_equal_separate_rows():
         assert_close(packed[:, here], outputs_of(model, input_ids=ids[:, here]))
 
 
+@pytest.mark.slow
 def test_first_values_are_transformers():
     config = TINY | {"dim": 240, "vocab_size": 500, "initializer_range": 0.05, "pad_token_id": 4}
     leaves = flat(models.build(config, "SEQ_CLS", key=jax.random.key(0)))

@@ -109,6 +109,7 @@ def test_published_configs_are_read():
     assert gpt2.Config.from_hf(hf) == gpt2.PRESETS["gpt2-medium"]
 
 
+@pytest.mark.slow
 def test_first_values_are_transformers():
     config = TINY | {"n_embd": 240, "n_inner": 960, "n_layer": 8, "vocab_size": 500, "initializer_range": 0.05}
     for path, leaf in flat(models.build(config, "SEQ_CLS", key=jax.random.key(0))).items():
