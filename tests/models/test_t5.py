@@ -69,7 +69,7 @@ def test_buckets_are_transformers(causal):
     away = torch.tensor(positions[None] - positions[:, None])
     for num_buckets, max_distance in itertools.product((4, 6, 8, 32, 64), (40, 100, 128, 250)):
         theirs = T5Attention._relative_position_bucket(away, not causal, num_buckets, max_distance).numpy()
-        ours = relative_buckets(positions[None], num_buckets=num_buckets, max_distance=max_distance, causal=causal)
+        ours = relative_buckets(jnp.asarray(positions[None]), num_buckets=num_buckets, max_distance=max_distance, causal=causal)
         np.testing.assert_array_equal(ours[0], theirs)
 
 
@@ -88,13 +88,14 @@ def test_the_loss_is_transformers(tmp_path):
     labels = np.where(inputs["decoder_attention_mask"], inputs["decoder_input_ids"], -100)
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"labels": labels}
     expected = theirs(**{name: torch.tensor(value) for name, value in given.items()}).loss
+    given = jax.tree.map(jnp.asarray, given)
     assert seq2seq_loss(models.load(tmp_path), given) == pytest.approx(expected.item(), rel=1e-6)
     with pytest.raises(ValueError, match="none of the 21 labels counts"):
-        seq2seq_loss(build(V1_1, LM), given | {"labels": np.full_like(labels, -100)})
+        seq2seq_loss(build(V1_1, LM), given | {"labels": jnp.full_like(given["labels"], -100)})
 
 
 def test_encoded_once_and_decoded_is_the_call():
-    model, inputs = build(TINY, "FEATURE_EXTRACTION"), batch(T5)
+    model, inputs = build(TINY, "FEATURE_EXTRACTION"), jax.tree.map(jnp.asarray, batch(T5))
     encoded = model.encode(inputs["input_ids"], inputs["attention_mask"])
     found = model.decode(encoded, inputs["decoder_input_ids"], inputs["decoder_attention_mask"])
     assert_close(found, outputs_of(model, **inputs))
@@ -143,7 +144,7 @@ def test_virtual_tokens_before_the_encoders_are_seen_by_the_decoder(tmp_path):
     ours.encoder.input_embedding = Front(24, "encoder", False)
     ours.encoder.input_embedding.virtual = jpeft.AdapterConstant(jnp.asarray(virtual))
     real = inputs["decoder_attention_mask"] == 1
-    assert_close(ours(**inputs)[real], out.logits.detach().numpy()[real])
+    assert_close(ours(**jax.tree.map(jnp.asarray, inputs))[real], out.logits.detach().numpy()[real])
 
 
 # Folders --------------------------------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ def test_what_is_not_supported_is_refused_by_name(attributes, message):
 
 
 def test_wrong_calls_are_refused():
-    model, inputs = build(TINY, LM), batch(T5)
+    model, inputs = build(TINY, LM), jax.tree.map(jnp.asarray, batch(T5))
     with pytest.raises(ValueError, match="give either input_ids or inputs_embeds"):
         model(decoder_input_ids=inputs["decoder_input_ids"])
     with pytest.raises(ValueError, match="packs no rows; segment_ids must be None"):
