@@ -39,11 +39,11 @@ _COLUMN = (
     *("self/query", "self/key", "self/value", "intermediate/dense"),
     *("q_lin", "k_lin", "v_lin", "lin1"),
     *("c_attn", "c_fc"),
-    *("Attention/q", "Attention/k", "Attention/v", "wi", "wi_0", "wi_1"),
+    *("*Attention/q", "*Attention/k", "*Attention/v", "wi", "wi_0", "wi_1"),
 )
 #: Projections back into it: what they get is split over `tensor`.
-_ROW = ("o_proj", "down_proj", "output/dense", "out_lin", "lin2", "c_proj")
-_TABLES = ("embed_tokens", "word_embeddings", "wte")
+_ROW = ("o_proj", "down_proj", "output/dense", "out_lin", "lin2", "c_proj", "*Attention/o", "wo")
+_TABLES = ("embed_tokens", "word_embeddings", "wte", "shared")
 
 #: The zoo's rules. A spec is about a leaf's last axes, `(d_in, d_out)` of a kernel; a layer axis in front is whole.
 #: The first rule that matches counts. What none matches is replicated: norms, small heads, biases of row projections.

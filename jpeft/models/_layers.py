@@ -53,8 +53,8 @@ ACTIVATIONS = {name: _recomputed(fn) for name, fn in _ACTIVATIONS.items()}
 class RMSNorm(nnx.Module):
     """x / √(mean(x²) + eps) · scale, over the last axis, in float32."""
 
-    def __init__(self, features: int, eps: float, *, dtype: Any):
-        self.scale = nnx.Param(jnp.ones(features, dtype))
+    def __init__(self, features: int, eps: float, *, dtype: Any, start: float = 1.0):
+        self.scale = nnx.Param(jnp.full(features, start, dtype))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
@@ -93,7 +93,7 @@ def positions_of(seq: int, segment_ids: Any, limit: int) -> Int[Array, "rows seq
 
 
 def token_table(vocab: int, d_model: int, std: float, pad: int | None, *, rngs: nnx.Rngs, dtype: Any) -> nnx.Embed:
-    """A table of token vectors: normal, and 0 for the padding token `pad`."""
+    """A table of token vectors: normal, and 0 for the padding token `pad`, where there is one."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         rows = nnx.initializers.normal(std)(key, shape, dtype)

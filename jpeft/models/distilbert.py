@@ -170,6 +170,8 @@ class DistilBert(nnx.Module):
       remat, unroll: how the layers are run, see `jpeft.models.load`.
     """
 
+    pre_classifier: nnx.Linear  # of SEQ_CLS
+
     def __init__(
         self,
         config: Config,

@@ -23,7 +23,7 @@ from ..seams import InputEmbedding, KeyValues, Residual
 from . import _config
 from ._attention import attention
 from ._layer_norm import LayerNorm
-from ._layers import ACTIVATIONS, in_front, last_token, positions_of
+from ._layers import ACTIVATIONS, in_front, last_token, positions_of, token_table
 from ._weights import TRANSPOSE, Entry, Ignore, Rule, Tied, module_names
 
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -181,10 +181,9 @@ class GPT2(nnx.Module):
         self.config, self.task, self.dtype = config, task, dtype
         self.remat, self.unroll = remat, unroll
         self.head = _head(config, task)
-        init = nnx.initializers.normal(config.initializer_range)
-        options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "embedding_init": init, "rngs": rngs}
-        self.wte = nnx.Embed(config.vocab_size, config.n_embd, **options)
-        self.wpe = nnx.Embed(config.n_positions, config.n_embd, **options)
+        std = config.initializer_range
+        self.wte = token_table(config.vocab_size, config.n_embd, std, None, rngs=rngs, dtype=dtype)
+        self.wpe = token_table(config.n_positions, config.n_embd, std, None, rngs=rngs, dtype=dtype)
         self.input_embedding = InputEmbedding(config.n_embd, "decoder", causal=True)
         self.layers = _stack.stack(lambda r: Layer(config, rngs=r, dtype=dtype), config.n_layer, rngs)
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon, dtype=dtype)
@@ -239,7 +238,9 @@ class GPT2(nnx.Module):
             raise ValueError("give either input_ids or inputs_embeds")
         config = self.config
         with scope(key=key):
-            e = self.wte(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
+            e = inputs_embeds if input_ids is None else self.wte(input_ids)
+            assert e is not None
+            e = e.astype(self.dtype)
             if token_type_ids is not None:
                 e = e + self.wte(token_type_ids)
             seq = e.shape[1]

@@ -18,7 +18,7 @@ from .. import _stack
 from .._scope import dropout, scope
 from ..seams import InputEmbedding, KeyValues, Residual
 from ._attention import attention
-from ._layers import ACTIVATIONS, RMSNorm, gated, in_front
+from ._layers import ACTIVATIONS, RMSNorm, gated, in_front, token_table
 from ._relative import relative_buckets
 from ._t5_config import PRESETS, Config
 from ._weights import TRANSPOSE, Entry, Ignore, Rule, Tied, module_names
@@ -80,7 +80,7 @@ class SelfAttentionLayer(nnx.Module):
     def __init__(self, config: Config, causal: bool, path: str, *, rngs: nnx.Rngs, dtype: Any):
         self.causal, self.dropout_rate, self.path = causal, config.dropout_rate, path
         self.SelfAttention = Attention(config, "attention", path, rngs=rngs, dtype=dtype)
-        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, dtype=dtype)
+        self.layer_norm = _norm(config, dtype)
         self.residual = Residual(config.d_model, "attention")
 
     def __call__(self, x: Float[Array, "batch seq d_model"], context: Context) -> Float[Array, "batch seq d_model"]:
@@ -95,7 +95,7 @@ class CrossAttentionLayer(nnx.Module):
     def __init__(self, config: Config, path: str, *, rngs: nnx.Rngs, dtype: Any):
         self.dropout_rate, self.path = config.dropout_rate, path
         self.EncDecAttention = Attention(config, "cross_attention", path, rngs=rngs, dtype=dtype)
-        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, dtype=dtype)
+        self.layer_norm = _norm(config, dtype)
         self.residual = Residual(config.d_model, "cross_attention")
 
     def __call__(self, x: Float[Array, "batch seq d_model"], context: Context) -> Float[Array, "batch seq d_model"]:
@@ -110,17 +110,20 @@ class Dense(nnx.Module):
     def __init__(self, config: Config, path: str, *, rngs: nnx.Rngs, dtype: Any):
         d_model, d_ff, factor = config.d_model, config.d_ff, config.initializer_factor
         self.config, self.path = config, path
-        for name in ("wi_0", "wi_1") if config.is_gated else ("wi",):
-            setattr(self, name, _linear(d_model, d_ff, factor * d_model**-0.5, rngs, dtype))
+        if config.is_gated:
+            self.wi_0 = _linear(d_model, d_ff, factor * d_model**-0.5, rngs, dtype)
+            self.wi_1 = _linear(d_model, d_ff, factor * d_model**-0.5, rngs, dtype)
+        else:
+            self.wi = _linear(d_model, d_ff, factor * d_model**-0.5, rngs, dtype)
         self.wo = _linear(d_ff, d_model, factor * d_ff**-0.5, rngs, dtype)
 
     def __call__(self, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
-        activation = self.config.activation
-        if self.config.is_gated:
-            h = gated(activation, self.wi_0(x), self.wi_1(x))
+        config = self.config
+        if config.is_gated:
+            h = gated(config.activation, self.wi_0(x), self.wi_1(x))
         else:
-            h = ACTIVATIONS[activation](self.wi(x))
-        return self.wo(dropout(h, self.config.dropout_rate, f"{self.path}/wi_dropout"))
+            h = ACTIVATIONS[config.activation](self.wi(x))
+        return self.wo(dropout(h, config.dropout_rate, f"{self.path}/wi_dropout"))
 
 
 class MLPLayer(nnx.Module):
@@ -129,7 +132,7 @@ class MLPLayer(nnx.Module):
     def __init__(self, config: Config, path: str, *, rngs: nnx.Rngs, dtype: Any):
         self.dropout_rate, self.path = config.dropout_rate, path
         self.DenseReluDense = Dense(config, path, rngs=rngs, dtype=dtype)
-        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, dtype=dtype)
+        self.layer_norm = _norm(config, dtype)
         self.residual = Residual(config.d_model, "mlp")
 
     def __call__(self, x: Float[Array, "batch seq d_model"], context: Context) -> Float[Array, "batch seq d_model"]:
@@ -162,17 +165,11 @@ class Stack(nnx.Module):
         self.config, self.decoder = config, decoder
         self.name = "decoder" if decoder else "encoder"
         self.input_embedding = InputEmbedding(config.d_model, self.name, causal=decoder)
-        self.relative_attention_bias = nnx.Embed(
-            config.relative_attention_num_buckets,
-            config.num_heads,
-            dtype=dtype,
-            param_dtype=dtype,
-            embedding_init=nnx.initializers.normal(config.initializer_factor * config.d_model**-0.5),
-            rngs=rngs,
-        )
+        buckets, std = config.relative_attention_num_buckets, config.initializer_factor * config.d_model**-0.5
+        self.relative_attention_bias = token_table(buckets, config.num_heads, std, None, rngs=rngs, dtype=dtype)
         path, depth = f"{self.name}/block", config.num_decoder_layers if decoder else config.num_layers
         self.block = _stack.stack(lambda r: Block(config, decoder, path, rngs=r, dtype=dtype), depth, rngs)
-        self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, dtype=dtype)
+        self.final_layer_norm = _norm(config, dtype)
 
     def __call__(
         self,
@@ -227,14 +224,12 @@ class T5(nnx.Module):
         self.config, self.task, self.dtype = config, task, dtype
         self.remat, self.unroll = remat, unroll
         self.head = _head(config, task)
-        init = nnx.initializers.normal(config.initializer_factor)
-        self.shared = nnx.Embed(
-            config.vocab_size, config.d_model, dtype=dtype, param_dtype=dtype, embedding_init=init, rngs=rngs
-        )
+        factor = config.initializer_factor
+        self.shared = token_table(config.vocab_size, config.d_model, factor, None, rngs=rngs, dtype=dtype)
         self.encoder = Stack(config, False, rngs=rngs, dtype=dtype)
         self.decoder = Stack(config, True, rngs=rngs, dtype=dtype)
         if self.head:
-            self.lm_head = _linear(config.d_model, config.vocab_size, config.initializer_factor, rngs, dtype)
+            self.lm_head = _linear(config.d_model, config.vocab_size, factor, rngs, dtype)
 
     def __call__(
         self,
@@ -263,10 +258,9 @@ class T5(nnx.Module):
           decoder_attention_mask, decoder_positions: as those of the encoder.
           key: turns dropout on; the same key gives the same masks. None is deterministic.
         """
-        decoder = (decoder_input_ids, decoder_attention_mask, decoder_positions)
         with scope(key=key):
             encoded = self.encode(input_ids, attention_mask, token_type_ids, segment_ids, positions, inputs_embeds)
-            return self.logits(self.decode(encoded, *decoder))
+            return self.logits(self.decode(encoded, decoder_input_ids, decoder_attention_mask, decoder_positions))
 
     def hidden(
         self,
@@ -295,8 +289,6 @@ class T5(nnx.Module):
         segment_ids: Int[Array, "batch seq"] | None = None,
         positions: Int[Array, "batch seq"] | None = None,
         inputs_embeds: Float[Array, "batch seq d_model"] | None = None,
-        *,
-        key: jax.Array | None = None,
     ) -> Encoded:
         """The encoder's states, for `decode`; virtual tokens that a method puts in front stay among them."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -304,9 +296,10 @@ class T5(nnx.Module):
         for name, value in {"token_type_ids": token_type_ids, "segment_ids": segment_ids}.items():
             if value is not None:
                 raise ValueError(f"a t5 model has no token types and packs no rows; {name} must be None")
-        e = self.shared(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
-        with scope(key=key):
-            return self.encoder(e, attention_mask, positions, remat_policy=self.remat, unroll=self.unroll)
+        e = inputs_embeds if input_ids is None else self.shared(input_ids)
+        assert e is not None
+        options = {"remat_policy": self.remat, "unroll": self.unroll}
+        return self.encoder(e.astype(self.dtype), attention_mask, positions, **options)
 
     def decode(
         self,
@@ -314,15 +307,12 @@ class T5(nnx.Module):
         decoder_input_ids: Int[Array, "batch out"],
         decoder_attention_mask: Shaped[Array, "batch out"] | None = None,
         decoder_positions: Int[Array, "batch out"] | None = None,
-        *,
-        key: jax.Array | None = None,
     ) -> Float[Array, "batch out d_model"]:
         """The decoder's states. Virtual tokens that a method puts in front of its own are left out."""
-        with scope(key=key):
-            e = self.shared(decoder_input_ids)
-            options = {"remat_policy": self.remat, "unroll": self.unroll}
-            x, _ = self.decoder(e, decoder_attention_mask, decoder_positions, encoded, **options)
-            return x[:, x.shape[1] - decoder_input_ids.shape[1] :]
+        options = {"remat_policy": self.remat, "unroll": self.unroll}
+        e = self.shared(decoder_input_ids)
+        x, _ = self.decoder(e, decoder_attention_mask, decoder_positions, encoded, **options)
+        return x[:, x.shape[1] - decoder_input_ids.shape[1] :]
 
     def logits(
         self, hidden: Float[Array, "batch out d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
@@ -353,6 +343,10 @@ class T5(nnx.Module):
         rest = [entry for entry in entries if entry not in decoder]
         depths = self.config.num_layers, self.config.num_decoder_layers
         return module_names(rest, depths[0]) | module_names(decoder, depths[1])
+
+
+def _norm(config: Config, dtype: Any) -> RMSNorm:
+    return RMSNorm(config.d_model, config.layer_norm_epsilon, dtype=dtype, start=config.initializer_factor)
 
 
 def _linear(d_in: int, d_out: int, std: float, rngs: nnx.Rngs, dtype: Any) -> nnx.Linear:
@@ -387,7 +381,9 @@ def WEIGHTS(config: Config, task: str) -> tuple[Entry, ...]:
 
 def _block(config: Config, stack: str) -> list[str]:
     """The modules of a block, from its list of layers on."""
-    layers = [("SelfAttention", "qkvo"), *([("EncDecAttention", "qkvo")] if stack == "decoder" else [])]
+    layers: list[tuple[str, Any]] = [("SelfAttention", "qkvo")]
+    if stack == "decoder":
+        layers.append(("EncDecAttention", "qkvo"))
     layers.append(("DenseReluDense", ("wi_0", "wi_1", "wo") if config.is_gated else ("wi", "wo")))
     return [name for i, (module, own) in enumerate(layers) for name in (*(f"{i}.{module}.{n}" for n in own), f"{i}.layer_norm")]
 

@@ -149,7 +149,8 @@ def test_a_float32_bias_in_bfloat16(backend, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     q, k, v, g = (jnp.asarray(x, jnp.bfloat16) for x in inputs(70, 70, 2, 2))
     bias = np.random.default_rng(1).standard_normal((1, 2, 70, 70)).astype(np.float32)
-    expected = oracle(*(np.asarray(x, np.float32) for x in (q, k, v, g)), 0.3, np.ones((2, 70, 70), bool), bias)
+    wide = (np.asarray(x, np.float32) for x in (q, k, v, g))
+    expected = oracle(*wide, scale=0.3, seen=np.ones((2, 70, 70), bool), bias=bias)
     found = output_and_gradients(lambda q, k, v, b: attention(q, k, v, causal=False, scale=0.3, bias=b), q, k, v, g, bias)
     assert [x.dtype.name for x in found] == ["bfloat16"] * 4 + ["float32"]
     for ours, theirs in zip(found, expected, strict=True):

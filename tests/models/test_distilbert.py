@@ -2,6 +2,7 @@
 """What DistilBERT has of its own: sizes, first values, packed rows, what LoRA trains of it, and its errors."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_inputs_embeds_and_positions_are_transformers(tmp_path):
     embeds = rng.standard_normal((2, SEQ, TINY["dim"])).astype(np.float32)
     positions = rng.integers(0, TINY["max_position_embeddings"], (2, SEQ))
     expected = theirs(inputs_embeds=torch.tensor(embeds), position_ids=torch.tensor(positions)).last_hidden_state
-    assert_close(models.load(tmp_path).hidden(inputs_embeds=embeds, positions=positions), expected.detach().numpy())
+    assert_close(models.load(tmp_path).hidden(inputs_embeds=jnp.asarray(embeds), positions=jnp.asarray(positions)), expected.detach().numpy())
 
 
 def test_packed_segments_equal_separate_rows():
@@ -55,6 +56,7 @@ def test_packed_segments_equal_separate_rows():
         assert_close(packed[:, here], outputs_of(model, input_ids=ids[:, here]))
 
 
+@pytest.mark.slow
 def test_first_values_are_transformers():
     config = TINY | {"dim": 240, "vocab_size": 500, "initializer_range": 0.05, "pad_token_id": 4}
     leaves = flat(models.build(config, "SEQ_CLS", key=jax.random.key(0)))
@@ -102,12 +104,12 @@ def test_what_is_not_supported_is_refused_by_name(attributes, message):
 
 
 def test_wrong_calls_are_refused():
-    ids = batch(DISTILBERT)["input_ids"]
+    ids = jnp.asarray(batch(DISTILBERT)["input_ids"])
     model = build(TINY, "TOKEN_CLS")
     with pytest.raises(ValueError, match="give either input_ids or inputs_embeds"):
-        model(ids, inputs_embeds=np.zeros((3, SEQ, 24), np.float32))
+        model(ids, inputs_embeds=jnp.zeros((3, SEQ, 24)))
     with pytest.raises(ValueError, match="20 tokens are more than the 19 positions"):
-        model(np.zeros((1, 20), int))
+        model(jnp.zeros((1, 20), int))
     with pytest.raises(ValueError, match="distilbert model has no token types"):
         model(ids, token_type_ids=ids)
     with pytest.raises(ValueError, match="SEQ_CLS gives one output per row"):

@@ -2,6 +2,7 @@
 """What GPT-2 has of its own: sizes, what LoRA trains, first values, published checkpoints, causality, and its errors."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -109,6 +110,7 @@ def test_published_configs_are_read():
     assert gpt2.Config.from_hf(hf) == gpt2.PRESETS["gpt2-medium"]
 
 
+@pytest.mark.slow
 def test_first_values_are_transformers():
     config = TINY | {"n_embd": 240, "n_inner": 960, "n_layer": 8, "vocab_size": 500, "initializer_range": 0.05}
     for path, leaf in flat(models.build(config, "SEQ_CLS", key=jax.random.key(0))).items():
@@ -135,10 +137,10 @@ def test_what_is_not_supported_is_refused_by_name(attributes, message):
 
 
 def test_wrong_calls_are_refused():
-    model, ids = build(TINY, "SEQ_CLS"), batch(GPT2)["input_ids"]
+    model, ids = build(TINY, "SEQ_CLS"), jnp.asarray(batch(GPT2)["input_ids"])
     with pytest.raises(ValueError, match="give either input_ids or inputs_embeds"):
         model()
     with pytest.raises(ValueError, match="20 tokens are more than the 19 positions"):
-        model(np.zeros((1, 20), int))
+        model(jnp.zeros((1, 20), int))
     with pytest.raises(ValueError, match="SEQ_CLS gives one output per row"):
         model(ids, segment_ids=ids)

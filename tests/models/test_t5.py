@@ -7,6 +7,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -68,7 +69,7 @@ def test_buckets_are_transformers(causal):
     away = torch.tensor(positions[None] - positions[:, None])
     for num_buckets, max_distance in itertools.product((4, 6, 8, 32, 64), (40, 100, 128, 250)):
         theirs = T5Attention._relative_position_bucket(away, not causal, num_buckets, max_distance).numpy()
-        ours = relative_buckets(positions[None], num_buckets=num_buckets, max_distance=max_distance, causal=causal)
+        ours = relative_buckets(jnp.asarray(positions[None]), num_buckets=num_buckets, max_distance=max_distance, causal=causal)
         np.testing.assert_array_equal(ours[0], theirs)
 
 
@@ -87,13 +88,14 @@ def test_the_loss_is_transformers(tmp_path):
     labels = np.where(inputs["decoder_attention_mask"], inputs["decoder_input_ids"], -100)
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"labels": labels}
     expected = theirs(**{name: torch.tensor(value) for name, value in given.items()}).loss
+    given = jax.tree.map(jnp.asarray, given)
     assert seq2seq_loss(models.load(tmp_path), given) == pytest.approx(expected.item(), rel=1e-6)
     with pytest.raises(ValueError, match="none of the 21 labels counts"):
-        seq2seq_loss(build(V1_1, LM), given | {"labels": np.full_like(labels, -100)})
+        seq2seq_loss(build(V1_1, LM), given | {"labels": jnp.full_like(given["labels"], -100)})
 
 
 def test_encoded_once_and_decoded_is_the_call():
-    model, inputs = build(TINY, "FEATURE_EXTRACTION"), batch(T5)
+    model, inputs = build(TINY, "FEATURE_EXTRACTION"), jax.tree.map(jnp.asarray, batch(T5))
     encoded = model.encode(inputs["input_ids"], inputs["attention_mask"])
     found = model.decode(encoded, inputs["decoder_input_ids"], inputs["decoder_attention_mask"])
     assert_close(found, outputs_of(model, **inputs))
@@ -124,7 +126,7 @@ class Front(seams.InputEmbedding):
 
     def __call__(self, e, positions, mask, segments):
         virtual = jnp.broadcast_to(self.virtual[None], (e.shape[0], 2, e.shape[2]))
-        ones = jnp.ones((e.shape[0], 2), mask.dtype)
+        ones = np.ones((e.shape[0], 2), int)
         return jnp.concatenate([virtual, e], 1), jnp.arange(e.shape[1] + 2)[None], jnp.concatenate([ones, mask], 1), None
 
 
@@ -142,7 +144,7 @@ def test_virtual_tokens_before_the_encoders_are_seen_by_the_decoder(tmp_path):
     ours.encoder.input_embedding = Front(24, "encoder", False)
     ours.encoder.input_embedding.virtual = jpeft.AdapterConstant(jnp.asarray(virtual))
     real = inputs["decoder_attention_mask"] == 1
-    assert_close(ours(**inputs)[real], out.logits.detach().numpy()[real])
+    assert_close(ours(**jax.tree.map(jnp.asarray, inputs))[real], out.logits.detach().numpy()[real])
 
 
 # Folders --------------------------------------------------------------------------------------------------------------
@@ -152,7 +154,7 @@ def test_a_head_of_its_own_survives_transformers(tmp_path):
     """transformers 5 writes tie_word_embeddings=true of such a model, and scale_decoder_outputs=false."""
     ours = build(V1_1, LM)
     models.save(ours, tmp_path / "ours")
-    theirs, info = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    theirs, info = T5.classes[LM].from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
     assert not theirs.config.scale_decoder_outputs
     theirs.save_pretrained(tmp_path / "theirs")
@@ -201,8 +203,10 @@ def test_published_configs_are_read():
         }
 
 
+@pytest.mark.slow
 def test_first_values_are_transformers():
     """Standard deviations by leaf; a normal sample of n numbers is off by 1 / √(2n)."""
+    torch.manual_seed(0)
     config = V1_1 | {"d_model": 96, "vocab_size": 500, "num_heads": 6, "d_kv": 16, "initializer_factor": 0.7}
     theirs = transformers.T5ForConditionalGeneration(transformers.T5Config(**config))
     expected = {name: (w.std().item(), w.mean().item()) for name, w in theirs.named_parameters()}
@@ -213,8 +217,8 @@ def test_first_values_are_transformers():
             assert np.std(leaf) == pytest.approx(0.7, rel=0.05)
             continue
         std, mean = expected[entries[path]]
-        assert np.std(leaf) == pytest.approx(std, rel=0.05 if leaf.size > 4000 else 0.5), path
-        assert np.mean(leaf) == pytest.approx(mean, abs=0.2 * std + 1e-6), path
+        assert np.std(leaf) == pytest.approx(std, rel=0.05 if leaf.size > 4000 else 0.5, abs=1e-6), path
+        assert std > 1e-6 or np.mean(leaf) == pytest.approx(mean, rel=1e-6), path
 
 
 @pytest.mark.parametrize(
@@ -233,14 +237,27 @@ def test_what_is_not_supported_is_refused_by_name(attributes, message):
         models.build(TINY | attributes, LM, key=jax.random.key(0))
 
 
-def test_wrong_calls_are_refused(tmp_path):
-    model, inputs = build(TINY, LM), batch(T5)
+def test_wrong_calls_are_refused():
+    model, inputs = build(TINY, LM), jax.tree.map(jnp.asarray, batch(T5))
     with pytest.raises(ValueError, match="give either input_ids or inputs_embeds"):
         model(decoder_input_ids=inputs["decoder_input_ids"])
     with pytest.raises(ValueError, match="packs no rows; segment_ids must be None"):
         model(**inputs, segment_ids=inputs["input_ids"])
     with pytest.raises(ValueError, match="the config has no pad_token_id"):
         build(TINY | {"pad_token_id": None}, LM).decoder_inputs(jnp.ones((1, 3), int))
-    adapted = jpeft.adapt(model, jpeft.LoRA(rank=2, targets=["shared"]), key=jax.random.key(0))
+
+
+@pytest.mark.filterwarnings("ignore")  # peft warns that the table is tied
+def test_an_adapter_on_the_table_has_no_form_in_peft(tmp_path):
+    """There the table is read through modules of their own, so that an adapter on it does nothing."""
+    theirs = torch_model(TINY, LM, T5.classes)
+    inputs = {name: torch.tensor(value) for name, value in batch(T5).items()}
+    before = theirs(**inputs).logits
+    real = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=["shared"]))
+    for name, weight in real.named_parameters():
+        weight.data += "lora" in name
+    torch.testing.assert_close(real(**inputs).logits, before, rtol=0, atol=0)
+
+    adapted = jpeft.adapt(build(TINY, LM), jpeft.LoRA(rank=2, targets=["shared"]), key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"shared is read as encoder.embed_tokens and decoder.embed_tokens"):
         jpeft.export_peft(adapted, tmp_path)
