@@ -68,6 +68,10 @@ EXPORTS = {
     "mistral": ("mistral", lora("q_proj", "k_proj", rslora=True)),
     "qwen2": ("qwen2", lora("k_proj", "down_proj", bias="all")),
     "qwen3": ("qwen3", lora(rank_pattern={"v_proj": 1}, modules_to_save=["q_norm"])),
+    "dora": (_BERT, jpeft.DoRA(rank=3, alpha=5, targets=["query", "dense", "word_embeddings"])),
+    "dora, ranks and biases": (_BERT, jpeft.DoRA(alpha=3, targets=["query", "key"], rank_pattern={"key": 2},
+                                                 rslora=True, bias="lora_only", layers=[0, 2])),
+    "dora, pissa": ("llama", jpeft.DoRA(rank=3, alpha=5, init="pissa")),
 }  # fmt: skip
 
 
@@ -107,6 +111,8 @@ IMPORTS = {
     "mistral": ("mistral", config("o_proj")),
     "qwen2": ("qwen2", config("v_proj", bias="lora_only")),
     "qwen3": ("qwen3", config(modules_to_save=["k_norm"])),
+    "dora": (_BERT, config("query", "word_embeddings", use_dora=True)),
+    "dora, llama": ("llama tied", config("q_proj", "down_proj", use_dora=True, use_rslora=True, bias="lora_only")),
 }
 
 
@@ -173,7 +179,9 @@ def test_we_compute_the_same_from_real_peft_files(case, tmp_path):
     assert [key for key in theirs.keys() - ours.keys() if not key.endswith(copies)] == []
 
 
-@pytest.mark.parametrize("case", ["defaults", "word embeddings", "all biases", "llama", "llama, embeddings", "qwen3"])
+@pytest.mark.parametrize(
+    "case", ["defaults", "word embeddings", "all biases", "llama", "llama, embeddings", "qwen3", "dora"]
+)
 def test_gradients_are_those_of_real_peft(case, tmp_path):
     family, options = IMPORTS[case]
     real = oracle.train_real(family, options, tmp_path / "real")
