@@ -20,6 +20,7 @@ from .._summary import summary
 from .._walk import own_leaves
 from ..models import CheckpointError
 from ..models import _safetensors as safetensors
+from ._adalora_codec import ADALORA
 from ._dora_codec import DORA
 from ._lora_codec import LORA
 from ._names import HEADS, Names, names_of
@@ -28,7 +29,7 @@ from ._slots import PREFIX, Codec, Slot, all_slots, base_slots, host, transposed
 from .card import Card, render
 
 #: Every method that PEFT has a format for, by its kind; a method joins with one entry.
-CODECS: Mapping[str, Codec] = {codec.kind: codec for codec in (LORA, DORA)}
+CODECS: Mapping[str, Codec] = {codec.kind: codec for codec in (LORA, DORA, ADALORA)}
 
 PEFT_VERSION = "0.21.2"
 

@@ -72,6 +72,8 @@ EXPORTS = {
     "dora, ranks and biases": (_BERT, jpeft.DoRA(alpha=3, targets=["query", "key"], rank_pattern={"key": 2},
                                                  rslora=True, bias="lora_only", layers=[0, 2])),
     "dora, pissa": ("llama", jpeft.DoRA(rank=3, alpha=5, init="pissa")),
+    "adalora": (_BERT, jpeft.AdaLoRA(init_rank=4, target_rank=2, alpha=9, targets=["query", "output.dense"],
+                                     layers=[0, 2], tinit=2, tfinal=3, delta_t=2, total_steps=20)),
 }  # fmt: skip
 
 

@@ -282,6 +282,17 @@ def test_many_trainings_at_once_are_one_at_a_time():
                 assert int((value != 0).sum()) == 1
 
 
+def test_files_that_peft_cut_are_refused(tmp_path):
+    _, real = both("llama", targets=["q_proj"])
+    for number in range(1, 25):
+        ids = torch.tensor(oracle.IDS)
+        real.base_model(input_ids=ids, labels=ids).loss.backward()
+        real.base_model.update_and_allocate(number)
+    real.save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="PEFT cut this adapter's tensors to its rank_pattern"):
+        jpeft.import_peft(oracle.jax_model("llama"), tmp_path)
+
+
 # Start, counts, fields.
 
 
