@@ -78,6 +78,8 @@ def test_ranks_are_allocated_without_a_word(classify):
     loaded = jpeft.partition(saved.open_model(None, result.adapter).model)[1]
     for path, value in values.items():
         np.testing.assert_array_equal(loaded[path], value)
+    with pytest.raises(config.ConfigError, match="total_steps is 11, and this run makes 10 updates"):
+        run(classify | {"method": {**method, "total_steps": 11}})
 
 
 def adapter_bytes(result):
