@@ -79,7 +79,7 @@ def test_ranks_are_allocated_without_a_word(classify):
     for path, value in values.items():
         np.testing.assert_array_equal(loaded[path], value)
     with pytest.raises(config.ConfigError, match="total_steps is 11, and this run makes 10 updates"):
-        run(classify | {"method": {**method, "total_steps": 11}})
+        run(classify | {"method": {**method, "total_steps": 11}, "out": f"{result.adapter}_of_another_plan"})
 
 
 def adapter_bytes(result):
