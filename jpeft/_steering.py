@@ -9,7 +9,7 @@ from flax import nnx
 
 from ._graft import ADAPTERS, grafts
 from ._method import Adapter, Steering
-from ._partition import GraphDef, Leaves, combine
+from ._partition import GraphDef, combine
 
 
 class Steered(NamedTuple):
@@ -25,20 +25,20 @@ def steered(tx: optax.GradientTransformation, model: nnx.Module | GraphDef) -> o
     if not parts:
         return tx
 
-    def init(trainable: Leaves) -> Steered:
-        return Steered({name: part.init(trainable) for name, part in parts.items()}, inner.init(trainable))
+    def init(params: Any) -> Steered:
+        return Steered({name: part.init(params) for name, part in parts.items()}, inner.init(params))
 
-    def update(gradients: Any, state: Any, trainable: Any = None, **extra: Any) -> tuple[Any, Steered]:
-        if trainable is None:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Steered]:
+        if params is None:
             raise ValueError(
                 f"the methods {', '.join(parts)} need the parameters: tx.update(gradients, state, trainable)"
             )
-        known = dict(state.methods)
+        gradients, known = updates, dict(state.methods)
         for name, part in parts.items():
-            gradients, known[name] = part.gradients(gradients, known[name], trainable)
-        updates, rest = inner.update(gradients, state.inner, trainable, **extra)
+            gradients, known[name] = part.gradients(gradients, known[name], params)
+        updates, rest = inner.update(gradients, state.inner, params, **extra)
         for name, part in parts.items():
-            updates, known[name] = part.updates(updates, gradients, known[name], trainable)
+            updates, known[name] = part.updates(updates, gradients, known[name], params)
         return updates, Steered(known, rest)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -57,15 +57,17 @@ def check_steered(model: nnx.Module | GraphDef, state: Any) -> None:
 
 def steerings(model: nnx.Module | GraphDef) -> dict[str, Steering]:
     """What the methods on a model do to its updates, by the adapters' names."""
-    if isinstance(model, GraphDef):
-        blank = dict.fromkeys(model.paths, 0.0)
-        trainable = {path: blank.pop(path) for path in model.trainable}
-        model = combine(model, trainable, blank)  # type: ignore[arg-type]
     acting: dict[str, dict[str, Adapter]] = {}
-    for path, module in grafts(model):
+    for path, module in grafts(_blank(model) if isinstance(model, GraphDef) else model):
         for name, adapter in module.adapters.items():
             if adapter.acts:
                 place = "/".join(filter(None, (path, ADAPTERS, name)))
                 acting.setdefault(name, {})[place] = adapter
     found = {name: next(iter(places.values())).method.steer(places) for name, places in acting.items()}
     return {name: part for name, part in found.items() if part is not None}
+
+
+def _blank(graphdef: GraphDef) -> nnx.Module:
+    """A model of this make without any arrays."""
+    frozen: dict[str, Any] = dict.fromkeys(graphdef.paths)
+    return combine(graphdef, {path: frozen.pop(path) for path in graphdef.trainable}, frozen)

@@ -49,6 +49,7 @@ class Codec:
       slots: the tensors of one adapter: (adapter, module, heads tied to it) -> slots.
       write: the method's keys of adapter_config.json: (method, adapters, names) -> dict.
       read: the method of an adapter_config.json: (config, names) -> method.
+      flag: the key that is true in such a config, where methods share a peft_type.
     """
 
     kind: str
@@ -57,6 +58,7 @@ class Codec:
     slots: Callable[[Adapter, Any, Mapping[str, tuple[str, ...]]], list[Slot]]
     write: Callable[[Any, Sequence[Adapter], Names], dict[str, Any]]
     read: Callable[[dict[str, Any], Names], Method]
+    flag: str | None = None
 
 
 def all_slots(codec: Codec, adapters: Mapping[str, Adapter], names: Names) -> list[Slot]:

@@ -65,8 +65,11 @@ def render(card: Card, config: Mapping[str, Any], row: Row) -> str:
 
 def _short(method: Any) -> str:
     """The method with the options that are not its defaults."""
-    plain = type(method)()
-    names = [f.name for f in dataclasses.fields(method) if getattr(method, f.name) != getattr(plain, f.name)]
+
+    def default(field: dataclasses.Field[Any]) -> Any:  # a method as a whole may have none: some fields must be given
+        return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+    names = [field.name for field in dataclasses.fields(method) if getattr(method, field.name) != default(field)]
     return f"{type(method).__name__}({', '.join(f'{name}={getattr(method, name)!r}' for name in names)})"
 
 

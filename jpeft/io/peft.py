@@ -20,6 +20,8 @@ from .._summary import summary
 from .._walk import own_leaves
 from ..models import CheckpointError
 from ..models import _safetensors as safetensors
+from ._adalora_codec import ADALORA
+from ._dora_codec import DORA
 from ._lora_codec import LORA
 from ._names import HEADS, Names, names_of
 from ._peft_folder import CONFIG, README, WEIGHTS, installing, read_config, weights_file
@@ -27,7 +29,7 @@ from ._slots import PREFIX, Codec, Slot, all_slots, base_slots, host, transposed
 from .card import Card, render
 
 #: Every method that PEFT has a format for, by its kind; a method joins with one entry.
-CODECS: Mapping[str, Codec] = {codec.kind: codec for codec in (LORA,)}
+CODECS: Mapping[str, Codec] = {codec.kind: codec for codec in (LORA, DORA, ADALORA)}
 
 PEFT_VERSION = "0.21.2"
 
@@ -214,10 +216,12 @@ def _tensors(slots: Iterable[Slot]) -> dict[str, np.ndarray]:
 
 
 def _codec(config: Mapping[str, Any], file: Path) -> Codec:
-    codecs = {codec.peft_type: codec for codec in CODECS.values()}
-    if config.get("peft_type") not in codecs:
-        raise ValueError(f"{file} has peft_type {config.get('peft_type')!r}; jpeft reads {', '.join(codecs)}")
-    return codecs[config["peft_type"]]
+    found = [codec for codec in CODECS.values() if codec.peft_type == config.get("peft_type")]
+    if not found:
+        known = dict.fromkeys(codec.peft_type for codec in CODECS.values())
+        raise ValueError(f"{file} has peft_type {config.get('peft_type')!r}; jpeft reads {', '.join(known)}")
+    flagged = [codec for codec in found if codec.flag is not None and config.get(codec.flag)]
+    return next(iter(flagged), found[0])
 
 
 def _check_task(config: Mapping[str, Any], model: Any, file: Path) -> None:

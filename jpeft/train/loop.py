@@ -65,15 +65,26 @@ def train(config: Config) -> Result:
     Example:
       >>> result = train(config.load("sst2.yaml", ["train.seed=1"]))
     """
-    configuration.method(config.method)  # wrong options before minutes of reading
+    method = configuration.method(config.method)  # wrong options before minutes of reading
     folder = RunFolder(config.out, devices.is_main())
     dataset = job.read_data(config)
+    _check_plan(method, dataset.num_updates)
     mesh = job.make_mesh(config)
     say(job.describe(config, dataset))
     parts = job.build(config, dataset.label_names, mesh)
     say(str(parts.summary))
     folder.begin(config, dataset, parts)
     return Loop(config, dataset, parts, mesh, folder).run()
+
+
+def _check_plan(method: Any, num_updates: int) -> None:
+    """Refuses a method that plans for a training of another length."""
+    planned = getattr(method, "total_steps", num_updates)
+    if planned != num_updates:
+        raise configuration.ConfigError(
+            f"method.total_steps is {planned}, and this run makes {num_updates} updates; make the two equal, for the "
+            "method plans its whole course by it"
+        )
 
 
 class Loop:

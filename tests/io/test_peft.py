@@ -73,6 +73,12 @@ EXPORTS = {
     "gpt2": ("gpt2", lora("c_attn", "c_proj", layers=[0, 2], bias="lora_only")),
     "gpt2 tied": ("gpt2", lora("wte", "wpe")),
     "qwen3": ("qwen3", lora(rank_pattern={"v_proj": 1}, modules_to_save=["q_norm"])),
+    "dora": (_BERT, jpeft.DoRA(rank=3, alpha=5, targets=["query", "dense", "word_embeddings"])),
+    "dora, ranks and biases": (_BERT, jpeft.DoRA(alpha=3, targets=["query", "key"], rank_pattern={"key": 2},
+                                                 rslora=True, bias="lora_only", layers=[0, 2])),
+    "dora, pissa": ("llama", jpeft.DoRA(rank=3, alpha=5, init="pissa")),
+    "adalora": (_BERT, jpeft.AdaLoRA(init_rank=4, target_rank=2, alpha=9, targets=["query", "output.dense"],
+                                     layers=[0, 2], tinit=2, tfinal=3, delta_t=2, total_steps=20)),
 }  # fmt: skip
 
 
@@ -116,6 +122,8 @@ IMPORTS = {
     "gpt2": ("gpt2", {"target_modules": "all-linear", "lora_alpha": 3, "fan_in_fan_out": True}),
     "distilbert": ("distilbert", config("q_lin", "out_lin", "lin2", bias="lora_only")),
     "qwen3": ("qwen3", config(modules_to_save=["k_norm"])),
+    "dora": (_BERT, config("query", "word_embeddings", use_dora=True)),
+    "dora, llama": ("llama tied", config("q_proj", "down_proj", use_dora=True, use_rslora=True, bias="lora_only")),
 }
 
 

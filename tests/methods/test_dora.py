@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """DoRA against the real peft and a float64 formula, its norm without the product of its factors, its neighbours."""
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import torch
 from flax import nnx
 
 import jpeft
+from jpeft._method import Targets
 from jpeft._scope import dropout
 
 KEY = jax.random.key(0)
@@ -320,6 +322,30 @@ def test_a_kernel_that_another_one_changes_is_refused():
         jpeft.adapt(base, dora | trains, key=KEY)
     with pytest.raises(ValueError, match=r"blocks/up: DoRA .* 'lora', a LoRA, changes that in whatever order"):
         jpeft.adapt(base, trains | dora, key=KEY)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnTheWayIn(jpeft.Method):
+    """Stands for a method that acts on what goes into a module."""
+
+    kind: ClassVar[str] = "on_the_way_in"
+
+    def select(self, model_type):
+        return Targets(("up",))
+
+    def on_the_way_in(self, site):
+        return True
+
+    def count(self, site):
+        return 0, 0
+
+
+def test_a_method_that_acts_on_the_input_is_refused():
+    base, dora = subjects.Stacked(6, 2, nnx.Rngs(0)), jpeft.DoRA(rank=2, targets=["up"])
+    with pytest.raises(ValueError, match=r"blocks/up: DoRA .* a OnTheWayIn, changes that in whatever order"):
+        jpeft.adapt(base, dora | OnTheWayIn(), key=KEY)
+    with pytest.raises(ValueError, match="stands before it"):
+        jpeft.adapt(base, OnTheWayIn() | dora, key=KEY)
 
 
 # Counts and fields.

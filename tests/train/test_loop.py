@@ -69,6 +69,19 @@ def test_predictions_are_the_evaluations(classify, reviews):
     assert all(0.5 <= p.probability <= 1 for p in found)
 
 
+def test_ranks_are_allocated_without_a_word(classify):
+    """AdaLoRA's share in the updates is in the program's optimizer, and the pruned adapter is what is saved."""
+    method = {"kind": "adalora", "init_rank": 4, "target_rank": 2, "targets": ["query", "value"], "total_steps": 10}
+    result = run(classify | {"method": method, "optimizer": {"lr": 2e-2}})
+    values = {path: leaf for path, leaf in result.state.trainable.items() if path.endswith("/E")}
+    assert sum(int((value != 0).sum()) for value in values.values()) == 2 * 4  # of two layers
+    loaded = jpeft.partition(saved.open_model(None, result.adapter).model)[1]
+    for path, value in values.items():
+        np.testing.assert_array_equal(loaded[path], value)
+    with pytest.raises(config.ConfigError, match="total_steps is 11, and this run makes 10 updates"):
+        run(classify | {"method": {**method, "total_steps": 11}, "out": f"{result.adapter}_of_another_plan"})
+
+
 def adapter_bytes(result):
     return (result.adapter / "adapter_model.safetensors").read_bytes()
 

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DoRA in PEFT's files: LoRA's with `use_dora`, and one more tensor a module, lora_magnitude_vector `[d_out]`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .._method import Adapter, Start
+from ..methods import METHODS
+from ._lora_codec import LORA
+from ._names import Names
+from ._slots import Codec, Slot, layer_index
+
+
+def _portable(adapter: Any) -> Adapter:
+    plain: Any = LORA.portable(adapter)
+    if plain is adapter:
+        return adapter
+    start = Start({"A": plain.A[...], "B": plain.B[...], "m": adapter.m[...]}, {"square": adapter.square[...]})
+    saved = {name: leaf[...] for name, leaf in adapter.saved.items()}
+    return Adapter(plain.method, adapter.site, start, saved, adapter.saved_layers)
+
+
+def _slots(adapter: Any, module: Any, tied: Mapping[str, tuple[str, ...]]) -> list[Slot]:
+    slots, site = LORA.slots(adapter, module, tied), adapter.site
+    for i, name in enumerate(site.names):
+        if not site.active[i]:
+            continue
+        if tied.get(name):
+            raise ValueError(
+                f"{name} is {', '.join(tied[name])} as well, of which PEFT's DoRA would take other lengths, along the "
+                "other axis; leave it out of targets, or merge and save the whole model"
+            )
+        slots.append(Slot(f"{name}.lora_magnitude_vector", adapter.m, layer_index(site.lead, i)))
+    return slots
+
+
+def _write(method: Any, adapters: Sequence[Adapter], names: Names) -> dict[str, Any]:
+    return {**LORA.write(method, adapters, names), "use_dora": True}
+
+
+def _read(config: dict[str, Any], names: Names) -> Any:
+    lora: Any = LORA.read({**config, "use_dora": False}, names)
+    return METHODS["dora"](**vars(lora))
+
+
+DORA = Codec("dora", "LORA", _portable, _slots, _write, _read, flag="use_dora")
