@@ -20,6 +20,9 @@ KEY = jax.random.key(0)
 D, LAYERS = 6, 3
 X = np.random.default_rng(7).standard_normal((2, 5, D))
 
+#: The compiler's quickest way: every program here runs once.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 #: Leaf of the adapter -> (what peft calls it, the layout of one into that of the other and back).
 Names = Mapping[str, tuple[str, Callable[[Any], Any]]]
 
@@ -89,7 +92,7 @@ def against_numpy(make: Callable[[], Any], method: Any, change: Callable[..., An
             out = jpeft.combine(graphdef, trainable, frozen)(jnp.asarray(X))
             return loss64(out), out
 
-        (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
+        (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(trainable)
     fixed, kind = subjects.as64(frozen), method.kind
 
     def run(flat: Any) -> Any:
@@ -187,7 +190,7 @@ def against_peft(
             out = jpeft.combine(graphdef, trainable, frozen)(jnp.asarray(X))
             return loss64(out), out
 
-        (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
+        (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(trainable)
         expected = both.other(torch.tensor(X))
         assert subjects.error(out, expected.detach().numpy()) < subjects.FLOAT64
         loss64_torch(expected).backward()
@@ -232,7 +235,7 @@ def against_transformers(family: str, method: Any, config: Any, names: Names, pr
         out = jpeft.combine(graphdef, trainable, frozen)(peft_oracle.IDS, peft_oracle.MASK)
         return (out * peft_oracle.cotangent(out)).sum(), out
 
-    (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(trainable)
     expected = peft_oracle.torch_outputs(both.other, task).detach().numpy()
     assert subjects.error(peft_oracle.seen(out), peft_oracle.seen(expected)) < 4 * subjects.TORCH
     peft_oracle.torch_loss(both.other, family).backward()

@@ -10,7 +10,8 @@ the first d_in rows of A and the first d_out columns of B. It starts as the base
 They are drawn from `projection_key` alone, not from the key of `adapt`: so the vectors are all that an adapter is, and
 two adapters of one rank whose largest sizes agree have the same A and B.
 
-This is the paper's method and PEFT's. What AdapterHub's adapters calls VeRA draws a pair for every module of its own.
+This is the paper's method and PEFT's. What AdapterHub's adapters calls VeRA trains dense matrices in the place of d and
+b.
 """
 
 import dataclasses

@@ -27,12 +27,12 @@ NAMES = {
     "w2_out": ("lokr_w2_a.default", transposed),
 }
 TARGETS = ["up", "down"]
-#: up is 6 x 12 and down 12 x 6: factors 2 x 3 and 3 x 4, or with a factor of 6 those of 6 x 1 and 6 x 2.
+#: up is 6 x 12 and down 12 x 6: parted into 2 * 3 and 3 * 4, with a factor of 6 into 6 * 1 and 6 * 2 (where w2 is one
+#: row, which torch.kron cannot multiply with a product, and so peft cannot either).
 OPTIONS: dict[str, dict[str, Any]] = {
     "w2 of low rank": {"rank": 1},
     "both whole": {"rank": 8},
     "both of low rank": {"rank": 1, "decompose_both": True},
-    "w1 alone of low rank": {"rank": 2, "decompose_both": True, "decompose_factor": 6},
     "a factor that does not divide": {"rank": 1, "decompose_factor": 5},
     "of several alphas": {"rank": 1, "alpha_pattern": {"blocks.1.up": 2.0}, "init": "lycoris"},
 }
@@ -43,17 +43,29 @@ def whole(leaf, name, columns=slice(None)):
     return leaf[name] if name in leaf else leaf[f"{name}_in"][:, columns] @ leaf[f"{name}_out"][columns]
 
 
-@pytest.mark.parametrize("options", [{}, {"decompose_both": True}], ids=["w2 of low rank", "both of low rank"])
+FORMULA: dict[str, dict[str, Any]] = {
+    "w2 of low rank": {"rank": 2, "decompose_factor": 1, "rank_pattern": {"blocks.1.up": 1}},
+    "both of low rank": {"rank": 1, "decompose_both": True},
+    "w1 of low rank": {
+        "rank": 2,
+        "decompose_both": True,
+        "decompose_factor": 6,
+        "rank_pattern": {"blocks.1.up": 1},
+    },
+}
+
+
+@pytest.mark.parametrize("options", FORMULA.values(), ids=FORMULA)
 @pytest.mark.parametrize("make", [stacked, listed])
 def test_it_is_the_formula(make, options):
     """With other ranks and alphas in some layers, and none in the last."""
-    options = {"rank": 2, "rank_pattern": {"blocks.1.up": 1}, "alpha_pattern": {"blocks.0.down": 2.0}, **options}
-    method = jpeft.LoKr(alpha=3, targets=TARGETS, layers=[0, 1], decompose_factor=1, **options)
+    alphas = {"blocks.0.down": 2.0}
+    method = jpeft.LoKr(alpha=3, targets=TARGETS, layers=[0, 1], alpha_pattern=alphas, **options)
 
     def change(leaf, kernel, name):
         if name.startswith("blocks.2"):
             return kernel
-        rank, alpha = options["rank_pattern"].get(name, 2), options["alpha_pattern"].get(name, 3)
+        rank, alpha = options.get("rank_pattern", {}).get(name, options["rank"]), alphas.get(name, 3)
         w1, w2 = (whole(leaf, part, slice(rank)) for part in ("w1", "w2"))
         return kernel + alpha / rank * np.kron(w1, w2)
 
