@@ -33,9 +33,7 @@ def rows_of(model, flat):
     return rows
 
 
-@pytest.mark.parametrize(
-    "tokens", [TOKENS, (int(oracle.IDS[2, 1]),), (0, int(oracle.IDS[2, 2]))], ids=["some", "one", "padding"]
-)
+@pytest.mark.parametrize("tokens", CHOICES.values(), ids=CHOICES)
 @pytest.mark.parametrize("family, table", REAL.values(), ids=REAL)
 def test_outputs_and_gradients_are_those_of_peft(family, table, tokens):
     """The padding token's vector gets no gradient at the input, in torch as here; as a tied head's column it does.
