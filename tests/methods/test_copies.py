@@ -142,31 +142,6 @@ def test_layers_below_have_no_gradient_and_merged_is_unmerged_bit_for_bit():
     assert row.seams == 10  # 6 projections and 2 norms of one layer, pooler, classifier
 
 
-@pytest.mark.parametrize("build", [subjects.ListOfLayers, subjects.Stacked, subjects.Vmapped])
-def test_copies_of_some_layers_are_the_formula_in_float64(build):
-    with jax.enable_x64(True):
-        method = jpeft.LastLayers(2, final=(), exclude=["2.down"])
-        model = subjects.in_float64(subjects.fill(jpeft.adapt(build(5, 3, nnx.Rngs(0)), method, key=KEY)))
-        flat = subjects.as64(subjects.leaves(model))
-        x = np.random.default_rng(0).standard_normal((2, 5))
-        expected = x
-        for i in range(3):
-            up, down = (_copied(flat, i, name, i > 0 and (i, name) != (2, "down")) for name in ("up", "down"))
-            expected = expected + np.tanh(expected @ up[0] + up[1]) @ down[0] + down[1]
-        assert subjects.error(model(x), expected) < subjects.FLOAT64
-        assert subjects.error(jpeft.merge(model)(x), expected) < subjects.FLOAT64
-
-
-def _copied(flat, layer, name, trained):
-    at = f"blocks/{layer}/{name}" if f"blocks/{layer}/{name}/kernel" in flat else f"blocks/{name}"
-    return [
-        flat[path][layer] if f"blocks/{name}" == at else flat[path]
-        for path in (
-            f"{at}/adapters/last_layers/saved/{leaf}" if trained else f"{at}/{leaf}" for leaf in ("kernel", "bias")
-        )
-    ]
-
-
 class Norms(nnx.Module):
     """Every kind of norm of NNX, one of somebody's own, and things that are none."""
 
