@@ -100,7 +100,7 @@ class Targets:
         leaves: `"bias"`, `"norm"` (all leaves of norms) or `"parameter"` (all leaves).
       blocks: of the residuals or attentions, those of these blocks alone; None for all.
       absorb: names of adapters that the method takes over: they stand below its own, and are trained no more.
-      last: in the place of `layers`, how many of the last ones.
+      last: in the place of `layers`, how many of the last ones; 0 for what stands outside of all layers.
       optional: whether it is no error that nothing matches.
       leave_out: indices of layers in which it does not act; the others are as `layers` says.
       prefer: blocks again: of those that the model has, the first alone.

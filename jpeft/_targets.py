@@ -124,6 +124,7 @@ def _fitting(everything: list[Found], asked: Targets, saved: frozenset[str]) -> 
     """The modules at which the method could act: of its kind of seam, and carrying what it takes over."""
     if asked.seam in COPIES:
         here = [f for f in everything if leaves_of(f, asked.seam) and not _inside(f.path, saved)]
+        here = [f for f in here if asked.last != 0 or all(_layer_of(name) is None for name in f.names)]
         if not here:
             raise ValueError(f"the method trains what a {_what(asked)} holds, and the model has none")
         return here
@@ -237,7 +238,7 @@ def _check_entries(
 
 
 def _what(asked: Targets) -> str:
-    return COPIES.get(asked.seam, asked.seam)
+    return COPIES.get(asked.seam, asked.seam) + (" outside of the layers" if asked.last == 0 else "")
 
 
 def _is_odd(found: Found, exclude: str | tuple[str, ...], saved: frozenset[str]) -> bool:
@@ -284,8 +285,7 @@ def _check_patterns(patterns: tuple[str, ...], adapted: list[str]) -> None:
         if not any(pattern_matches(key, name) for name in adapted):
             raise ValueError(
                 f"the key {key!r} of rank_pattern or alpha_pattern (or the pattern of feedforward) matches the end of "
-                f"no adapted module's name; "
-                f"nearest: {nearest(key, adapted)}"
+                f"no adapted module's name; nearest: {nearest(key, adapted)}"
             )
 
 
@@ -316,7 +316,7 @@ def _saved_modules(everything: list[Found], asked: Targets, heads: tuple[str, ..
 
 def _counted(asked: Targets, fitting: list[Found]) -> Targets:
     """`asked` with the indices of the last layers, where it asks for these."""
-    if asked.last is None:
+    if not asked.last:
         return asked
     pattern: Any = ".*" if asked.targets == ALL_LINEAR else asked.targets
     named = [n for f in fitting for path, ns in f.places for n in ns if matches(pattern, n, path)]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same adapted model twice, in jpeft and in torch, with the same numbers: outputs and gradients side by side."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,13 +24,15 @@ Values = dict[str, np.ndarray]
 
 
 def saved_values(model: Any, flat: Mapping[str, Any]) -> Values:
-    """Of a trainable tree, the copies of base leaves under the names that these have in transformers."""
+    """Of a trainable tree, the copies of base leaves under the names that these have in transformers, each once."""
+    names = names_of(model)
+    heads = {head for tied in names.tied.values() for head in tied}
     own = {path.replace(f"/adapters/{path.split('/adapters/')[1].split('/')[0]}/saved", ""): value
            for path, value in flat.items() if "/saved/" in path}  # fmt: skip
     return {
         key: transposed(np.asarray(own[place.path])[place.index], place.axes)
-        for key, place in names_of(model).tensors.items()
-        if place.path in own
+        for key, place in names.tensors.items()
+        if place.path in own and key.rpartition(".")[0] not in heads
     }
 
 
@@ -41,9 +44,11 @@ def per_layer(model: Any, path: str, leaf: Any) -> Values:
 
 
 def get_peft(family: str, config: Any) -> Any:
-    """peft's model, with its adapter in float32."""
-    with oracle.quiet():
-        return peft.get_peft_model(oracle.torch_model(family), config).eval()
+    """peft's model. It warns of norms, which are no layers that it knows, and of tied heads, which it then ties."""
+    base = oracle.torch_model(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(base, config).eval()
 
 
 def plain_name(name: str) -> str:

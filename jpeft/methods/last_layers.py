@@ -66,7 +66,7 @@ class LastLayers(Method):
         if final == ():
             return (layers,)
         behind = FINAL[str(model_type)] if final is None else final
-        return layers, Targets(behind, seam="parameter", optional=final is None)
+        return layers, Targets(behind, seam="parameter", last=0, optional=final is None)
 
     def count(self, site: Site) -> tuple[int, int]:
         return 0, 0  # the copies are counted where they are kept

@@ -142,31 +142,6 @@ def test_layers_below_have_no_gradient_and_merged_is_unmerged_bit_for_bit():
     assert row.seams == 10  # 6 projections and 2 norms of one layer, pooler, classifier
 
 
-@pytest.mark.parametrize("build", [subjects.ListOfLayers, subjects.Stacked, subjects.Vmapped])
-def test_copies_of_some_layers_are_the_formula_in_float64(build):
-    with jax.enable_x64(True):
-        method = jpeft.LastLayers(2, final=(), exclude=["2.down"])
-        model = subjects.in_float64(subjects.fill(jpeft.adapt(build(5, 3, nnx.Rngs(0)), method, key=KEY)))
-        flat = subjects.as64(subjects.leaves(model))
-        x = np.random.default_rng(0).standard_normal((2, 5))
-        expected = x
-        for i in range(3):
-            up, down = (_copied(flat, i, name, i > 0 and (i, name) != (2, "down")) for name in ("up", "down"))
-            expected = expected + np.tanh(expected @ up[0] + up[1]) @ down[0] + down[1]
-        assert subjects.error(model(x), expected) < subjects.FLOAT64
-        assert subjects.error(jpeft.merge(model)(x), expected) < subjects.FLOAT64
-
-
-def _copied(flat, layer, name, trained):
-    at = f"blocks/{layer}/{name}" if f"blocks/{layer}/{name}/kernel" in flat else f"blocks/{name}"
-    return [
-        flat[path][layer] if f"blocks/{name}" == at else flat[path]
-        for path in (
-            f"{at}/adapters/last_layers/saved/{leaf}" if trained else f"{at}/{leaf}" for leaf in ("kernel", "bias")
-        )
-    ]
-
-
 class Norms(nnx.Module):
     """Every kind of norm of NNX, one of somebody's own, and things that are none."""
 
@@ -250,7 +225,21 @@ def test_a_models_own_parameters_are_trained_too():
     np.testing.assert_array_equal(merged(x), model.hidden(x))
 
 
+class NamedTwice(nnx.Module):
+    """A module of one name in the layers and behind them."""
+
+    def __init__(self, rngs):
+        self.blocks = nnx.List([subjects.Block(4, rngs) for _ in range(2)])
+        self.up = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.up(x)
+
+
 blocks = subjects.ListOfLayers(4, 3, nnx.Rngs(0))
+twice = NamedTwice(nnx.Rngs(0))
 WRONG = [
     (Loose("list"), jpeft.FullFineTune(), "the parameter loose/0 is no attribute of a module, so no copy of it can"),
     (Loose("dict"), jpeft.FullFineTune(), "held holds parameters but cannot be called"),
@@ -268,7 +257,9 @@ WRONG = [
     (blocks, jpeft.FullFineTune(targets=["blocks.0"]), "matches blocks/0, a Block, which is no module with parameters"),
     (blocks, jpeft.LastLayers(4, final=()), "the last 4 layers are asked for, and blocks has 3"),
     (blocks, jpeft.LastLayers(1), "does not know what stands behind the layers of model type None .*pass final="),
-    (blocks, jpeft.LastLayers(1, final=["norm"]), "target 'norm' matches no module with parameters of the model"),
+    (twice, jpeft.LastLayers(1, final=["norm"]), "'norm' matches no module with parameters outside of the layers of"),
+    (twice, jpeft.LastLayers(1, final=["down"]), "a Linear, which is no module with parameters outside of the layers;"),
+    (blocks, jpeft.LastLayers(1, final=["up"]), "a module with parameters outside of the layers holds, and the model"),
     (Loose("root"), jpeft.LastLayers(1, final=()), "the last 1 layers are asked for, and the model has no layers"),
     (
         Several(nnx.Rngs(0)),
@@ -282,6 +273,13 @@ WRONG = [
 def test_what_cannot_be_trained_is_an_error(model, method, message):
     with pytest.raises(ValueError, match=message):
         jpeft.adapt(model, method, key=KEY)
+
+
+def test_what_stands_behind_the_layers_is_meant_there_alone():
+    model = jpeft.adapt(twice, jpeft.LastLayers(1, final=["up"]), key=KEY)
+    assert {path.split("/adapters/")[0] for path in jpeft.partition(model)[1]} == {
+        "blocks/1/up", "blocks/1/down", "up"
+    }  # fmt: skip
 
 
 def test_one_of_two_stacks_is_named():
