@@ -107,7 +107,7 @@ CASES = {
     "static fusion": Case(
         fused("static", *(adapters.DoubleSeqBnConfig(reduction_factor=f) for f in (8, 16, 8))), ("bert",)
     ),
-    "fusion of parallel": Case(fused("dynamic", adapters.ParBnConfig(reduction_factor=8), adapters.ParBnConfig())),
+    "fusion of parallel": Case(fused("dynamic", adapters.ParBnConfig(reduction_factor=8), adapters.ParBnConfig()), ("bert",)),
 }
 
 
