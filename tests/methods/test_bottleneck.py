@@ -118,8 +118,9 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_the_formula_in_numpy(name, stacked):
     method = METHODS[name]
+    filled = subjects.fill(jpeft.adapt(Net(stacked), method, key=KEY))
     with jax.enable_x64(True):
-        model = subjects.in_float64(subjects.fill(jpeft.adapt(Net(stacked), method, key=KEY)))
+        model = subjects.in_float64(filled)
         x = np.random.default_rng(0).standard_normal((2, 3, D))
         weights = np.random.default_rng(1).standard_normal(x.shape)
         graphdef, trainable, frozen = jpeft.partition(model)
