@@ -89,7 +89,11 @@ CASES = {
     "parallel": Case(one(adapters.ParBnConfig(reduction_factor=4, scaling=3.0))),
     "parallel learned": Case(one(adapters.ParBnConfig(reduction_factor=8, scaling="learned", ln_after=True))),
     "norms": Case(
-        one(adapters.SeqBnConfig(reduction_factor={"0": 4, "default": 8}, ln_before=True, ln_after=True, scaling="channel"))
+        one(
+            adapters.SeqBnConfig(
+                reduction_factor={"0": 4, "default": 8}, ln_before=True, ln_after=True, scaling="channel"
+            )
+        )
     ),
     "norm of the sum": Case(
         one(adapters.DoubleSeqBnConfig(reduction_factor=8, ln_after=True, adapter_residual_before_ln=True))
@@ -107,7 +111,9 @@ CASES = {
     "static fusion": Case(
         fused("static", *(adapters.DoubleSeqBnConfig(reduction_factor=f) for f in (8, 16, 8))), ("bert",)
     ),
-    "fusion of parallel": Case(fused("dynamic", adapters.ParBnConfig(reduction_factor=8), adapters.ParBnConfig()), ("bert",)),
+    "fusion of parallel": Case(
+        fused("dynamic", adapters.ParBnConfig(reduction_factor=8), adapters.ParBnConfig()), ("bert",)
+    ),
 }
 
 

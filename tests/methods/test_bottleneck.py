@@ -82,7 +82,9 @@ def joined64(method, own, layer, norm, h, x, rule):
     read = norm64(z, own["before_scale"], own["before_bias"], 1e-5) if method.ln_before else z
     if rule is not None:
         for part in ("down", "up"):
-            products = [np.kron(s, a @ b) for s, a, b in zip(rule, own[part + "_left"], own[part + "_right"], strict=True)]
+            products = [
+                np.kron(s, a @ b) for s, a, b in zip(rule, own[part + "_left"], own[part + "_right"], strict=True)
+            ]
             own[part] = sum(products)
     m = {0: 3, 1: 2}[layer] if isinstance(method.reduction_factor, dict) else own["down"].shape[1]
     hidden = read @ own["down"][:, :m] + own["down_bias"][:m]

@@ -115,7 +115,9 @@ def test_adapters_that_share_leaves_are_fused_and_frozen_with_them():
     assert not [path for path in trainable if path.endswith("rule")]
     assert jpeft.summary(model).trainable == sum(leaf.size for leaf in trainable.values())
     assert np.isfinite(model(IDS)).all()
-    np.testing.assert_array_equal(jpeft.strip(model)(IDS), jpeft.models.build(BERT, "SEQ_CLS", key=jax.random.key(1))(IDS))
+    np.testing.assert_array_equal(
+        jpeft.strip(model)(IDS), jpeft.models.build(BERT, "SEQ_CLS", key=jax.random.key(1))(IDS)
+    )
 
 
 COUNTS = [(True, 21_252_096), (False, 14_174_208)]
@@ -155,9 +157,17 @@ REFUSED = [
     ((Pfeiffer(reduction_factor=2), Pfeiffer(reduction_factor=2, gate=True)), {}, "'b' cannot keep its gate"),
     ((Pfeiffer(reduction_factor=2), Pfeiffer(reduction_factor=2, ln_after=True)), {}, "'b' cannot keep its ln_after"),
     ((Pfeiffer(reduction_factor=2), Pfeiffer(reduction_factor=2, invertible="nice")), {}, "input_embedding carries b"),
-    ((Pfeiffer(reduction_factor=2), Pfeiffer(layers=[0])), {}, r"'b' acts in the layers \[0\] and the fusion in \[0, 1\]"),
+    (
+        (Pfeiffer(reduction_factor=2), Pfeiffer(layers=[0])),
+        {},
+        r"'b' acts in the layers \[0\] and the fusion in \[0, 1\]",
+    ),
     (PAIR, {"layers": [0]}, r"'a' acts in the layers \[0, 1\] and the fusion in \[0\]"),
-    ((Pfeiffer(), LoRA(targets=["query"])), {}, "no residual of the model carries the adapters a, b together; it has a, b"),
+    (
+        (Pfeiffer(), LoRA(targets=["query"])),
+        {},
+        "no residual of the model carries the adapters a, b together; it has a, b",
+    ),
 ]
 
 
