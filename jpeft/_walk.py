@@ -179,9 +179,7 @@ def _own_lead(module: Any, stacks: Stacks) -> tuple[int, ...] | None:
 
 
 def _lead_beside(path: tuple[Any, ...], outside: Leads) -> tuple[int, ...]:
-    """Leading axes of a module that is in no stack of jpeft's: those of the projections nearest to it, of which the same
-    is true.
-    """
+    """Leading axes of a module that is in no stack of jpeft's: of the nearest projections that are in none either."""
     for depth in range(len(path), -1, -1):
         beside = [lead for other, lead in outside.items() if other[:depth] == path[:depth]]
         if beside:

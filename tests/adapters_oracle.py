@@ -16,7 +16,6 @@ from contracts.table import QUICK
 
 import jpeft
 
-
 FOLDER = Path(__file__).parent / "golden"
 FAMILIES = ("bert", "llama")
 

@@ -139,7 +139,7 @@ class Bottleneck(Method):
         layer = layer_of(name)
         if layer not in self.reduction_factor and "default" not in self.reduction_factor:
             raise ValueError(f"reduction_factor has no entry for layer {layer} ({name}); add one, or a 'default'")
-        return self.reduction_factor.get(layer, self.reduction_factor.get("default"))
+        return self.reduction_factor[layer if layer in self.reduction_factor else "default"]
 
     # Start ----------------------------------------------------------------------------------------------------------
 
@@ -180,8 +180,8 @@ class Bottleneck(Method):
             )
         if self.gate and any(getattr(module, "causal", False) for _, module in nnx.iter_modules(model)):
             raise ValueError(
-                "gate=True takes a mean over all tokens of an example, so in a causal model tokens would look ahead; it is "
-                "for encoders"
+                "gate=True takes a mean over all tokens of an example, so in a causal model tokens would look ahead; leave "
+                "it out there"
             )
         if self.invertible and getattr(model, "task", None) == "CAUSAL_LM" and not getattr(model, "head", ()):
             raise ValueError(

@@ -23,11 +23,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import adapters
+import adapters  # pyright: ignore[reportMissingImports]
 import numpy as np
 import torch
 import transformers
-from adapters import composition
+from adapters import composition  # pyright: ignore[reportMissingImports]
 
 SEED = 0
 SEQ = 7

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bottleneck adapters, Compacter and AdapterFusion against AdapterHub's library: outputs and gradients, on a padded
-batch, with numbers in every leaf. Three differences are by intention: the library's coupling ("nice") on BERT acts after
-the norm of the embeddings, jpeft's on the token vectors, so it is compared on Llama; its gate is a mean over padding too;
-and under a fusion of parallel adapters it adds the stream twice."""
+"""Bottleneck adapters, Compacter and AdapterFusion against AdapterHub's library: outputs and gradients.
+
+The batch is padded, and there are numbers in every leaf. Three differences are by intention: the library's coupling
+("nice") on BERT acts after the norm of the embeddings, jpeft's on the token vectors, so it is compared on Llama; its gate
+is a mean over padding too; and under a fusion of parallel adapters it adds the stream twice.
+"""
 
 from typing import Any
 
@@ -11,9 +13,9 @@ import jax
 import numpy as np
 import pytest
 import subjects
-from jpeft import AdapterFusion, Compacter, Houlsby, ParallelAdapter, Pfeiffer
 
 import jpeft
+from jpeft import AdapterFusion, Compacter, Houlsby, ParallelAdapter, Pfeiffer
 
 KEY = jax.random.key(0)
 #: Two layers in float32 against float64, relative to the norm of each array.

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import subjects
 from flax import nnx
-from jpeft import Compacter, Houlsby, ParallelAdapter, Pfeiffer
 
 import jpeft
-from jpeft import seams
+from jpeft import Compacter, Houlsby, ParallelAdapter, Pfeiffer, seams
 from jpeft._method import Site
 from jpeft._stack import scan, stack
 from jpeft.models import bert, llama

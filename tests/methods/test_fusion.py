@@ -9,9 +9,9 @@ import pytest
 import subjects
 from contracts.table import BERT
 from flax import nnx
-from jpeft import AdapterFusion, Compacter, Houlsby, LoRA, ParallelAdapter, Pfeiffer
 
 import jpeft
+from jpeft import AdapterFusion, Compacter, Houlsby, LoRA, ParallelAdapter, Pfeiffer
 from jpeft.models import bert
 from jpeft.train import optim
 from jpeft.train.config import Optimizer
