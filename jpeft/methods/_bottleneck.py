@@ -180,8 +180,8 @@ class Bottleneck(Method):
             )
         if self.gate and any(getattr(module, "causal", False) for _, module in nnx.iter_modules(model)):
             raise ValueError(
-                "gate=True takes a mean over all tokens of an example, so in a causal model tokens would look ahead; leave "
-                "it out there"
+                "gate=True takes a mean over all tokens of an example, so in a causal model tokens would look ahead; "
+                "leave it out there"
             )
         if self.invertible and getattr(model, "task", None) == "CAUSAL_LM" and not getattr(model, "head", ()):
             raise ValueError(

@@ -2,8 +2,8 @@
 """Bottleneck adapters, Compacter and AdapterFusion against AdapterHub's library: outputs and gradients.
 
 The batch is padded, and there are numbers in every leaf. Three differences are by intention: the library's coupling
-("nice") on BERT acts after the norm of the embeddings, jpeft's on the token vectors, so it is compared on Llama; its gate
-is a mean over padding too; and under a fusion of parallel adapters it adds the stream twice.
+("nice") on BERT acts after the norm of the embeddings, jpeft's on the token vectors, so it is compared on Llama; its
+gate is a mean over padding too; and under a fusion of parallel adapters it adds the stream twice.
 """
 
 from typing import Any
