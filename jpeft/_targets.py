@@ -258,8 +258,10 @@ def _check_layers(asked: Targets, fitting: list[Found]) -> None:
     known = {layer for layer in map(layer_of, names) if layer is not None}
     for field, layers in (("layers", asked.layers), ("leave_out", asked.leave_out)):
         missing = [layer for layer in layers or () if layer not in known]
-        if missing or (layers == () and field == "layers"):
-            raise ValueError(f"{field}={list(layers)}: the targets stand in layers {sorted(known)}, not in {missing}")
+        if missing or asked.layers == ():
+            raise ValueError(
+                f"{field}={list(layers or ())}: the targets stand in layers {sorted(known)}, not in {missing}"
+            )
 
 
 def _check_exclude(exclude: str | tuple[str, ...], everything: list[Found], candidates: list[str]) -> None:

@@ -86,7 +86,8 @@ def modules(model: nnx.Module) -> list[Found]:
         for path, stacks in at
         if (lead := _own_lead(objects[i], stacks)) is not None
     }
-    return [_found(objects[i], found, mapped, known) for i, found in places.items()]
+    outside = {path: known[path] for at in places.values() for path, stacks in at if path in known and not stacks}
+    return [_found(objects[i], found, mapped, known, outside) for i, found in places.items()]
 
 
 def sites(model: nnx.Module) -> list[Seam]:
@@ -150,11 +151,15 @@ def _children(node: Any) -> list[tuple[Any, Any]]:
 
 
 def _found(
-    module: Any, places: list[tuple[tuple[Any, ...], Stacks]], mapped: dict[str, tuple[str, ...]], known: Leads
+    module: Any,
+    places: list[tuple[tuple[Any, ...], Stacks]],
+    mapped: dict[str, tuple[str, ...]],
+    known: Leads,
+    outside: Leads,
 ) -> Found:
     path, stacks = places[0]
     scanned = tuple(size for _, size in stacks)
-    lead = known[path] if path in known else scanned or _lead_beside(path, known)
+    lead = known[path] if path in known else scanned or _lead_beside(path, outside)
     named = []
     for path, around in places:
         joined = "/".join(map(str, path))
@@ -173,10 +178,10 @@ def _own_lead(module: Any, stacks: Stacks) -> tuple[int, ...] | None:
         return tuple(size for _, size in stacks)
 
 
-def _lead_beside(path: tuple[Any, ...], known: Leads) -> tuple[int, ...]:
-    """Leading axes of a module in a stack that jpeft did not build: its own, or of the projections nearest to it."""
+def _lead_beside(path: tuple[Any, ...], outside: Leads) -> tuple[int, ...]:
+    """Leading axes of a module that is in no stack of jpeft's: of the nearest projections that are in none either."""
     for depth in range(len(path), -1, -1):
-        beside = [lead for other, lead in known.items() if other[:depth] == path[:depth]]
+        beside = [lead for other, lead in outside.items() if other[:depth] == path[:depth]]
         if beside:
             return min(beside, key=len)
     return ()

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from contracts.table import QUICK
 
 import jpeft
 
@@ -130,7 +131,8 @@ def run(model: Any, family: str, padded: bool = True) -> tuple[np.ndarray, dict[
         out = jpeft.combine(graphdef, trainable, frozen)(arrays["ids"], mask)
         return (out * arrays["cotangent"] * mask[..., None]).sum(), out
 
-    (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+    (_, out), gradients = step(trainable)
     return np.asarray(out)[mask == 1], gradients
 
 

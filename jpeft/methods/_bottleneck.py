@@ -138,7 +138,7 @@ class Bottleneck(Method):
         layer = layer_of(name)
         if layer not in self.reduction_factor and "default" not in self.reduction_factor:
             raise ValueError(f"reduction_factor has no entry for layer {layer} ({name}); add one, or a 'default'")
-        return self.reduction_factor.get(layer, self.reduction_factor.get("default"))
+        return self.reduction_factor[layer if layer in self.reduction_factor else "default"]
 
     # Start ----------------------------------------------------------------------------------------------------------
 
