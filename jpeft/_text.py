@@ -19,7 +19,7 @@ from .seams import InputEmbedding
 _WHOLE_INPUT = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
-def text_mean(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+def text_mean(x: Float[Array, "*batch n"]) -> Float[Array, "*means n"]:
     """The mean of `x` over the tokens of each token's own example: padding and virtual tokens do not count.
 
     `[batch seq n]` gives `[batch 1 n]`, in a packed row `[batch seq n]`. Without a token axis `x` itself; where the
@@ -36,7 +36,7 @@ def text_mean(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
     return jnp.einsum("bqk,bkn->bqn", own.astype(x.dtype), x) / count.astype(x.dtype)
 
 
-def gate(x: Float[Array, "*batch d_model"], weight: jax.Array, bias: jax.Array) -> Float[Array, "*batch 1"]:
+def gate(x: Float[Array, "*batch d_model"], weight: jax.Array, bias: jax.Array) -> Float[Array, "*means 1"]:
     """UniPELT's gate (Mao et al. 2022), one number per example: the mean of sigmoid(x · weight + bias) over its text.
 
     Args:

@@ -362,7 +362,7 @@ METHODS: dict[str, Line] = {
         fast=("llama",),
     ),
     "p-tuning": Line(
-        lambda targets: jpeft.PTuning(num_tokens=3, hidden_size=5),
+        lambda targets: jpeft.PTuning(num_tokens=3, hidden_size=7),  # with no ReLU's kink near
         targeted=False,
         identity=False,
         merges=False,

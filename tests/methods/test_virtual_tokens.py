@@ -13,6 +13,8 @@ from virtual_oracle import run
 import jpeft
 
 KEY = jax.random.key(0)
+#: Two layers in bfloat16, of 8 bits.
+BFLOAT16 = 0.05
 BOTH = jpeft.PromptTuning(num_tokens=2) | jpeft.PrefixTuning(num_tokens=3)
 
 
@@ -53,6 +55,14 @@ def test_on_a_mesh_they_are_the_same(name):
     assert abs(got[0] - expected[0]) < 1e-5 * abs(expected[0]) + 1e-5
     for path, gradient in expected[1].items():
         assert subjects.error(got[1][path], gradient) < 2e-5, path
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_on_a_bfloat16_base_they_are_trained_in_float32(name):
+    model = subjects.fill(jpeft.adapt(MODELS[name].build(), BOTH, key=KEY))
+    rounded = subjects.cast(model, jax.numpy.bfloat16)
+    assert {leaf.dtype for leaf in jpeft.partition(rounded)[1].values()} == {jax.numpy.dtype("float32")}
+    assert subjects.error(run(rounded, IDS), run(model, IDS)) < BFLOAT16
 
 
 def test_an_adapter_serves_outside_of_a_call_of_its_model_by_an_error_that_says_so():
