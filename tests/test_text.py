@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ends of a prompt, against a loop over tokens in plain Python; and how a call tells what its prompt is."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contracts.table import LLAMA
+from contracts.table import LLAMA, QUICK
 
 import jpeft
 from jpeft._scope import current, scope
@@ -106,14 +108,13 @@ def test_a_language_models_loss_takes_the_prompt_from_its_labels_or_from_the_cal
         jpeft.DiReFT(first=0, last=1),
         key=jax.random.key(0),
     )
-    loss = losses.lm_loss(model, BATCH)
-    with jpeft.prompt_tokens(np.arange(6) < np.array([[3], [4]])):
-        assert losses.lm_loss(model, BATCH) == loss
-        states = model.hidden(IDS, BATCH["attention_mask"])
-    assert losses.lm_loss(model, BATCH) == pytest.approx(
-        losses.nll(model.logits(states), losses.next_tokens(BATCH)) / 5
-    )
-    with jpeft.prompt_tokens(np.arange(6) < np.array([[1], [2]])):
-        assert losses.lm_loss(model, BATCH) != loss
-    with jpeft.prompt_tokens(np.zeros_like(IDS)):
-        assert losses.lm_loss(model, BATCH) == losses.lm_loss(jpeft.strip(model), BATCH)
+
+    @functools.partial(jax.jit, static_argnums=1, compiler_options=QUICK)
+    def loss(prompt, adapted=True):
+        with jpeft.prompt_tokens(prompt):
+            return losses.lm_loss(model if adapted else jpeft.strip(model), BATCH)
+
+    up_to = lambda first, second: np.arange(6) < np.array([[first], [second]])  # noqa: E731
+    assert loss(up_to(3, 4)) == pytest.approx(float(loss(None)), rel=1e-6)
+    assert loss(up_to(1, 2)) != pytest.approx(float(loss(None)), rel=1e-3)
+    assert loss(up_to(0, 0)) == pytest.approx(float(loss(None, False)), rel=1e-6)

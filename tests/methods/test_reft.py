@@ -192,7 +192,7 @@ def test_a_bfloat16_base_is_edited_in_float32():
 
 def off(r):
     r = np.asarray(r, np.float64)
-    return np.abs(np.swapaxes(r, -1, -2) @ r - np.eye(r.shape[-1])).max()
+    return float(np.abs(np.einsum("...dr,...ds->...rs", r, r) - np.eye(r.shape[-1])).max())
 
 
 def test_r_starts_and_stays_orthonormal_under_weight_decay():
