@@ -44,7 +44,7 @@ def gate(x: Float[Array, "*batch d_model"], weight: jax.Array, bias: jax.Array) 
       weight: `[d_model, 1]`.
       bias: `[1]`.
     """
-    return text_mean(jax.nn.sigmoid(x.astype(weight.dtype) @ weight + bias))
+    return text_mean(jax.nn.sigmoid(x.astype(weight.dtype) @ weight + bias.reshape((1,) * x.ndim)))
 
 
 def check_gate(model: Any) -> None:
