@@ -13,21 +13,46 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Python
     from . import io, models, seams, train
-    from ._adapt import adapt, merge, strip
+    from ._adapt import adapt, merge, penalty, strip
     from ._algebra import as_lora, average, combine_adapters
     from ._bank import Bank, apply_bank, bank, select, vote
+    from ._fold import fold
     from ._masks import labels, mask, optimizer
     from ._mesh import gather, local_rows, mesh, shard_batch
     from ._method import AdapterConstant, AdapterParam, Method
     from ._partition import GraphDef, combine, partition
-    from ._scope import dropout_key
+    from ._scale import disable, scale
+    from ._scope import dropout_key, prompt_tokens
     from ._sharding import SHARDING_RULES, optimizer_state, placement, shard, shardings
     from ._summary import summary
     from ._walk import sites
     from .io import export_merged, export_peft, import_peft
     from .methods import (
+        IA3,
         METHODS,
+        OFT,
+        AdaLoRA,
+        AdapterFusion,
+        BitFit,
+        Compacter,
+        DiReFT,
+        DoRA,
+        FullFineTune,
+        Houlsby,
+        LastLayers,
+        LoHa,
+        LoKr,
         LoRA,
+        LoReFT,
+        NoReFT,
+        NormTuning,
+        ParallelAdapter,
+        Pfeiffer,
+        PrefixTuning,
+        PromptTuning,
+        PTuning,
+        TrainableTokens,
+        VeRA,
     )
     from .seams import register
     from .train.many import train_many
@@ -36,7 +61,9 @@ __version__ = "0.1.0"
 
 #: Module -> public names in it.
 _WHERE: dict[str, tuple[str, ...]] = {
-    "_adapt": ("adapt", "merge", "strip"),
+    "_adapt": ("adapt", "merge", "penalty", "strip"),
+    "_fold": ("fold",),
+    "_scale": ("disable", "scale"),
     "_bank": ("bank", "Bank", "select", "apply_bank", "vote"),
     "_algebra": ("combine_adapters", "average", "as_lora"),
     "train.many": ("train_many",),
@@ -48,10 +75,33 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "_sharding": ("SHARDING_RULES", "placement", "shardings", "shard", "optimizer_state"),
     "methods": (
         "METHODS",
+        "AdapterFusion",
+        "Compacter",
+        "Houlsby",
         "LoRA",
+        "DoRA",
+        "AdaLoRA",
+        "LoHa",
+        "LoKr",
+        "VeRA",
+        "OFT",
+        "IA3",
+        "TrainableTokens",
+        "BitFit",
+        "NormTuning",
+        "FullFineTune",
+        "LastLayers",
+        "ParallelAdapter",
+        "Pfeiffer",
+        "PrefixTuning",
+        "PromptTuning",
+        "PTuning",
+        "LoReFT",
+        "NoReFT",
+        "DiReFT",
     ),
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
-    "_scope": ("dropout_key",),
+    "_scope": ("dropout_key", "prompt_tokens"),
     "seams": ("register",),
     "io": ("export_peft", "import_peft", "export_merged"),
 }
@@ -59,14 +109,37 @@ _MODULES = ("io", "models", "seams", "train")
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
+    "IA3",
     "METHODS",
+    "OFT",
     "SHARDING_RULES",
+    "AdaLoRA",
     "AdapterConstant",
+    "AdapterFusion",
     "AdapterParam",
     "Bank",
+    "BitFit",
+    "Compacter",
+    "DiReFT",
+    "DoRA",
+    "FullFineTune",
     "GraphDef",
+    "Houlsby",
+    "LastLayers",
+    "LoHa",
+    "LoKr",
     "LoRA",
+    "LoReFT",
     "Method",
+    "NoReFT",
+    "NormTuning",
+    "PTuning",
+    "ParallelAdapter",
+    "Pfeiffer",
+    "PrefixTuning",
+    "PromptTuning",
+    "TrainableTokens",
+    "VeRA",
     "adapt",
     "apply_bank",
     "as_lora",
@@ -74,9 +147,11 @@ __all__ = [
     "bank",
     "combine",
     "combine_adapters",
+    "disable",
     "dropout_key",
     "export_merged",
     "export_peft",
+    "fold",
     "gather",
     "import_peft",
     "io",
@@ -89,8 +164,11 @@ __all__ = [
     "optimizer",
     "optimizer_state",
     "partition",
+    "penalty",
     "placement",
+    "prompt_tokens",
     "register",
+    "scale",
     "seams",
     "select",
     "shard",

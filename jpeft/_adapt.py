@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting methods on a model and taking them off: `adapt`, `merge`, `strip`. Each returns a new model."""
+"""Putting methods on a model and taking them off: `adapt`, `merge`, `strip`, each giving a new model; `penalty`."""
 
 import contextlib
 from collections.abc import Mapping
@@ -61,8 +61,17 @@ def _put_on(model: Any, method: Method, key: jax.Array, name: str) -> None:
             )
     sites = _sites(planned, name)
     for at, site in zip(planned, sites, strict=True):
-        parts = {part: at.found.module.adapters.pop(part) for part in at.absorbed}
-        graft(at.found.module, name, _adapter(at, site, method, fold_path(key, f"{site.path}/{name}"), parts))
+        module = at.found.module
+        parts = {part: adapters(module)[part] for part in at.absorbed}
+        adapter = _adapter(at, site, method, fold_path(key, f"{site.path}/{name}"), parts)
+        for part in parts:
+            module.adapters.pop(part)
+        graft(module, name, adapter)
+        _check_company(module)
+    for part in {part for at in planned for part in at.absorbed} & {*adapters(model)}:
+        order = model.adapters[part].order
+        model.adapters[part] = model.adapters[part].frozen()  # what its places share
+        model.adapters[part].order = order
     members = tuple(site for site in sites if any(site.active))
     root = Site("", ("",), (False,), adapter=name, seam="model", members=members)
     start = method.start_shared(root, model, fold_path(key, name)) if members else None
@@ -70,6 +79,15 @@ def _put_on(model: Any, method: Method, key: jax.Array, name: str) -> None:
         if name in adapters(model):
             raise ValueError(f"the model's root already has an adapter {name!r}; pass another name=")
         graft(model, name, Adapter(method, root, start, {}, {}))
+
+
+def _check_company(module: Any) -> None:
+    """Asks every adapter that acts on `module` whether it can work beside the others."""
+    company = tuple(adapters(module).values())
+    for adapter in company:
+        reason = adapter.method.objection(adapter, module, company) if adapter.acts else None
+        if reason is not None:
+            raise ValueError(f"{adapter.site.path or 'the model'}: {reason}")
 
 
 def merge(model: nnx.Module) -> Any:
@@ -99,6 +117,23 @@ def strip(model: nnx.Module) -> Any:
     return model
 
 
+def penalty(model: nnx.Module) -> jax.Array | None:
+    """What the methods on `model` add to a training loss, such as AdapterFusion's regulariser; None where nothing.
+
+    `jpeft.train.step.make_step` adds it to its loss, once per update; a loop of your own must.
+
+    Example:
+      >>> loss = lm_loss(model, batch) + (jpeft.penalty(model) or 0)
+    """
+    terms = [
+        term
+        for _, module in grafts(model)
+        for adapter in adapters(module).values()
+        if (term := adapter.method.penalty(adapter)) is not None
+    ]
+    return sum(terms[1:], terms[0]) if terms else None
+
+
 def _sites(planned: list[Planned], name: str) -> list[Site]:
     """The sites of one adapter, in the model's order, each with the number of places before it."""
     places: dict[str, int] = {}
@@ -109,11 +144,15 @@ def _sites(planned: list[Planned], name: str) -> list[Site]:
         sizes = seam_sizes(found) if acts else seams.Sizes(found.lead, 0, 0)
         site = Site(
             found.path, found.names, at.active, sizes.lead, sizes.d_in, sizes.d_out, found.scanned, name,
-            kind, sizes.block, sizes.heads, places.get(kind, 0),
+            kind, sizes.block, sizes.heads, places.get(kind, 0), bias=acts and _has_bias(found.module),
         )  # fmt: skip
         places[kind] = places.get(kind, 0) + len(found.names) * acts
         sites.append(site)
     return sites
+
+
+def _has_bias(module: Any) -> bool:
+    return seams.kind(module) == "projection" and seams.projection(module).read_bias(module) is not None
 
 
 def _adapter(planned: Planned, site: Site, method: Method, key: jax.Array, parts: Mapping[str, Adapter]) -> Adapter:

@@ -72,3 +72,19 @@ def rate(method: str, field: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
         raise ValueError(f"{method}'s {field} must be in [0, 1), got {value!r}")
     return value
+
+
+def selection(method: Any) -> None:
+    """Brings `targets`, `exclude`, `layers` and `modules_to_save` of `method`, those that it has, to their kept form.
+
+    Raises:
+      TypeError, ValueError: one is wrong, or `layers` comes with a regular expression.
+    """
+    for field in ("targets", "exclude", "modules_to_save"):
+        if hasattr(method, field):
+            object.__setattr__(method, field, names(field, getattr(method, field)))
+    if hasattr(method, "layers"):
+        object.__setattr__(method, "layers", indices(method.layers))
+        targets = getattr(method, "targets", None)
+        if isinstance(targets, str) and targets != "all-linear" and method.layers is not None:
+            raise ValueError("layers= picks among listed targets; with a regular expression, say the layers in it")

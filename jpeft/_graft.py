@@ -35,16 +35,17 @@ def _grafted_type(base: type) -> type:
     """The subclass of `base` that runs adapters: in its call and, on an embedding, where its table is a head."""
 
     def __call__(self: Any, *inputs: Any, **options: Any) -> Any:
-        acting = [adapter for adapter in self.adapters.values() if adapter.acts]
-        plain = with_saved(self)
-        with sharing(self):
+        acting = [adapter for adapter in adapters(self).values() if adapter.acts]
+        running = with_saved(self)
+        plain = running if running is not self else replace_leaves(self, {})  # what a method may call again
+        with sharing(self, options.get("key")):
             if not acting:
-                return base.__call__(plain, *inputs, **options)
+                return base.__call__(running, *inputs, **options)
             bound = _signature(base).bind(self, *inputs, **options)  # an input may come by its keyword
             inputs = given = bound.args[1:]
             for adapter in acting:
                 given = adapter.where_on(adapter.method.before(adapter, plain, *given), given)
-            y = base.__call__(plain, *given, **bound.kwargs)
+            y = base.__call__(running, *given, **bound.kwargs)
             for adapter in acting:
                 y = adapter.where_on(adapter.method.after(adapter, plain, y, *inputs), y)
             return y
@@ -52,15 +53,15 @@ def _grafted_type(base: type) -> type:
     def attend(self: Any, query: jax.Array, *args: Any, **options: Any) -> jax.Array:
         plain = with_saved(self)
         y = base.attend(plain, query, *args, **options)  # type: ignore[attr-defined]
-        for adapter in self.adapters.values():
+        for adapter in adapters(self).values():
             if adapter.acts:
                 y = adapter.where_on(adapter.method.attend(adapter, plain, y, query), y)
         return y
 
     def entry(name: str) -> Any:
         def call(self: Any, *inputs: Any, **options: Any) -> Any:
-            with sharing(self):
-                return getattr(base, name)(self, *inputs, **options)
+            with sharing(self, options.get("key")):
+                return getattr(base, name)(with_saved(self), *inputs, **options)
 
         return functools.wraps(getattr(base, name))(call)
 
@@ -76,14 +77,18 @@ def _grafted_type(base: type) -> type:
 
 
 @contextlib.contextmanager
-def sharing(module: Any) -> Iterator[None]:
-    """Runs the block with what the adapters at `module`, a model's root, share between their places."""
+def sharing(module: Any, key: Any = None) -> Iterator[None]:
+    """Runs the block with what the adapters at `module`, a model's root, share between their places.
+
+    `key` is the call's dropout key, where it has one of its own.
+    """
     roots = {name: adapter for name, adapter in module.adapters.items() if adapter.site.seam == "model"}
     outer = current().shared
     if not roots or roots.keys() <= outer.keys():  # an inner entry of the same call
         yield
         return
-    shared = {name: adapter.method.share(adapter) for name, adapter in roots.items()}
+    with scope(key=key):
+        shared = {name: adapter.method.share(adapter) for name, adapter in roots.items()}
     with scope(shared={**outer, **shared}):
         yield
 
@@ -105,8 +110,14 @@ def is_grafted(module: Any) -> bool:
 
 
 def adapters(module: Any) -> Mapping[str, Adapter]:
-    """The adapters that `module` carries, by name; none where it has an attribute `adapters` of its own."""
-    return module.adapters if is_grafted(module) else {}
+    """The adapters that `module` carries, in the order in which they were put on, by name.
+
+    NNX sorts what it rebuilds by name, so each adapter keeps its own number. None where the module has an attribute
+    `adapters` of its own.
+    """
+    if not is_grafted(module):
+        return {}
+    return dict(sorted(module.adapters.items(), key=lambda item: item[1].order))
 
 
 def base_type(module: Any) -> type:
@@ -123,6 +134,7 @@ def graft(module: Any, name: str, adapter: Adapter) -> None:
             )
         setattr(module, ADAPTERS, nnx.Dict())
         _become(module, _grafted_type(type(module)))
+    adapter.order = 1 + max((other.order for other in module.adapters.values()), default=-1)
     module.adapters[name] = adapter
 
 
@@ -155,7 +167,7 @@ def saved_leaves(module: Any, *, running: bool) -> dict[str, jax.Array]:
 
 def _in_its_layers(module: Any, adapter: Adapter, name: str, running: bool) -> jax.Array:
     own, layers, lead = getattr(module, name)[...], adapter.saved_layers[name], adapter.site.lead
-    saved = adapter.where_on(adapter.saved[name][...], own)
+    saved = adapter.where_on(adapter.blend(own, adapter.saved[name][...]), own)
     if all(layers):
         return saved
     if running:

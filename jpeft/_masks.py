@@ -17,6 +17,8 @@ from flax import nnx
 
 from ._graft import ADAPTERS
 from ._method import AdapterParam, Method
+from ._partition import GraphDef
+from ._steering import steered
 from ._targets import nearest
 
 Selector = str | Method | type
@@ -73,19 +75,30 @@ def optimizer(
     tx: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
     *selectors: Selector,
     rules: Mapping[Any, str] | None = None,
+    model: nnx.Module | GraphDef | None = None,
 ) -> optax.GradientTransformation:
     """An optimizer of a trainable tree that is limited to, or differs between, some of its leaves.
+
+    Of a model whose methods take part in updates (`AdaLoRA` allocates ranks) it needs the model. Gradients are
+    accumulated outside of it: `optax.MultiSteps(jpeft.optimizer(tx, model=model), k)`.
 
     Args:
       tx: one transformation, or several by label.
       *selectors: with one transformation, the leaves that it updates; the others get no update at all. (What
         `optax.masked` leaves out passes through as raw gradient, so it is zeroed here.) None means all leaves.
       rules: with several, selector -> label, first match counts; see `labels`.
+      model: the adapted model, or its graphdef.
 
     Example:
+      >>> jpeft.optimizer(optax.adamw(1e-4), model=model)
       >>> jpeft.optimizer(optax.adamw(1e-4), "**/B")
       >>> jpeft.optimizer({"a": optax.adamw(1e-4), "b": optax.adamw(16e-4)}, rules={"**/B": "b", "**": "a"})
     """
+    chosen = _chosen(tx, selectors, rules)
+    return _checked(chosen if model is None else steered(chosen, model))
+
+
+def _chosen(tx: Any, selectors: tuple[Selector, ...], rules: Mapping[Any, str] | None) -> Any:
     if isinstance(tx, Mapping):
         if not rules or selectors:
             raise TypeError("several transformations need rules=, selector -> label, and no further selectors")
@@ -93,17 +106,17 @@ def optimizer(
         unused = sorted(set(tx) - set(rules.values()))
         if unknown or unused:
             raise ValueError(f"labels without a transformation: {unknown}; transformations without a rule: {unused}")
-        return _checked(optax.partition({**tx}, lambda tree: labels(tree, rules)))
+        return optax.partition({**tx}, lambda tree: labels(tree, rules))
     if rules is not None:
         raise TypeError("rules= gives labels to several transformations; pass tx as {label: transformation}")
     if not selectors:
-        return _checked(tx)
+        return tx
     parts: dict[Hashable, optax.GradientTransformation] = {"selected": tx, FROZEN: optax.set_to_zero()}
 
     def choose(tree: Any) -> dict[str, str]:
         return {path: "selected" if hit else FROZEN for path, hit in mask(tree, *selectors).items()}
 
-    return _checked(optax.partition(parts, choose))
+    return optax.partition(parts, choose)
 
 
 def _checked(tx: optax.GradientTransformation) -> optax.GradientTransformation:

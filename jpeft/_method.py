@@ -7,8 +7,8 @@ Whole models (finding seams, cloning, partitioning, masks, sharding, saving) are
 import abc
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,7 @@ class Site:
       heads: key heads of an attention; 0 elsewhere.
       first: places of the adapter before this one, at seams of the same kind, every layer counted.
       members: of the site of the shared leaves, all the others.
+      bias: whether the projection has a bias.
     """
 
     path: str
@@ -84,6 +85,7 @@ class Site:
     heads: int = 0
     first: int = 0
     members: tuple["Site", ...] = ()
+    bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +96,14 @@ class Targets:
       targets: names, or a regular expression, of modules at which the method's formula acts; None for none.
       exclude, layers, modules_to_save, bias: as of `jpeft.LoRA`.
       patterns: keys of rank_pattern and the like: each must match an adapted name.
-      seam: the kind of seam that is meant.
+      seam: the kind of seam that is meant. Or, for a method that acts nowhere and trains copies of the base's own
+        leaves: `"bias"`, `"norm"` (all leaves of norms) or `"parameter"` (all leaves).
       blocks: of the residuals or attentions, those of these blocks alone; None for all.
       absorb: names of adapters that the method takes over: they stand below its own, and are trained no more.
+      last: in the place of `layers`, how many of the last ones.
+      optional: whether it is no error that nothing matches.
+      leave_out: indices of layers in which it does not act; the others are as `layers` says.
+      prefer: blocks again: of those that the model has, the first alone.
     """
 
     targets: str | tuple[str, ...] | None
@@ -108,6 +115,10 @@ class Targets:
     seam: str = "projection"
     blocks: tuple[str, ...] | None = None
     absorb: tuple[str, ...] = ()
+    last: int | None = None
+    optional: bool = False
+    leave_out: tuple[int, ...] = ()
+    prefer: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +127,15 @@ class Start:
 
     trainable: Mapping[str, jax.Array]
     constants: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """A simpler method that does the same: its kind, its options, and the leaves that all its places share."""
+
+    kind: str
+    options: Mapping[str, Any]
+    start: Start
 
 
 class Adapter(nnx.Module):
@@ -128,7 +148,9 @@ class Adapter(nnx.Module):
     Trained leaves are copies: a train step may donate them, and neither a base leaf nor a constant may go with them.
     """
 
+    strength: AdapterConstant  # where `jpeft.scale` set one; one per layer
     layer_index: AdapterConstant  # in a stack that jpeft does not run itself, if the method depends on the layer
+    order: int = 0  # among the adapters of its module
     on: AdapterConstant  # in a bank: False in the slot without an adapter; one per layer
 
     def __init__(
@@ -218,11 +240,46 @@ class Adapter(nnx.Module):
             )
         return current().shared[self.site.adapter]
 
-    def dropout(self, x: jax.Array, rate: float) -> jax.Array:
-        """`x` with entries dropped while the call has a key; every adapter and every layer draws a mask of its own."""
+    def blend(self, old: jax.Array, new: jax.Array) -> jax.Array:
+        """`old + strength (new - old)`: exactly `old` at 0 and `new` at 1; `new` where no strength is set."""
+        if not hasattr(self, "strength"):
+            return new
+        dtype = wide(jnp.result_type(old, new))
+        strength = self.strength[...].astype(dtype)
+        strength = strength.reshape(strength.shape + (1,) * (new.ndim - strength.ndim))
+        return (1 - strength) * old.astype(dtype) + strength * new.astype(dtype)
+
+    def dropout(self, x: jax.Array, rate: float, what: str = "") -> jax.Array:
+        """`x` with entries dropped while the call has a key; every adapter and every layer draws a mask of its own.
+
+        So does every `what`, where one adapter drops several things.
+        """
         if rate == 0.0 or current().key is None:
             return x
-        return dropout(x, rate, f"{self.site.path}/{self.site.adapter}", self.layer)
+        path = f"{self.site.path}/{self.site.adapter}"
+        return dropout(x, rate, f"{path}/{what}" if what else path, self.layer)
+
+
+def matches(pattern: str | tuple[str, ...], name: str, path: str) -> bool:
+    """PEFT's rule: a string is a full regular expression, a tuple holds exact names or dotted suffixes.
+
+    Either is read against the NNX path where it holds a `/`. (Else a `(?!...)` about a layer's number would match all
+    layers by their common path.)
+    """
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, path if "/" in pattern else name) is not None
+    return any(_entry_matches(entry, name, path) for entry in pattern)
+
+
+def _entry_matches(entry: str, name: str, path: str) -> bool:
+    if "/" in entry:
+        return path == entry or path.endswith("/" + entry)
+    return entry in (name, path) or name.endswith("." + entry)
+
+
+def layer_of(name: str) -> int | None:
+    """The first numbered part of a name: `encoder.layer.3.attention` is layer 3."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def pattern_matches(key: str, name: str) -> bool:
@@ -233,6 +290,20 @@ def pattern_matches(key: str, name: str) -> bool:
 def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of the first key of a `rank_pattern` or `alpha_pattern` that matches the end of `name`."""
     return next((value for key, value in patterns.items() if pattern_matches(key, name)), default)
+
+
+class Steering(NamedTuple):
+    """A method's share in every update of the trainable tree, run inside the step by `jpeft.optimizer(tx, model=)`.
+
+    Attributes:
+      init: trainable -> the method's own state, a pytree of arrays.
+      gradients: (gradients, state, trainable) -> (gradients, state), before the optimizer sees them.
+      updates: (updates, gradients, state, trainable) -> (updates, state), before they are applied.
+    """
+
+    init: Callable[..., Any]
+    gradients: Callable[..., tuple[Any, Any]]
+    updates: Callable[..., tuple[Any, Any]]
 
 
 class Method(abc.ABC):
@@ -256,6 +327,10 @@ class Method(abc.ABC):
         """First values of its leaves at `site`; `key` is this site's own."""
         return Start({})
 
+    def objection(self, adapter: Adapter, base: Any, company: Sequence[Adapter]) -> str | None:
+        """Why it cannot work beside the other adapters of its module, if so; `company` holds all, in their order."""
+        return None
+
     def start_shared(self, site: Site, model: Any, key: jax.Array) -> Start | None:
         """First values of the leaves that all its places, `site.members`, share; None where there are none."""
         return None
@@ -263,6 +338,10 @@ class Method(abc.ABC):
     def share(self, adapter: Adapter) -> Any:
         """What every place reads as `adapter.shared` during a call of the model, given the adapter of shared leaves."""
         return adapter
+
+    def fold(self, adapter: Adapter) -> Folded | None:
+        """The method that holds what this one, given its adapter of shared leaves, computes; or None."""
+        return None
 
     def before(self, adapter: Adapter, base: Any, *inputs: Any) -> tuple[Any, ...]:
         """What goes into the base module in the place of `inputs`."""
@@ -278,6 +357,14 @@ class Method(abc.ABC):
         own = getattr(base, name)[...]
         change = (table - own.astype(table.dtype)).astype(wide(query.dtype))
         return (y + query.astype(change.dtype) @ change.T).astype(y.dtype)
+
+    def steer(self, adapters: Mapping[str, Adapter]) -> "Steering | None":
+        """What it does to every update, given its adapters by the path in front of their leaves; None for nothing."""
+        return None
+
+    def penalty(self, adapter: Adapter) -> jax.Array | None:
+        """What the adapter's own leaves add to a training loss, a scalar over all layers; None where nothing."""
+        return None
 
     def depends_on_layer(self, site: Site) -> bool:
         """Whether what it computes at a stacked `site` differs between layers by more than the leaves."""

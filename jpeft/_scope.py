@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
 from ._dropout import drop, make_seed
@@ -83,6 +84,25 @@ def dropout_key(key: jax.Array) -> Iterator[None]:
       ...         return jpeft.combine(graphdef, trainable, frozen)(batch).mean()
     """
     with scope(key=key):
+        yield
+
+
+@contextlib.contextmanager
+def prompt_tokens(mask: Any) -> Iterator[None]:
+    """Says which tokens are the prompt, for every model called inside the block.
+
+    Methods that act on the ends of the prompt (LoReFT and its like) need it where a text holds more than that; without
+    it, all text is prompt. Padding may be in the mask or not. Where no token is the prompt, as in the steps after a
+    prompt has been read, they do nothing.
+
+    Args:
+      mask: `[batch, seq]` as of the model's tokens, 0 where a token is not the prompt; None for all text.
+
+    Example:
+      >>> with jpeft.prompt_tokens(jnp.arange(seq)[None] < prompt_lengths[:, None]):
+      ...     logits = model(input_ids, attention_mask)
+    """
+    with scope(prompt=None if mask is None else jnp.asarray(mask)):
         yield
 
 

@@ -37,10 +37,13 @@ Spec = tuple[Any, ...]
 _COLUMN = (
     *("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"),
     *("self/query", "self/key", "self/value", "intermediate/dense"),
+    *("q_lin", "k_lin", "v_lin", "lin1"),
+    *("c_attn", "c_fc"),
+    *("Attention/q", "Attention/k", "Attention/v", "wi", "wi_0", "wi_1"),
 )
 #: Projections back into it: what they get is split over `tensor`.
-_ROW = ("o_proj", "down_proj", "output/dense")
-_TABLES = ("embed_tokens", "word_embeddings")
+_ROW = ("o_proj", "down_proj", "output/dense", "out_lin", "lin2", "c_proj")
+_TABLES = ("embed_tokens", "word_embeddings", "wte")
 
 #: The zoo's rules. A spec is about a leaf's last axes, `(d_in, d_out)` of a kernel; a layer axis in front is whole.
 #: The first rule that matches counts. What none matches is replicated: norms, small heads, biases of row projections.
@@ -51,10 +54,10 @@ SHARDING_RULES: Rules = (
     *((f"**/{name}/embedding", P("tensor", "fsdp")) for name in _TABLES),
 )
 
-#: What the last axes of an adapter's leaf are on the kernel: `A` is [d_in, rank], `B` is [rank, d_out].
+#: What the last axes of an adapter's leaf are on the kernel: `A` is [d_in, rank], `B` is [rank, d_out]; so LoHa's.
 _SIDES: Mapping[str, tuple[str | None, ...]] = {
-    **dict.fromkeys(("A", "A0"), ("in", None)),
-    **dict.fromkeys(("B", "B0"), (None, "out")),
+    **dict.fromkeys(("A", "A0", "A1", "A2"), ("in", None)),
+    **dict.fromkeys(("B", "B0", "B1", "B2"), (None, "out")),
 }
 
 

@@ -94,13 +94,14 @@ def summary(model: nnx.Module) -> Summary:
 
 
 def _row(name: str, adapter: Adapter) -> Row:
-    counted = adapter.acts or adapter.site.seam == "model"
+    size = sum(_bytes(leaf) for leaf in _leaves(adapter) if isinstance(leaf, AdapterParam))
+    counted = adapter.acts or (adapter.site.seam == "model" and size > 0)  # else shared by places that were taken over
     trainable, changed = adapter.method.count(adapter.site) if counted else (0, 0)
     for leaf, layers in adapter.saved_layers.items():
         own = _size(adapter.saved[leaf]) * sum(layers) // len(layers)
         trainable, changed = trainable + own, changed + own
-    size = sum(_bytes(leaf) for leaf in _leaves(adapter) if isinstance(leaf, AdapterParam))
-    places = 0 if adapter.site.seam == "model" else sum(adapter.site.active) or len(adapter.site.active)
+    acting = adapter.site.active if adapter.acts else tuple(map(any, zip(*adapter.saved_layers.values(), strict=True)))
+    places = 0 if adapter.site.seam == "model" else sum(acting)
     return Row(name, adapter.method, places, trainable, changed, size)
 
 

@@ -16,14 +16,12 @@ from typing import Any
 from flax import nnx
 
 from . import seams
+from ._copies import COPIES, Layers, check_held, leaves_of, saved_leaves
 from ._graft import adapters, base_type
-from ._method import Method, Targets, pattern_matches
+from ._method import Method, Targets, layer_of, matches, pattern_matches
 from ._walk import Found, modules, own_leaves, seam_sizes
 
 ALL_LINEAR = "all-linear"
-
-#: By name of a leaf, or path of a module: the layers meant, as one bool per layer.
-Layers = dict[str, tuple[bool, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +44,29 @@ def plan(model: nnx.Module, method: Method) -> list[Planned]:
     heads = _heads(model)
     saved = _saved_modules(everything, asked[0], heads, getattr(model, "task", None))
     active: Layers = {}
+    copied: dict[str, Layers] = {}
     absorbed: dict[str, tuple[str, ...]] = {}
     for part in asked:
         _check_expressions(part)
         found = _active(everything, part, heads, saved)
+        if part.seam in COPIES:
+            for module in everything:
+                layers = found.get(module.path)
+                copied.setdefault(module.path, {}).update({n: layers for n in leaves_of(module, part.seam) if layers})
+            continue
         _check_patterns(part.patterns, [n for f in everything for n in _named(f.names, found.get(f.path, ()))])
         active |= found
         absorbed |= dict.fromkeys(found, part.absorb)
     planned = []
     for found in everything:
         acts = active.get(found.path, (False,) * len(found.names))
-        leaves = _saved_leaves(found, acts, _inside(found.path, saved), _inside(found.path, heads), asked[0].bias)
+        whole, head = _inside(found.path, saved), _inside(found.path, heads)
+        leaves = saved_leaves(found, acts, copied.get(found.path, {}), whole, head, asked[0].bias)
         if any(acts) or leaves:
             planned.append(Planned(found, acts, leaves, absorbed.get(found.path, ())))
     _check_sharing(everything, planned)
+    if any(part.seam == "parameter" for part in asked):
+        check_held(model, everything)
     return planned
 
 
@@ -67,17 +74,6 @@ def _heads(model: Any) -> tuple[str, ...]:
     """Paths of the task's output layers, where the model tells: `head` may as well be a module of somebody's own."""
     heads = getattr(model, "head", ())
     return heads if isinstance(heads, tuple) and all(isinstance(head, str) for head in heads) else ()
-
-
-def matches(pattern: str | tuple[str, ...], name: str, path: str) -> bool:
-    """PEFT's rule: a string is a full regular expression, a tuple holds exact names or dotted suffixes.
-
-    Either is read against the NNX path where it holds a `/`. (Else a `(?!...)` about a layer's number would match all
-    layers by their common path.)
-    """
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, path if "/" in pattern else name) is not None
-    return any(_entry_matches(entry, name, path) for entry in pattern)
 
 
 def nearest(wanted: str, names: Iterable[str], count: int = 6) -> str:
@@ -93,17 +89,14 @@ def _last(name: str) -> str:
     return re.split(r"[./]", name)[-1]
 
 
-def _entry_matches(entry: str, name: str, path: str) -> bool:
-    if "/" in entry:
-        return path == entry or path.endswith("/" + entry)
-    return entry in (name, path) or name.endswith("." + entry)
-
-
 def _active(everything: list[Found], asked: Targets, heads: tuple[str, ...], saved: frozenset[str]) -> Layers:
     """For every module in which the method acts, the layers in which it does."""
     if asked.targets is None:
         return {}
     fitting = _fitting(everything, asked, saved)
+    if asked.optional and not any(any(_match_layers(asked.targets, found)) for found in fitting):
+        return {}
+    asked = _counted(asked, fitting)
     candidates = [name for found in fitting for name in found.names]
     _check_entries(asked, fitting, everything, candidates, saved)
     _check_layers(asked, fitting)
@@ -118,17 +111,22 @@ def _active(everything: list[Found], asked: Targets, heads: tuple[str, ...], sav
             active[found.path] = layers[found.path]
     if not active:
         raise ValueError(
-            f"targets={asked.targets!r} matches no {asked.seam} of the model that is not left out again by exclude= or "
-            f"modules_to_save=; nearest: {nearest(str(asked.targets), candidates)}"
+            f"targets={asked.targets!r} matches no {_what(asked)} of the model that is not left out again by exclude= "
+            f"or modules_to_save=; nearest: {nearest(str(asked.targets), candidates)}"
         )
     for found in fitting:
-        if found.path in active:
+        if found.path in active and asked.seam not in COPIES:
             seam_sizes(found)  # raises where a projection has no matrix
     return active
 
 
 def _fitting(everything: list[Found], asked: Targets, saved: frozenset[str]) -> list[Found]:
     """The modules at which the method could act: of its kind of seam, and carrying what it takes over."""
+    if asked.seam in COPIES:
+        here = [f for f in everything if leaves_of(f, asked.seam) and not _inside(f.path, saved)]
+        if not here:
+            raise ValueError(f"the method trains what a {_what(asked)} holds, and the model has none")
+        return here
     here = [found for found in everything if seams.kind(found.module) == asked.seam]
     if asked.seam != "projection":
         blocks = sorted({found.module.block for found in here})
@@ -139,15 +137,31 @@ def _fitting(everything: list[Found], asked: Targets, saved: frozenset[str]) -> 
                 f"the method acts at a {seams.KINDS[asked.seam]}{wanted}, and the model has none"
                 + (f" (only of {', '.join(blocks)})" if blocks else "; the models of jpeft.models have them")
             )
+        first = next((block for block in asked.prefer if block in blocks), None)
+        here = [found for found in here if first is None or found.module.block == first]
     if asked.absorb:
-        here = [found for found in here if {*asked.absorb} <= {*adapters(found.module)}]
-        if not here:
-            carried = sorted({name for found in everything for name in adapters(found.module)})
-            raise ValueError(
-                f"no {asked.seam} of the model carries the adapters {', '.join(asked.absorb)} together; it has "
-                f"{', '.join(carried) or 'none'}"
-            )
+        here = _carrying(everything, here, asked)
     return [found for found in here if not _inside(found.path, saved)]
+
+
+def _carrying(everything: list[Found], here: list[Found], asked: Targets) -> list[Found]:
+    """Those of `here` that carry all the adapters to be taken over; no place may carry some of them alone."""
+    wanted = {*asked.absorb}
+    together = [found for found in here if wanted <= {*adapters(found.module)}]
+    if not together:
+        carried = sorted({name for found in everything for name in adapters(found.module)})
+        raise ValueError(
+            f"no {asked.seam} of the model carries the adapters {', '.join(asked.absorb)} together; it has "
+            f"{', '.join(carried) or 'none'}"
+        )
+    for found in everything:
+        acting = sorted(name for name in wanted & {*adapters(found.module)} if adapters(found.module)[name].acts)
+        if acting and found not in together:
+            raise ValueError(
+                f"{found.path} carries {', '.join(acting)} of the adapters {', '.join(asked.absorb)}, which cannot be "
+                "taken over there; adapters that are taken over together must stand at the same places"
+            )
+    return together
 
 
 def _selects(asked: Targets, found: Found, path: str, name: str, heads: tuple[str, ...]) -> bool:
@@ -160,7 +174,9 @@ def _selects(asked: Targets, found: Found, path: str, name: str, heads: tuple[st
 
 
 def _in_layers(asked: Targets, name: str) -> bool:
-    if asked.layers is None or _layer_of(name) in asked.layers:
+    if layer_of(name) in asked.leave_out:
+        return False
+    if asked.layers is None or layer_of(name) in asked.layers:
         return True
     return isinstance(asked.targets, tuple) and name in asked.targets  # a name in full says its layer itself
 
@@ -212,10 +228,16 @@ def _check_entries(
             )
         if other is not None:
             raise ValueError(
-                f"target {entry!r} matches {other.path}, a {base_type(other.module).__name__}, which is no {seam}; "
-                f"nearest: {nearest(entry, candidates)}"
+                f"target {entry!r} matches {other.path}, a {base_type(other.module).__name__}, which is no "
+                f"{_what(asked)}; nearest: {nearest(entry, candidates)}"
             )
-        raise ValueError(f"target {entry!r} matches no {seam} of the model; nearest: {nearest(entry, candidates)}")
+        raise ValueError(
+            f"target {entry!r} matches no {_what(asked)} of the model; nearest: {nearest(entry, candidates)}"
+        )
+
+
+def _what(asked: Targets) -> str:
+    return COPIES.get(asked.seam, asked.seam)
 
 
 def _is_odd(found: Found, exclude: str | tuple[str, ...], saved: frozenset[str]) -> bool:
@@ -225,22 +247,18 @@ def _is_odd(found: Found, exclude: str | tuple[str, ...], saved: frozenset[str])
     return not _inside(found.path, saved) and not all(_match_layers(exclude, found))
 
 
-def _layer_of(name: str) -> int | None:
-    """The first numbered part of a name: `encoder.layer.3.attention` is layer 3."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
 def _check_layers(asked: Targets, fitting: list[Found]) -> None:
     """Every layer asked for must have a target in it."""
-    if asked.layers is None:
+    if asked.layers is None and not asked.leave_out:
         return
     names = [name for found in fitting for _, names in found.places for name in names]
     if asked.targets != ALL_LINEAR:
         names = [n for f in fitting for path, named in f.places for n in named if matches(asked.targets, n, path)]  # type: ignore[arg-type]
-    known = {layer for layer in map(_layer_of, names) if layer is not None}
-    missing = [layer for layer in asked.layers if layer not in known]
-    if missing or not asked.layers:
-        raise ValueError(f"layers={list(asked.layers)}: the targets stand in layers {sorted(known)}, not in {missing}")
+    known = {layer for layer in map(layer_of, names) if layer is not None}
+    for field, layers in (("layers", asked.layers), ("leave_out", asked.leave_out)):
+        missing = [layer for layer in layers or () if layer not in known]
+        if missing or (layers == () and field == "layers"):
+            raise ValueError(f"{field}={list(layers)}: the targets stand in layers {sorted(known)}, not in {missing}")
 
 
 def _check_exclude(exclude: str | tuple[str, ...], everything: list[Found], candidates: list[str]) -> None:
@@ -265,7 +283,8 @@ def _check_patterns(patterns: tuple[str, ...], adapted: list[str]) -> None:
     for key in patterns:
         if not any(pattern_matches(key, name) for name in adapted):
             raise ValueError(
-                f"the key {key!r} of rank_pattern or alpha_pattern matches the end of no adapted module's name; "
+                f"the key {key!r} of rank_pattern or alpha_pattern (or the pattern of feedforward) matches the end of "
+                f"no adapted module's name; "
                 f"nearest: {nearest(key, adapted)}"
             )
 
@@ -295,25 +314,22 @@ def _saved_modules(everything: list[Found], asked: Targets, heads: tuple[str, ..
     return frozenset(paths)
 
 
-def _saved_leaves(found: Found, acts: tuple[bool, ...], whole: bool, head: bool, bias: str) -> Layers:
-    """The module's own leaves of which a copy is trained, each with the layers in which it stands in."""
-    leaves = own_leaves(found.module)
-    everywhere = (True,) * len(found.names)
-    name = (seams.kind(found.module) == "projection" and seams.projection(found.module).bias) or "bias"
-    wanted = dict.fromkeys(leaves, everywhere) if whole else {}
-    if not whole and name in leaves and bias != "none":
-        wanted = {name: everywhere if bias == "all" else acts}
-    wanted = {leaf: layers for leaf, layers in wanted.items() if any(layers)}
-    if wanted and not callable(found.module):
-        raise ValueError(f"{found.path} holds parameters but cannot be called, so a copy of them cannot stand in")
-    trained = {leaf: name for name, adapter in adapters(found.module).items() for leaf in adapter.saved}
-    twice = sorted(set(wanted) & set(trained))
-    if twice and not head:
-        raise ValueError(
-            f"{found.path}/{twice[0]} is trained by the adapter {trained[twice[0]]!r} already, whose copy a second one "
-            "would hide; leave it out of bias= or modules_to_save="
-        )
-    return {leaf: layers for leaf, layers in wanted.items() if leaf not in trained}
+def _counted(asked: Targets, fitting: list[Found]) -> Targets:
+    """`asked` with the indices of the last layers, where it asks for these."""
+    if asked.last is None:
+        return asked
+    pattern: Any = ".*" if asked.targets == ALL_LINEAR else asked.targets
+    named = [n for f in fitting for path, ns in f.places for n in ns if matches(pattern, n, path)]
+    stacks: dict[str, set[int]] = {}
+    for numbered in filter(None, (re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", name) for name in named)):
+        stacks.setdefault(numbered[1] or "the model", set()).add(int(numbered[2]))
+    if len(stacks) != 1:
+        what = f"layers in {', '.join(sorted(stacks))}: name one of these stacks by targets=" if stacks else "no layers"
+        raise ValueError(f"the last {asked.last} layers are asked for, and the model has {what}")
+    ((stack, layers),) = stacks.items()
+    if asked.last > len(layers):
+        raise ValueError(f"the last {asked.last} layers are asked for, and {stack} has {len(layers)}")
+    return dataclasses.replace(asked, layers=tuple(sorted(layers)[-asked.last :]))
 
 
 def _check_sharing(everything: list[Found], planned: list[Planned]) -> None:

@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method may ask about the running text: which tokens are text, of which example, and means over them.
+"""What a method may ask about the running text: which tokens are text, of which example, means and ends of it.
 
 A packed row holds several examples, and a padded one tokens that are none; a mean over a row would mix the first, and
 make an output depend on the second.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from ._scope import current
+from .seams import InputEmbedding
+
+#: Tasks whose outputs may depend on all of a causal model's input.
+_WHOLE_INPUT = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def text_mean(x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
@@ -37,4 +44,68 @@ def gate(x: Float[Array, "*batch d_model"], weight: jax.Array, bias: jax.Array) 
       weight: `[d_model, 1]`.
       bias: `[1]`.
     """
-    return text_mean(jax.nn.sigmoid(x.astype(weight.dtype) @ weight + bias))
+    return text_mean(jax.nn.sigmoid(x.astype(weight.dtype) @ weight + bias.reshape((1,) * x.ndim)))
+
+
+def check_gate(model: Any) -> None:
+    """Refuses a gate where a token's output must not depend on those after it.
+
+    Raises:
+      ValueError: the model is causal, and its task gives an output per token that predicts the next.
+    """
+    causal = any(isinstance(m, InputEmbedding) and m.causal for _, m in nnx.iter_modules(model))
+    if causal and getattr(model, "task", None) not in _WHOLE_INPUT:
+        raise ValueError(
+            "gate=True averages over all of an example's text, so the outputs of a causal model would depend on later "
+            f"tokens; it fits bidirectional models and the tasks {', '.join(_WHOLE_INPUT)}"
+        )
+
+
+def prompt_ends(shape: tuple[int, ...], first: int, last: int) -> tuple[Bool[Array, "*batch seq"], ...]:
+    """Which tokens are among the `first` of their own example's prompt, and which among its `last`.
+
+    Padding and virtual tokens are no part of it, and each example of a packed row has a prompt of its own. In a prompt
+    shorter than first + last, a token that is among both belongs to the nearer end, the one in the middle to the front.
+    Where the running call does not say what is text, all positions are; where not what is the prompt, all text is.
+
+    Args:
+      shape: `(*batch, seq)` of the running tokens, virtual ones counted in.
+      first, last: numbers of tokens.
+
+    Raises:
+      ValueError: the call speaks of tokens of another shape.
+    """
+    prompt = _prompt(shape)
+    segments = None if current().text is None else current().segments
+    before = count_before(prompt, segments)
+    after = jnp.flip(count_before(jnp.flip(prompt, -1), None if segments is None else jnp.flip(segments, -1)), -1)
+    front, back = prompt & (before < first), prompt & (after < last)
+    return front & ~(back & (after < before)), back & ~(front & (before <= after))
+
+
+def count_before(
+    counted: Bool[Array, "*batch seq"], segments: Int[Array, "*batch seq"] | None = None
+) -> Int[Array, "*batch seq"]:
+    """How many `counted` tokens stand before each token, in its own run of equal `segments`."""
+    before = jnp.cumsum(counted, -1) - counted
+    if segments is None:
+        return before
+    starts = jnp.diff(segments, prepend=segments[..., :1] - 1) != 0
+    return before - jax.lax.cummax(jnp.where(starts, before, 0), axis=before.ndim - 1)
+
+
+def _prompt(shape: tuple[int, ...]) -> Bool[Array, "*batch seq"]:
+    """The running tokens that are text and prompt."""
+    scope = current()
+    text = jnp.ones(shape, bool) if scope.text is None else scope.text
+    if text.shape != shape:
+        raise ValueError(f"the running tokens are {shape}, and the call says of {text.shape} which are text")
+    if scope.prompt is None:
+        return text
+    virtual = shape[-1] - scope.prompt.shape[-1]
+    if scope.prompt.shape[:-1] != shape[:-1] or virtual < 0:
+        raise ValueError(
+            f"the running tokens are {shape}, virtual ones in front counted in, and the call says of "
+            f"{scope.prompt.shape} which are the prompt; prompt_tokens takes a mask of the shape of the model's tokens"
+        )
+    return text & jnp.pad(scope.prompt != 0, (*((0, 0),) * (len(shape) - 1), (virtual, 0)))

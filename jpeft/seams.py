@@ -60,6 +60,30 @@ class Projection(abc.ABC):
     def emit(self, module: Any, y: jax.Array) -> jax.Array:
         """`[..., d_out]` in the layout of the module's output."""
 
+    def rows(self, module: Any, x: jax.Array) -> jax.Array:
+        """The module's input as `[..., d_in]`, in the order of the matrix's rows.
+
+        Raises:
+          ValueError: it is no such row of numbers.
+        """
+        raise ValueError(f"the input of {type(module).__name__} is not a row of d_in numbers")
+
+    def unrows(self, module: Any, rows: jax.Array) -> jax.Array:
+        """The inverse of `rows`."""
+        raise ValueError(f"the input of {type(module).__name__} is not a row of d_in numbers")
+
+    def scale_input(self, module: Any, x: jax.Array, scale: jax.Array) -> jax.Array:
+        """The module's input `x`, each of its d_in entries times one of `scale` `[d_in]`.
+
+        Raises:
+          ValueError: its inputs are no entries of a vector.
+        """
+        raise ValueError(f"the input of a {type(module).__name__} is no vector that could be scaled entry by entry")
+
+    def scale_output(self, module: Any, y: jax.Array, scale: jax.Array) -> jax.Array:
+        """The module's output `y`, each of its d_out entries times one of `scale` `[d_out]`."""
+        return y * scale.reshape((1,) * (y.ndim - 1) + scale.shape)
+
     def read(self, module: Any) -> jax.Array:
         """The module's kernel as a matrix, `[*lead, d_in, d_out]`."""
         return self.matrix(module, getattr(module, self.kernel)[...])
@@ -68,6 +92,15 @@ class Projection(abc.ABC):
         """The module's bias, in the layout in which it is added to the output; None without one."""
         leaf = getattr(module, self.bias, None) if self.bias else None
         return None if leaf is None else leaf[...]
+
+    def less_bias(self, module: Any, y: jax.Array) -> jax.Array:
+        """The module's output `y` less its bias."""
+        bias = self.read_bias(module)
+        return y if bias is None else y - jnp.broadcast_to(self._bias_along(module, bias, y), y.shape)
+
+    def _bias_along(self, module: Any, bias: jax.Array, y: jax.Array) -> jax.Array:
+        """`bias` in a shape that broadcasts to `y`."""
+        return bias
 
 
 class Matmul(Projection):
@@ -130,14 +163,28 @@ class Matmul(Projection):
         return jnp.einsum(f"...{d_in}{d_out}->...{w}", matrix)
 
     def contract(self, module: Any, x: jax.Array, matrix: jax.Array) -> jax.Array:
-        x_axes, _, out = self._terms(module)
-        _, d_in, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
-        kept = "".join(c for c in out if c not in d_out)
+        x_axes, kept, d_in, sizes = self._input(module)
         if x_axes == kept + d_in:
             return rows_times(x.reshape(*x.shape[: x.ndim - len(d_in)], -1), matrix)
         weight = matrix.reshape(*(sizes[c] for c in d_in), matrix.shape[-1])
-        rank = next(c for c in string.ascii_letters if c not in x_axes + out)
+        taken = "".join(self._terms(module))
+        rank = next(c for c in string.ascii_letters if c not in taken)
         return jnp.einsum(f"{x_axes},{d_in}{rank}->{kept}{rank}", x, weight)
+
+    def rows(self, module: Any, x: jax.Array) -> jax.Array:
+        x_axes, kept, d_in, _ = self._input(module)
+        x = jnp.einsum(f"{x_axes}->{kept}{d_in}", x)
+        return x.reshape(*x.shape[: x.ndim - len(d_in)], -1)
+
+    def unrows(self, module: Any, rows: jax.Array) -> jax.Array:
+        x_axes, kept, d_in, sizes = self._input(module)
+        return jnp.einsum(f"{kept}{d_in}->{x_axes}", rows.reshape(*rows.shape[:-1], *(sizes[c] for c in d_in)))
+
+    def _input(self, module: Any) -> tuple[str, str, str, dict[str, int]]:
+        """The input's axes, those that the output keeps, those that the kernel meets, and sizes of the kernel's."""
+        x_axes, _, out = self._terms(module)
+        _, d_in, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
+        return x_axes, "".join(c for c in out if c not in d_out), d_in, sizes
 
     def emit(self, module: Any, y: jax.Array) -> jax.Array:
         _, _, out = self._terms(module)
@@ -145,6 +192,30 @@ class Matmul(Projection):
         kept = "".join(c for c in out if c not in d_out)
         y = y.reshape(*y.shape[:-1], *(sizes[c] for c in d_out))
         return jnp.einsum(f"{kept}{d_out}->{out}", y)
+
+    def _bias_along(self, module: Any, bias: jax.Array, y: jax.Array) -> jax.Array:
+        _, _, out = self._terms(module)
+        _, _, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
+        first, _, last = out.rpartition("...")
+        middle = (1,) * (y.ndim - len(first + last))
+        first, last = (tuple(sizes[c] if c in d_out else 1 for c in part) for part in (first, last))
+        return bias.reshape(*first, *middle, *last)
+
+    def scale_input(self, module: Any, x: jax.Array, scale: jax.Array) -> jax.Array:
+        return x * self._along(module, scale, x.ndim, 0)
+
+    def scale_output(self, module: Any, y: jax.Array, scale: jax.Array) -> jax.Array:
+        return y * self._along(module, scale, y.ndim, 2)
+
+    def _along(self, module: Any, vector: jax.Array, ndim: int, term: int) -> jax.Array:
+        """`[d_in]` along the input's axes, or `[d_out]` along the output's: of `nh` in `...hn`, `[1, 1, h, n]`."""
+        axes = self._terms(module)[term]
+        _, d_in, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
+        own, named = (d_out if term else d_in), axes.replace("...", "")
+        vector = jnp.einsum(f"{own}->{''.join(c for c in axes if c in own)}", vector.reshape([sizes[c] for c in own]))
+        shape = [sizes[c] if c in own else 1 for c in named]
+        at = max(axes.find("..."), 0)
+        return vector.reshape(shape[:at] + [1] * (ndim - len(named)) + shape[at:])
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -293,7 +364,7 @@ class KeyValues(nnx.Module):
 
     k, v: `[batch, keys, kv_heads, d_head]`, after the rotary embedding. mask: `[batch, keys]`, 0 for a key that nobody
     sees, or None. x: the attention's input, `[batch, seq, d_model]`. Keys put in front of the others are seen by every
-    query.
+    query, but for those that the mask that comes out hides, even where none went in.
 
     Args:
       d_model: width of x.
@@ -320,10 +391,11 @@ class InputEmbedding(nnx.Module):
       d_model: width of e.
       block: `"encoder"` or `"decoder"`.
       causal: whether the tokens see none after them.
+      max_positions: how many positions the model has a vector for; None where it takes any.
     """
 
-    def __init__(self, d_model: int, block: str, causal: bool):
-        self.d_model, self.block, self.causal = d_model, block, causal
+    def __init__(self, d_model: int, block: str, causal: bool, max_positions: int | None = None):
+        self.d_model, self.block, self.causal, self.max_positions = d_model, block, causal, max_positions
 
     def __call__(self, e: jax.Array, positions: Any, mask: Any, segments: Any) -> tuple[jax.Array, Any, Any, Any]:
         return split_embedded(e), positions, mask, segments

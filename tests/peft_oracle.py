@@ -19,6 +19,10 @@ import jpeft
 
 _SMALL = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4}
 _BERT = _SMALL | {"num_hidden_layers": 3, "max_position_embeddings": 24, "num_labels": 3}
+_DISTILBERT = {"vocab_size": 48, "dim": 16, "hidden_dim": 20, "n_heads": 4, "n_layers": 3, "num_labels": 3}
+_GPT2 = {"vocab_size": 48, "n_embd": 16, "n_inner": 20, "n_head": 4, "n_layer": 3, "n_positions": 24}
+_GPT2 |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_T5 = {"vocab_size": 48, "d_model": 16, "d_kv": 6, "d_ff": 20, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}
 _LLAMA = _SMALL | {"num_hidden_layers": 3, "num_key_value_heads": 2, "tie_word_embeddings": False}
 _LLAMA |= {"num_labels": 3, "pad_token_id": 0, "max_position_embeddings": 32}
 
@@ -28,12 +32,15 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert tokens": ("bert", "TOKEN_CLS", _BERT),
     "bert answers": ("bert", "QUESTION_ANS", _BERT | {"num_labels": 2}),
     "bert": ("bert", "FEATURE_EXTRACTION", _BERT),
+    "distilbert": ("distilbert", "SEQ_CLS", _DISTILBERT | {"max_position_embeddings": 24}),
+    "gpt2": ("gpt2", "CAUSAL_LM", _GPT2),
     "llama": ("llama", "CAUSAL_LM", _LLAMA | {"attention_bias": True}),
     "llama tied": ("llama", "CAUSAL_LM", _LLAMA | {"tie_word_embeddings": True}),
     "llama cls": ("llama", "SEQ_CLS", _LLAMA),
     "llama states": ("llama", "FEATURE_EXTRACTION", _LLAMA),
     "mistral": ("mistral", "CAUSAL_LM", _LLAMA | {"sliding_window": 5}),
     "qwen2": ("qwen2", "CAUSAL_LM", _LLAMA),
+    "t5": ("t5", "SEQ_2_SEQ_LM", _T5 | {"decoder_start_token_id": 0}),
     "qwen3": ("qwen3", "CAUSAL_LM", _LLAMA | {"head_dim": 6}),
 }
 
@@ -43,6 +50,7 @@ _AUTO = {
     "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
     "FEATURE_EXTRACTION": transformers.AutoModel,
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
 }
 
 _RNG = np.random.default_rng(0)
@@ -50,6 +58,8 @@ _RNG = np.random.default_rng(0)
 IDS = _RNG.integers(1, 48, (3, 8))
 MASK = np.array([[1] * 5 + [0] * 3, [0] * 2 + [1] * 6, [1] * 8])
 IDS[MASK == 0] = 0
+#: What the models of a task take beside these: a decoder's tokens.
+MORE = {"SEQ_2_SEQ_LM": {"decoder_input_ids": IDS[::-1].copy(), "decoder_attention_mask": MASK}}
 
 
 @contextlib.contextmanager
@@ -72,7 +82,8 @@ def folder(family: str) -> Path:
         generator = torch.Generator().manual_seed(0)
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            weight.data = 1 + 0.2 * noise if "norm" in name.lower() and name.endswith("weight") else 0.25 * noise
+            norm = ("norm" in name.lower() or "ln_" in name) and name.endswith("weight")
+            weight.data = 1 + 0.2 * noise if norm else 0.25 * noise
         path = Path(tempfile.mkdtemp()) / "base"
         model.save_pretrained(path)
     return path
@@ -92,10 +103,16 @@ def jax_model(family: str) -> Any:
 
 def torch_outputs(model: Any, task: str) -> torch.Tensor:
     """Logits `[3, ...]`, or the last hidden state, for `IDS`."""
-    out = model(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(MASK))
+    more = {name: torch.tensor(value) for name, value in MORE.get(task, {}).items()}
+    out = model(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(MASK), **more)
     if task == "QUESTION_ANS":
         return torch.stack([out.start_logits, out.end_logits], -1)
     return out.last_hidden_state if task == "FEATURE_EXTRACTION" else out.logits
+
+
+def jax_outputs(model: Any) -> Any:
+    """The same of a jpeft model."""
+    return model(IDS, MASK, **MORE.get(model.task, {}))
 
 
 def seen(outputs: Any) -> Any:
@@ -131,6 +148,7 @@ def train_real(family: str, config: dict[str, Any], adapter: Path, dtype: Any = 
         for _ in range(3):
             optimizer.zero_grad()
             torch_loss(model, family).backward()
+            torch.nn.utils.clip_grad_norm_(weights, 2.0)  # a head of two layers would go far from unit scale
             optimizer.step()
         model.save_pretrained(str(adapter))
     return model.eval()

@@ -68,6 +68,8 @@ _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _portable(adapter: Any) -> Adapter:
+    if adapter.method.gate:
+        raise ValueError(f"{adapter.site.path}: PEFT's files hold no gates, and without them a gated LoRA is another")
     if not hasattr(adapter, "A0"):
         return adapter
     method = adapter.method
@@ -134,6 +136,7 @@ def _write(method: Any, adapters: Sequence[Adapter], names: Names) -> dict[str, 
         "lora_dropout": method.dropout,
         "use_rslora": method.rslora,
         "bias": method.bias,
+        "fan_in_fan_out": any(names.is_in_out(name) for name in ranks),
         "target_modules": targets,
         "layers_to_transform": layers,
         "rank_pattern": _pattern(method.rank_pattern, method.rank, ranks),

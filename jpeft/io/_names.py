@@ -34,6 +34,8 @@ class Names:
       found: every module by its path.
       tensors: where every Hugging Face tensor lies; a tied one lies in the leaf that it repeats.
       tied: for a module whose table is a head too, the head's names: `{"model.embed_tokens": ("lm_head",)}`.
+      copied: modules whose table Hugging Face reads through copies of it alone, so that an adapter on the module itself
+        would do nothing there; with the names of the copies.
       paths: the path of the module that every leaf-owning Hugging Face module is (a layer of).
       every: all module names, with those of the containers around them.
       heads: paths of the task's own output layers.
@@ -42,6 +44,7 @@ class Names:
     found: Mapping[str, Found]
     tensors: Mapping[str, Place]
     tied: Mapping[str, tuple[str, ...]]
+    copied: Mapping[str, tuple[str, ...]]
     paths: Mapping[str, str]
     every: frozenset[str]
     heads: tuple[str, ...]
@@ -59,6 +62,11 @@ class Names:
         own = {name for name, path in self.paths.items() if path in kinds}
         return frozenset(own.union(*(self.tied[name] for name in own & self.tied.keys())))
 
+    def is_in_out(self, name: str) -> bool:
+        """Whether Hugging Face stores the module's kernel as `[d_in, d_out]`, as GPT-2's `Conv1D` does."""
+        place = self.tensors.get(f"{name}.weight")
+        return place is not None and place.axes is None and place.path.endswith("/kernel")
+
 
 def names_of(model: Any) -> Names:
     """The names of `model`.
@@ -73,12 +81,14 @@ def names_of(model: Any) -> Names:
         tensors |= _places(rule, found)
     paths = {tensor.rpartition(".")[0]: place.path.rpartition("/")[0] for tensor, place in tensors.items()}
     tied: dict[str, tuple[str, ...]] = {}
+    copied: dict[str, tuple[str, ...]] = {}
     for entry in entries:
         if isinstance(entry, Tied):
             original, place = next((t, p) for t, p in tensors.items() if p.path == entry.path)
             module, head = original.rpartition(".")[0], entry.hf.rpartition(".")[0]
             tensors[entry.hf] = place
-            tied[module] = (*tied.get(module, ()), head)
+            group = tied if entry.head else copied
+            group[module] = (*group.get(module, ()), head)
     heads = {head for group in tied.values() for head in group}
     every = {
         ".".join(parts[:n])
@@ -86,7 +96,7 @@ def names_of(model: Any) -> Names:
         for parts in [name.split(".")]
         for n in range(1, 1 + len(parts))
     }
-    return Names(found, tensors, tied, paths, frozenset(every), tuple(model.head))
+    return Names(found, tensors, tied, copied, paths, frozenset(every), tuple(model.head))
 
 
 def _places(rule: Rule, found: Mapping[str, Found]) -> dict[str, Place]:

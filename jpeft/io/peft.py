@@ -59,6 +59,7 @@ def export_peft(
     """
     name, names = _adapter_name(model, name), names_of(model)
     adapters = _adapters(model, name)
+    _check_copied(adapters, names)
     kind = next(iter(adapters.values())).method.kind
     if kind not in CODECS:
         raise ValueError(f"PEFT has no format for the adapter {name!r}, a {kind}; it has one for {', '.join(CODECS)}")
@@ -108,6 +109,7 @@ def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None,
         adapted = adapt(model, codec.read(config, names), key=jax.random.key(0) if key is None else key, name=name)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
+    _check_copied(_adapters(adapted, name), names)
     slots = {PREFIX + slot.key: slot for slot in all_slots(codec, _adapters(adapted, name), names)}
     problems = _fill(slots, _without_repeats(tensors, config), names)
     if problems:
@@ -118,6 +120,16 @@ def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None,
 def _adapters(model: Any, name: str) -> dict[str, Adapter]:
     """The parts of one adapter, by the path of their module."""
     return {path: module.adapters[name] for path, module in grafts(model) if name in module.adapters}
+
+
+def _check_copied(adapters: Mapping[str, Adapter], names: Names) -> None:
+    """An adapter on a table that transformers reads through copies alone means something here and nothing there."""
+    for path, adapter in adapters.items():
+        for name in names.copied.keys() & {*adapter.site.names}:
+            raise ValueError(
+                f"{path} is read as {' and '.join(names.copied[name])} in transformers, which are modules of their own "
+                f"there, so that PEFT's adapter on {name} does nothing: PEFT has no form for this adapter"
+            )
 
 
 # Writing ------------------------------------------------------------------------------------------------------------

@@ -46,8 +46,8 @@ def orthogonal(site: Site, base: Any, key: jax.Array, ranks: tuple[int, ...], sc
         return a, b
 
     key = fold_path(key, "AB")
-    a = _per_layer(site, key, ranks, lambda k, r: factors(k, r)[0], axis=-1)
-    b = _per_layer(site, key, ranks, lambda k, r: factors(k, r)[1], axis=-2)
+    a = per_layer(site, key, ranks, lambda k, r: factors(k, r)[0], axis=-1)
+    b = per_layer(site, key, ranks, lambda k, r: factors(k, r)[1], axis=-2)
     return Start({"A": a, "B": b})
 
 
@@ -78,13 +78,13 @@ def _random(site: Site, base: Any, key: jax.Array, ranks: tuple[int, ...], draw_
     key_a, key_b = fold_path(key, "A"), fold_path(key, "B")
     rank = max(ranks)
     if isinstance(seams.projection(base), seams.Lookup):
-        b = _per_layer(site, key_b, ranks, lambda k, r: jax.random.normal(k, (r, site.d_out)), axis=-2)
+        b = per_layer(site, key_b, ranks, lambda k, r: jax.random.normal(k, (r, site.d_out)), axis=-2)
         return Start({"A": jnp.zeros((*site.lead, site.d_in, rank)), "B": b})
-    a = _per_layer(site, key_a, ranks, draw_a, axis=-1)
+    a = per_layer(site, key_a, ranks, draw_a, axis=-1)
     return Start({"A": a, "B": jnp.zeros((*site.lead, rank, site.d_out))})
 
 
-def _per_layer(site: Site, key: jax.Array, ranks: tuple[int, ...], draw: Draw, axis: int) -> jax.Array:
+def per_layer(site: Site, key: jax.Array, ranks: tuple[int, ...], draw: Draw, axis: int) -> jax.Array:
     """`draw(key of the layer, its rank)` for every layer, padded with zeros to the largest rank along `axis`."""
     if not site.lead:
         return draw(key, ranks[0])

@@ -37,7 +37,7 @@ _LOG = logging.getLogger("jpeft")
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """The models of one type: the file here, its class, and how transformers' class names start.
+    """The models of one type: the file here, its class, and how transformers' class names start and (unusually) end.
 
     The file defines Config (with `from_hf`, `to_hf`), the class, WEIGHTS(config, task), TASKS, PREFIXES (what
     checkpoints with a head put before the backbone's names) and HEADS (modules that some tasks have and others lack).
@@ -46,6 +46,11 @@ class _Family:
     file: str
     model: str
     prefix: str
+    endings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def architecture(self, task: str) -> str:
+        """transformers' class for a task."""
+        return self.prefix + ({**_ENDINGS, **self.endings})[task]
 
     @property
     def module(self) -> Any:
@@ -63,10 +68,13 @@ class _Family:
 
 _FAMILIES = {
     "bert": _Family("bert", "Bert", "Bert"),
+    "distilbert": _Family("distilbert", "DistilBert", "DistilBert"),
+    "gpt2": _Family("gpt2", "GPT2", "GPT2", {"CAUSAL_LM": "LMHeadModel"}),
     "llama": _Family("llama", "Llama", "Llama"),
     "mistral": _Family("llama", "Llama", "Mistral"),
     "qwen2": _Family("llama", "Llama", "Qwen2"),
     "qwen3": _Family("llama", "Llama", "Qwen3"),
+    "t5": _Family("t5", "T5", "T5"),
 }
 
 #: PEFT's names of tasks, and how the names of transformers' classes for them end.
@@ -109,8 +117,8 @@ def load(
 
     Args:
       path: the folder.
-      task: `CAUSAL_LM`, `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS` or `FEATURE_EXTRACTION` (hidden states); None keeps
-        what the config's architecture says. Asked for another one than was saved, the backbone is loaded, the saved
+      task: `CAUSAL_LM`, `SEQ_2_SEQ_LM`, `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS` or `FEATURE_EXTRACTION` (hidden
+        states); None keeps what the config's architecture says. Asked for another one than was saved, the backbone is loaded, the saved
         head is dropped and the new one initialised; both are logged as warnings that name the weights.
       dtype: of storage and computation; None keeps the checkpoint's.
       key: for a new head's first values; `jax.random.key(0)` by default.
@@ -216,7 +224,7 @@ def save(model: Any, path: str | Path) -> None:
     family = _FAMILIES[model.config.model_type]
     _, leaves = _flatten(model)
     dtype = max(leaves.values(), key=lambda leaf: leaf.size).dtype.name
-    hf = model.config.to_hf() | {"architectures": [family.prefix + _ENDINGS[model.task]], "dtype": dtype}
+    hf = model.config.to_hf() | {"architectures": [family.architecture(model.task)], "dtype": dtype}
     hf.pop("torch_dtype", None)
     with replacing(Path(path)) as folder:
         save_leaves(folder, weights(model), leaves)
@@ -320,7 +328,7 @@ def _family(hf: Mapping[str, Any]) -> _Family:
 def _saved_task(hf: Mapping[str, Any]) -> str | None:
     """The task of the config's architecture; None where it names none, or one that is no task."""
     named = (hf.get("architectures") or [None])[0]
-    return next((task for task, ending in _ENDINGS.items() if named == _family(hf).prefix + ending), None)
+    return next((task for task in _ENDINGS if named == _family(hf).architecture(task)), None)
 
 
 def _configure(family: _Family, hf: Mapping[str, Any], task: str | None, num_labels: int | None) -> tuple[Any, str]:

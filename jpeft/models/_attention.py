@@ -36,10 +36,11 @@ def attention(
     window: int | Int[Array, ""] | None = None,
     mask: Shaped[Array, "batch keys"] | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
+    bias: Float[Array, "rows heads seq bias_keys"] | None = None,
     dropout: float = 0.0,
     path: str = "attention/dropout",
 ) -> Float[Array, "batch seq heads d_head"]:
-    """softmax(q kᵀ · scale) v over the visible keys, with the softmax in float32.
+    """softmax(q kᵀ · scale + bias) v over the visible keys, with the softmax in float32.
 
     Query i stands at key i + keys - seq: keys beyond seq come first, as a prefix does, and all queries see them, whatever
     their segment and window. A query that sees no key gives 0, and passes no gradient.
@@ -52,16 +53,19 @@ def attention(
         traced integer where layers of a stack differ.
       mask: 0 for a key that nobody sees (padding).
       segment_ids: a query sees the keys of its own segment, and those of `seams.EVERY_SEGMENT`.
+      bias: added to the scores; of one row for all examples, or of one each. Keys in front of those that it covers,
+        such as a prefix, get none.
       dropout: probability of dropping an attention weight, when the call has a key (`_scope`).
       path: names the dropout, unique in the model.
     """
     _check(q, k, v, causal, window, segment_ids)
+    bias = None if bias is None else _whole(q, k, bias)
     seed = _scope.dropout_seed(dropout, path)
     limits = _Limits(window if isinstance(window, jax.Array) else None, mask, segment_ids, seed)
     rules = _Rules(q.shape[1], k.shape[1], causal, window if isinstance(window, int) else None, scale, dropout)
     if jax.default_backend() == "cpu" or seed is not None:
-        return _blocked(q, k, v, limits, rules)
-    return _library(q, k, v, limits, rules)
+        return _blocked(q, k, v, bias, limits, rules)
+    return _library(q, k, v, bias, limits, rules)
 
 
 def _check(q: Any, k: Any, v: Any, causal: bool, window: Any, segment_ids: Any) -> None:
@@ -76,6 +80,16 @@ def _check(q: Any, k: Any, v: Any, causal: bool, window: Any, segment_ids: Any) 
         raise ValueError(f"a causal query has a key of its own; got {q.shape[1]} queries and {k.shape[1]} keys")
     if segment_ids is not None and k.shape[1] < q.shape[1]:
         raise ValueError(f"segment_ids need a key for every query; got {q.shape[1]} queries and {k.shape[1]} keys")
+
+
+def _whole(q: Any, k: Any, bias: jax.Array) -> jax.Array:
+    """The bias of all keys, `[batch or 1, heads, seq, keys]`."""
+    rows, *sizes, covered = bias.shape
+    if rows not in (1, q.shape[0]) or tuple(sizes) != (q.shape[2], q.shape[1]) or covered > k.shape[1]:
+        raise ValueError(
+            f"a bias is [batch or 1, heads, seq, keys]; got {bias.shape} for queries {q.shape} and keys {k.shape}"
+        )
+    return jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (k.shape[1] - covered, 0)))
 
 
 # Visibility ---------------------------------------------------------------------------------------------------------
@@ -106,7 +120,9 @@ class _Rules:
             yield queries, range(first, last)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["window", "mask", "segment_ids", "seed"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["window", "mask", "segment_ids", "seed"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class _Limits:
     """What is known of visibility when the program runs."""
@@ -147,42 +163,65 @@ def _cut(span: range, times: int = 1) -> slice:
 # Inside, queries are [batch kv_heads seq·group d_head]: the heads that share a key head are rows of one matrix product.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, limits: _Limits, rules: _Rules) -> jax.Array:
-    return _forward(q, k, v, limits, rules)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, bias: Any, limits: _Limits, rules: _Rules) -> jax.Array:
+    return _forward(q, k, v, bias, limits, rules)[0]
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, limits: _Limits, rules: _Rules) -> tuple[jax.Array, Any]:
-    """The output, and what the backward pass needs: q · scale by blocks, k and v."""
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: Any, limits: _Limits, rules: _Rules
+) -> tuple[jax.Array, Any]:
+    """The output, and what the backward pass needs: q · scale by blocks, k, v and the bias."""
     heads, kv_heads = q.shape[2], k.shape[2]
     k, v = _rows(k, kv_heads), _rows(v, kv_heads)
     qs, outs = [], []
     for queries, keys in rules.blocks(_ROWS):
         qs.append(_rows(_scaled(q[:, _cut(queries)], rules), kv_heads))
-        p, share = _softmax(qs[-1], k[:, :, _cut(keys)], limits, rules, queries, keys)
+        p, share = _softmax(qs[-1], k[:, :, _cut(keys)], bias, limits, rules, queries, keys)
         kept = _kept(limits, rules, p.shape, queries, keys)
         y = _product("bhqk,bhkd->bhqd", (p * kept).astype(v.dtype), v[:, :, _cut(keys)]) * share
         outs.append(_unrows(y.astype(q.dtype), heads))
-    return jnp.concatenate(outs, 1), (qs, k, v, limits)
+    return jnp.concatenate(outs, 1), (qs, k, v, bias, limits)
 
 
 def _backward(rules: _Rules, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
-    """With weights w = p · share and dw = kept · g vᵀ: ds = w (dw - Σ w dw). `share` goes into g, which is small."""
-    qs, k, v, limits = residuals
+    """With weights w = p · share and dw = kept · g vᵀ: ds = w (dw - Σ w dw). `share` goes into g, which is small.
+
+    The gradient of a bias is ds itself, summed over the examples that share it.
+    """
+    qs, k, v, bias, limits = residuals
     heads, kv_heads = g.shape[2], k.shape[1]
-    dq, dk, dv = [], [], []
+    dq, dk, dv, dbias = [], [], [], []
     for (queries, keys), q in zip(rules.blocks(_ROWS), qs, strict=True):
         span = _cut(keys)
-        p, share = _softmax(q, k[:, :, span], limits, rules, queries, keys)
+        p, share = _softmax(q, k[:, :, span], bias, limits, rules, queries, keys)
         rows = (_rows(g[:, _cut(queries)], kv_heads) * share).astype(g.dtype)
         kept = _kept(limits, rules, p.shape, queries, keys)
         dw = _product("bhqd,bhkd->bhqk", rows, v[:, :, span]) * kept
-        ds = (p * (dw - share * jnp.sum(p * dw, -1, keepdims=True))).astype(q.dtype)
+        ds = p * (dw - share * jnp.sum(p * dw, -1, keepdims=True))
+        if bias is not None:
+            dbias.append(_bias_gradient(ds, bias, queries, keys, rules.keys))
+        ds = ds.astype(q.dtype)
         dq.append(_unrows(_scaled(_product("bhqk,bhkd->bhqd", ds, k[:, :, span]), rules).astype(q.dtype), heads))
         dk.append(_among(_product("bhqk,bhqd->bhkd", ds, q), keys, rules.keys))
         dv.append(_among(_product("bhqk,bhqd->bhkd", (p * kept).astype(g.dtype), rows), keys, rules.keys))
     dk, dv = (_unrows(sum(parts).astype(k.dtype), kv_heads) for parts in (dk, dv))
-    return jnp.concatenate(dq, 1), dk, dv, None
+    return jnp.concatenate(dq, 1), dk, dv, None if bias is None else jnp.concatenate(dbias, 2), None
+
+
+def _bias_rows(bias: jax.Array, kv_heads: int, queries: range, keys: range) -> jax.Array:
+    """A block of a bias, `[rows kv_heads queries·group keys]` as the block's scores are."""
+    block = bias[:, :, _cut(queries), _cut(keys)]
+    block = block.reshape(bias.shape[0], kv_heads, -1, len(queries), len(keys)).swapaxes(2, 3)
+    return block.reshape(bias.shape[0], kv_heads, -1, len(keys))
+
+
+def _bias_gradient(ds: jax.Array, bias: jax.Array, queries: range, keys: range, num_keys: int) -> jax.Array:
+    """The inverse of `_bias_rows` for the scores' gradient: `[rows heads queries keys]`, with zeros for other keys."""
+    ds = ds if bias.shape[0] == ds.shape[0] else jnp.sum(ds, 0, keepdims=True)
+    ds = ds.reshape(*ds.shape[:2], len(queries), -1, len(keys)).swapaxes(2, 3)
+    ds = ds.reshape(bias.shape[0], bias.shape[1], len(queries), len(keys)).astype(bias.dtype)
+    return jnp.pad(ds, ((0, 0), (0, 0), (0, 0), (keys.start, num_keys - keys.stop)))
 
 
 def _among(x: jax.Array, span: range, keys: int) -> jax.Array:
@@ -209,13 +248,15 @@ def _kept(limits: _Limits, rules: _Rules, shape: tuple[int, ...], queries: range
 
 
 def _softmax(
-    q: jax.Array, k: jax.Array, limits: _Limits, rules: _Rules, queries: range, keys: range
+    q: jax.Array, k: jax.Array, bias: Any, limits: _Limits, rules: _Rules, queries: range, keys: range
 ) -> tuple[jax.Array, jax.Array]:
-    """exp(s - max s) for each row's scores s = q kᵀ, and one over its sum; 0 for a row that sees no key.
+    """exp(s - max s) for each row's scores s = q kᵀ + bias, and one over its sum; 0 for a row that sees no key.
 
     Product, bias, maximum and exponential stand here in the order that XLA makes one kernel of.
     """
     s = _product("bhqd,bhkd->bhqk", q, k)
+    if bias is not None:
+        s = s + _bias_rows(bias, k.shape[1], queries, keys)
     visible = _visible(rules, limits, queries, keys)
     if visible is not None:
         group = q.shape[2] // len(queries)
@@ -254,10 +295,10 @@ def _unrows(x: jax.Array, heads: int) -> jax.Array:
 # GPU and TPU --------------------------------------------------------------------------------------------------------
 
 
-def _library(q: jax.Array, k: jax.Array, v: jax.Array, limits: _Limits, rules: _Rules) -> jax.Array:
+def _library(q: jax.Array, k: jax.Array, v: jax.Array, bias: Any, limits: _Limits, rules: _Rules) -> jax.Array:
     """JAX's own attention; queries that see no key are set to 0, where it would average all values."""
     visible = _visible(rules, limits, range(rules.seq), range(rules.keys))
     if visible is None:
-        return jax.nn.dot_product_attention(q, k, v, scale=rules.scale)
-    y = jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], scale=rules.scale)
+        return jax.nn.dot_product_attention(q, k, v, bias, scale=rules.scale)
+    y = jax.nn.dot_product_attention(q, k, v, bias, mask=visible[:, None], scale=rules.scale)
     return jnp.where(jnp.any(visible, -1)[..., None, None], y, 0)

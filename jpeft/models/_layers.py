@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from ..seams import EVERY_SEGMENT
 
+
 def _gelu(x: jax.Array) -> jax.Array:
     """x Φ(x) in float32, by erf: `jax.nn.gelu` computes erfc, which takes three times as long on CPU."""
     y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -76,6 +77,43 @@ def segment_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch
     index = jnp.arange(segment_ids.shape[1])[None]
     starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def positions_of(seq: int, segment_ids: Any, limit: int) -> Int[Array, "rows seq"]:
+    """Positions of `seq` tokens, in a packed row counted in each segment, for a model with a table of `limit` of them.
+
+    Raises:
+      ValueError: there are more tokens than positions.
+    """
+    if segment_ids is not None:
+        return segment_positions(segment_ids)
+    if seq > limit:
+        raise ValueError(f"{seq} tokens are more than the {limit} positions this model has; cut the input")
+    return jnp.arange(seq)[None]
+
+
+def token_table(vocab: int, d_model: int, std: float, pad: int | None, *, rngs: nnx.Rngs, dtype: Any) -> nnx.Embed:
+    """A table of token vectors: normal, and 0 for the padding token `pad`."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        rows = nnx.initializers.normal(std)(key, shape, dtype)
+        return rows if pad is None else rows.at[pad].set(0)
+
+    return nnx.Embed(vocab, d_model, dtype=dtype, param_dtype=dtype, embedding_init=init, rngs=rngs)
+
+
+def embed_tokens(table: nnx.Embed, input_ids: Int[Array, "batch seq"], pad: int | None) -> Any:
+    """The tokens' vectors, `[batch seq d_model]`. As in torch, the one of the padding token `pad` is not trained."""
+    e = table(input_ids)
+    return e if pad is None else jnp.where((input_ids == pad)[..., None], jax.lax.stop_gradient(e), e)
+
+
+def last_token(hidden: Float[Array, "batch seq d_model"], mask: Any) -> Float[Array, "batch d_model"]:
+    """The state of each row's last token that is not masked."""
+    if mask is None:
+        return hidden[:, -1]
+    index = jnp.max(jnp.where(mask != 0, jnp.arange(mask.shape[1])[None], 0), axis=1)
+    return jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
 
 
 def in_front(virtual: int, shape: tuple[int, ...], mask: Any, segment_ids: Any) -> dict[str, Any]:

@@ -60,10 +60,11 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Tied:
-    """The tensor `hf`, if there, repeats the one of the leaf `path`."""
+    """The tensor `hf`, if there, repeats the one of the leaf `path`, as a head or (`head=False`) as another table."""
 
     hf: str
     path: str
+    head: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..seams import InputEmbedding, KeyValues, Residual
 from . import _config
 from ._attention import attention
 from ._layer_norm import LayerNorm
-from ._layers import ACTIVATIONS, in_front, segment_positions
+from ._layers import ACTIVATIONS, embed_tokens, in_front, positions_of, token_table
 from ._weights import TRANSPOSE, Entry, Ignore, Renamed, Rule, module_names
 
 TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -92,25 +92,20 @@ class Embeddings(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype: Any):
         normal = nnx.initializers.normal(config.initializer_range)
 
-        def embed(rows: int, init: Any = normal) -> nnx.Embed:
-            return nnx.Embed(rows, config.hidden_size, dtype=dtype, param_dtype=dtype, embedding_init=init, rngs=rngs)
-
-        def words(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-            values = normal(key, shape, dtype)
-            return values if config.pad_token_id is None else values.at[config.pad_token_id].set(0)
+        def embed(rows: int) -> nnx.Embed:
+            return nnx.Embed(rows, config.hidden_size, dtype=dtype, param_dtype=dtype, embedding_init=normal, rngs=rngs)
 
         self.config = config
-        self.word_embeddings = embed(config.vocab_size, words)
+        self.word_embeddings = token_table(
+            config.vocab_size, config.hidden_size, config.initializer_range, config.pad_token_id, rngs=rngs, dtype=dtype
+        )
         self.position_embeddings = embed(config.max_position_embeddings)
         self.token_type_embeddings = embed(config.type_vocab_size)
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype=dtype)
 
     def words(self, input_ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq d_model"]:
         """The tokens' own vectors. As in torch, the padding token's is not trained."""
-        e = self.word_embeddings(input_ids)
-        if self.config.pad_token_id is None:
-            return e
-        return jnp.where((input_ids == self.config.pad_token_id)[..., None], jax.lax.stop_gradient(e), e)
+        return embed_tokens(self.word_embeddings, input_ids, self.config.pad_token_id)
 
     def __call__(
         self, e: Float[Array, "batch seq d_model"], positions: Int[Array, "..."], token_type_ids: Int[Array, "..."]
@@ -237,7 +232,7 @@ class Bert(nnx.Module):
         self.config, self.task, self.remat, self.unroll = config, task, remat, unroll
         self.head = _HEAD.get(task, ())
         self.embeddings = Embeddings(config, rngs=rngs, dtype=dtype)
-        self.input_embedding = InputEmbedding(config.hidden_size, "encoder", causal=False)
+        self.input_embedding = InputEmbedding(config.hidden_size, "encoder", False, config.max_position_embeddings)
         self.layers = _stack.stack(lambda r: Layer(config, rngs=r, dtype=dtype), config.num_hidden_layers, rngs)
         if task in _POOLED:
             self.pooler = Pooler(config, rngs=rngs, dtype=dtype)
@@ -294,7 +289,7 @@ class Bert(nnx.Module):
             e = inputs_embeds if input_ids is None else self.embeddings.words(input_ids)
             assert e is not None
             if positions is None:
-                positions = self._positions(e.shape[1], segment_ids)
+                positions = positions_of(e.shape[1], segment_ids, self.config.max_position_embeddings)
             seq = e.shape[1]
             e, places, mask, segments = self.input_embedding(e, positions, attention_mask, segment_ids)
             x = self.embeddings(e, places, self._token_types(token_type_ids, e.shape[1]))
@@ -329,16 +324,6 @@ class Bert(nnx.Module):
     def module_names(self) -> dict[str, tuple[str, ...]]:
         """transformers' name of every module, one per layer of the stack."""
         return module_names(WEIGHTS(self.config, self.task), self.config.num_hidden_layers)
-
-    def _positions(self, seq: int, segment_ids: jax.Array | None) -> jax.Array:
-        if segment_ids is not None:
-            return segment_positions(segment_ids)
-        if seq > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{seq} tokens are more than the {self.config.max_position_embeddings} positions this model has; "
-                "cut the input"
-            )
-        return jnp.arange(seq)[None]
 
     def _token_types(self, token_type_ids: jax.Array | None, seq: int) -> jax.Array:
         """Zeros by default, and before the given ones where the input embedding put tokens in front."""

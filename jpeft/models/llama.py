@@ -24,7 +24,7 @@ from .. import _stack
 from .._scope import dropout, scope
 from ..seams import InputEmbedding, KeyValues, Residual
 from ._attention import attention
-from ._layers import RMSNorm, gated, in_front, segment_positions
+from ._layers import RMSNorm, embed_tokens, gated, in_front, last_token, segment_positions, token_table
 from ._llama_config import PRESETS, Config
 from ._rope import rope_tables, rotate
 from ._weights import TRANSPOSE, Entry, Ignore, Rule, Tied, module_names
@@ -140,13 +140,8 @@ class Llama(nnx.Module):
         self.config, self.task, self.dtype = config, task, dtype
         self.remat, self.unroll = remat, unroll
         self.head = _head(config, task)
-        self.embed_tokens = nnx.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            dtype=dtype,
-            param_dtype=dtype,
-            embedding_init=_embedding_init(config),
-            rngs=rngs,
+        self.embed_tokens = token_table(
+            config.vocab_size, config.hidden_size, config.initializer_range, config.pad_token_id, rngs=rngs, dtype=dtype
         )
         self.input_embedding = InputEmbedding(config.hidden_size, "decoder", causal=True)
         self.layers = _stack.stack(lambda r: Layer(config, rngs=r, dtype=dtype), config.num_hidden_layers, rngs)
@@ -206,6 +201,7 @@ class Llama(nnx.Module):
                 positions = jnp.arange(e.shape[1])[None] if segment_ids is None else segment_positions(segment_ids)
             seq = e.shape[1]
             x, places, mask, segments = self.input_embedding(e, positions, attention_mask, segment_ids)
+            self._check_windows(x.shape[1] - seq, segments)
             rope = self._rope(places)
 
             def body(layer: Layer, x: jax.Array, window: Any) -> tuple[jax.Array, None]:
@@ -221,7 +217,7 @@ class Llama(nnx.Module):
     ) -> Float[Array, "..."]:
         """What the task's head makes of `hidden`, in float32; SEQ_CLS reads the last token that is not masked."""
         if self.task == "SEQ_CLS":
-            hidden = _last(hidden, attention_mask)
+            hidden = last_token(hidden, attention_mask)
         elif self.task == "TOKEN_CLS":
             rate = self.config.classifier_dropout
             with scope(key=key):
@@ -242,10 +238,7 @@ class Llama(nnx.Module):
             raise ValueError("give either input_ids or inputs_embeds")
         if input_ids is None:
             return inputs_embeds.astype(self.dtype)
-        e = self.embed_tokens(input_ids)
-        if self.config.pad_token_id is None:
-            return e
-        return jnp.where((input_ids == self.config.pad_token_id)[..., None], jax.lax.stop_gradient(e), e)
+        return embed_tokens(self.embed_tokens, input_ids, self.config.pad_token_id)
 
     def _rope(self, positions: Int[Array, "batch seq"]) -> tuple[jax.Array, jax.Array]:
         config = self.config
@@ -256,6 +249,14 @@ class Llama(nnx.Module):
             max_position=config.max_position_embeddings,
             scaling=config.rope_scaling,
         )
+
+    def _check_windows(self, virtual: int, segment_ids: Any) -> None:
+        """A window is counted in places of the row, which in a packed one are not distances to the virtual tokens."""
+        if virtual and segment_ids is not None and any(window is not None for window in self.config.windows):
+            raise ValueError(
+                f"of {virtual} virtual tokens in front of a packed row (segment_ids) its later examples would see fewer "
+                "than by themselves, for this model attends within a window; give each example a row of its own"
+            )
 
     def _windows(self) -> tuple[int | None, jax.Array | None]:
         """The window of every layer, or where they differ an array of them."""
@@ -268,17 +269,6 @@ class Llama(nnx.Module):
 def _linear(config: Config, d_in: int, d_out: int, bias: bool, rngs: nnx.Rngs, dtype: Any) -> nnx.Linear:
     init = nnx.initializers.normal(config.initializer_range)
     return nnx.Linear(d_in, d_out, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
-
-
-def _embedding_init(config: Config) -> Any:
-    """Normal, and 0 for the padding token."""
-    normal = nnx.initializers.normal(config.initializer_range)
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        rows = normal(key, shape, dtype)
-        return rows if config.pad_token_id is None else rows.at[config.pad_token_id].set(0)
-
-    return init
 
 
 def _head(config: Config, task: str) -> tuple[str, ...]:
@@ -295,14 +285,6 @@ def _head_size(config: Config, task: str) -> tuple[int, bool]:
         "TOKEN_CLS": (config.num_labels, config.token_classification_bias),
         "QUESTION_ANS": (2, True),
     }[task]
-
-
-def _last(hidden: Float[Array, "batch seq d_model"], mask: Any) -> Float[Array, "batch d_model"]:
-    """The state of each row's last token that is not masked."""
-    if mask is None:
-        return hidden[:, -1]
-    index = jnp.max(jnp.where(mask != 0, jnp.arange(mask.shape[1])[None], 0), axis=1)
-    return jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
 
 
 def WEIGHTS(config: Config, task: str) -> tuple[Entry, ...]:

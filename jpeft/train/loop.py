@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _mesh
+from .._masks import optimizer
 from .._partition import combine
 from ..io.card import Card
 from . import config as configuration
@@ -80,7 +81,7 @@ class Loop:
 
     def __init__(self, config: Config, dataset: job.Dataset, parts: job.Parts, mesh: Any, folder: RunFolder):
         self._config, self._dataset, self._parts, self._mesh, self._folder = config, dataset, parts, mesh, folder
-        self._tx = make_optimizer(config.optimizer, dataset.num_updates)
+        self._tx = optimizer(make_optimizer(config.optimizer, dataset.num_updates), model=parts.graphdef)
         self._rate = schedule(config.optimizer, dataset.num_updates)
         sums, groups = SUMS[config.model.task], devices.num_groups(mesh)
         self._update = make_step(parts.graphdef, sums, self._tx, groups=groups)

@@ -9,6 +9,8 @@ the labels that count; `SUMS` gives sum and count apart, for means over several 
   SEQ_CLS       labels `[batch]`
   TOKEN_CLS     labels `[batch seq]`, not shifted
   QUESTION_ANS  labels `[batch 2]`, first and last token of the answer; the mean over both
+  SEQ_2_SEQ_LM  labels `[batch out]`, what the decoder is to write; it reads them shifted right, from its start token on,
+                unless the batch holds `decoder_input_ids` (and may hold `decoder_attention_mask`)
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +22,7 @@ import numpy as np
 from jax import core
 from jaxtyping import Array, Bool, Float, Int
 
-from .._scope import dropout_key, scope
+from .._scope import current, dropout_key, scope
 from ._head import IGNORED, head_nll, nll
 
 Batch = Mapping[str, Any]
@@ -34,7 +36,8 @@ def lm_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Arr
     """Mean over the labelled tokens of -log p(token | the tokens before it), in nats.
 
     A model of the zoo computes logits only where a label is. Any other is called as `model(input_ids,
-    attention_mask)` and must return logits `[batch seq vocab]`.
+    attention_mask)` and must return logits `[batch seq vocab]`. The prompt of an example is what stands before its first
+    label, unless `jpeft.prompt_tokens` says otherwise.
 
     Args:
       model: an nnx model, adapted or not.
@@ -66,10 +69,19 @@ def qa_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Arr
     return _mean(qa_sums, model, batch, key)
 
 
+def seq2seq_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Array, ""]:
+    """Mean over the labelled tokens of -log p(token | input, the tokens before it); labels `[batch out]`.
+
+    Arguments and errors as of `lm_loss`.
+    """
+    return _mean(seq2seq_sums, model, batch, key)
+
+
 def lm_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Sums:
     """Sum of `lm_loss`'s terms, and their number; `groups` as in `head_nll`."""
     targets = next_tokens(batch)
-    with scope(prompt=_prompt(targets, batch)):
+    prompt = _prompt(targets, batch) if current().prompt is None else current().prompt
+    with scope(prompt=prompt):
         if not hasattr(model, "hidden"):
             return nll(logits_of(model, batch, key), targets), _count(targets)
         hidden = model.hidden(batch["input_ids"], batch["attention_mask"], **_extras(batch), key=key)
@@ -92,12 +104,23 @@ def qa_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int 
     return nll(logits, batch["labels"]), _count(batch["labels"])
 
 
+def seq2seq_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Sums:
+    """Sum of `seq2seq_loss`'s terms, and their number; `groups` as in `head_nll`."""
+    labels = batch["labels"]
+    inputs = {name: batch[name] for name in ("decoder_input_ids", "decoder_attention_mask") if name in batch}
+    if "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = model.decoder_inputs(labels)
+    hidden = model.hidden(batch["input_ids"], batch["attention_mask"], **_extras(batch), **inputs, key=key)
+    return head_nll(model.logits, hidden, labels, key, groups=groups), _count(labels)
+
+
 #: The sums of every task, by PEFT's name of it.
 SUMS: Mapping[str, Callable[..., Sums]] = {
     "CAUSAL_LM": lm_sums,
     "SEQ_CLS": cls_sums,
     "TOKEN_CLS": cls_sums,
     "QUESTION_ANS": qa_sums,
+    "SEQ_2_SEQ_LM": seq2seq_sums,
 }
 
 

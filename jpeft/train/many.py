@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
+from .._adapt import penalty
 from .._bank import Bank
 from .._partition import Leaves, combine
 from .losses import Batch, Sums
@@ -156,10 +157,13 @@ def make_step_many(
         _check(count, batch, key, own_batches)
 
         def one(state: State, constants: Leaves, options: Any, sizes: Any, batch: Batch, key: Any) -> Any:
-            def of_one(trainable: Leaves, batch: Batch, key: jax.Array | None) -> Sums:
-                return sums(combine(graphdef, trainable, {**fixed.frozen, **constants}), batch, key, groups)
+            def model(trainable: Leaves) -> Any:
+                return combine(graphdef, trainable, {**fixed.frozen, **constants})
 
-            return advance(of_one, _transform(tx, options, sizes), state, batch, key)
+            def of_one(trainable: Leaves, batch: Batch, key: jax.Array | None) -> Sums:
+                return sums(model(trainable), batch, key, groups)
+
+            return advance(of_one, _transform(tx, options, sizes), state, batch, key, lambda t: penalty(model(t)))
 
         axes = (0, 0, 0, 0, 0 if own_batches else None, 0 if _many(key) else None)
         return jax.vmap(one, axes)(state, fixed.constants, fixed.options, fixed.sizes, batch, key)

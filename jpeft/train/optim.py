@@ -2,6 +2,7 @@
 """The optimizer that a configuration describes: AdamW, a learning rate that warms up and decays, and clipping."""
 
 import math
+import re
 
 import jax
 import optax
@@ -9,8 +10,10 @@ import optax
 from .._masks import optimizer as by_rules
 from .config import Optimizer
 
-#: Leaves that weight decay leaves alone, by the last part of their path.
-_NOT_DECAYED = ("bias", "scale")
+#: Leaves that weight decay leaves alone, by the last part of their path: vectors, DoRA's
+#: magnitudes, and AdapterFusion's value matrix, which
+#: its own regulariser pulls to the identity.
+_NOT_DECAYED = re.compile(r"(\w+_)?(bias|scale)|m|value")
 
 
 def schedule(config: Optimizer, num_updates: int) -> optax.Schedule:
@@ -46,4 +49,4 @@ def _adamw(config: Optimizer, rate: optax.Schedule) -> optax.GradientTransformat
 
 
 def _decayed(tree: dict[str, jax.Array]) -> dict[str, bool]:
-    return {path: path.rpartition("/")[2] not in _NOT_DECAYED for path in tree}
+    return {path: not _NOT_DECAYED.fullmatch(path.rpartition("/")[2]) for path in tree}

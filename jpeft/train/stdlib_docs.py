@@ -50,7 +50,7 @@ MIN_WORDS, MAX_WORDS = 10, 32
 NEAR = 0.8
 
 #: Most texts that one module gives, so that a few large packages do not drown the rest.
-MAX_PER_MODULE = 90
+MAX_PER_MODULE = 60
 
 SPLITS = ("train", "validation", "test")
 

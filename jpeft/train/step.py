@@ -7,7 +7,7 @@
 
 A batch's arrays are `[accumulation, rows, ...]`: the micro-batches of one update. Losses and gradients are summed over
 all of them and divided once by the number of labels that count, so k micro-batches of b rows are the update of one of
-k * b, however unequally the labels are spread.
+k * b, however unequally the labels are spread. What the methods add to the loss (`jpeft.penalty`) is added once.
 """
 
 import time
@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from .._adapt import penalty
 from .._partition import GraphDef, Leaves, combine
 from .._sharding import mirrored
+from .._steering import check_steered
 from .losses import Batch, Sums, cls_loss, lm_loss, qa_loss, token_cls_loss
 
 __all__ = ["Metrics", "State", "begin", "cls_loss", "lm_loss", "make_step", "qa_loss", "token_cls_loss"]
@@ -51,7 +53,7 @@ class Metrics(NamedTuple):
     """What one update measured, still on the device.
 
     Attributes:
-      loss: mean over the labels that count.
+      loss: mean over the labels that count, and what the methods add to it (`jpeft.penalty`).
       labels: their number.
       grad_norm: of the whole trainable tree, before clipping.
     """
@@ -84,7 +86,8 @@ def make_step(
     Args:
       graphdef: of `jpeft.partition`.
       sums: (model, batch, key, groups) -> (sum of losses, number of labels), one of `losses.SUMS`.
-      tx: optimizer of the trainable tree, clipping included.
+      tx: optimizer of the trainable tree, clipping included; where a method takes part in updates, as AdaLoRA does, of
+        `jpeft.optimizer(tx, model=graphdef)`, and anything else is an error.
       groups: number of devices that a batch's rows are split over.
 
     The function's arguments: `frozen` of `jpeft.partition`; `batch` with arrays `[accumulation, rows, ...]`; `key`
@@ -92,10 +95,12 @@ def make_step(
     """
 
     def update(state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> tuple[State, Metrics]:
+        check_steered(graphdef, state.optimizer)
+
         def of_one(trainable: Leaves, batch: Batch, key: jax.Array | None) -> Sums:
             return sums(combine(graphdef, trainable, frozen), batch, key, groups)
 
-        return advance(of_one, tx, state, batch, key)
+        return advance(of_one, tx, state, batch, key, lambda leaves: penalty(combine(graphdef, leaves, frozen)))
 
     return Compiled(update)
 
@@ -106,10 +111,20 @@ def advance(
     state: State,
     batch: Batch,
     key: jax.Array | None,
+    added: Callable[[Leaves], jax.Array | None],
 ) -> tuple[State, Metrics]:
-    """One update of one adapter; `sums` is (trainable, micro-batch, key) -> (sum of losses, number of labels)."""
+    """One update of one adapter.
+
+    Args:
+      sums: (trainable, micro-batch, key) -> (sum of losses, number of labels).
+      tx, state, batch, key: as of `make_step`'s function.
+      added: trainable -> what the adapters' own leaves add to the loss, or None.
+    """
     (loss, labels), grads = _gradients(sums, state, batch, key)
     loss, grads = loss / labels, jax.tree.map(lambda g: g / labels, grads)
+    if jax.eval_shape(added, state.trainable) is not None:
+        more, its_grads = jax.value_and_grad(added)(state.trainable)
+        loss, grads = loss + more, jax.tree.map(jnp.add, grads, its_grads)
     norm = optax.tree.norm(grads)
     failed = state.failed | ~(jnp.isfinite(loss) & jnp.isfinite(norm))
     changes, optimizer = tx.update(grads, state.optimizer, state.trainable)

@@ -54,8 +54,8 @@ class ForeignBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = self.norm(x)
-        k, v, _ = self.keys_values(self.key(h), self.value(h), None, h)
-        x = self.attention_residual(self.merge_heads(foreign_attention(self.query(h), k, v)), x)
+        k, v, mask = self.keys_values(self.key(h), self.value(h), None, h)
+        x = self.attention_residual(self.merge_heads(foreign_attention(self.query(h), k, v, mask)), x)
         return self.mlp_residual(self.down(jnp.tanh(self.up(x))), x)
 
 
@@ -69,12 +69,13 @@ class ForeignNorm(nnx.Module):
         return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6) * self.scale[None, None]
 
 
-def foreign_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def foreign_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Any) -> jax.Array:
     """Its attention, in the input's own precision for the same reason; keys beyond the queries come first."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
     seq, keys = scores.shape[-2:]
-    seen = jnp.arange(keys)[None] <= jnp.arange(seq)[:, None] + keys - seq
-    weights = jax.nn.softmax(jnp.where(seen[None, None], scores, -1e30), axis=-1)
+    seen = (jnp.arange(keys)[None] <= jnp.arange(seq)[:, None] + keys - seq)[None, None]
+    seen = seen if mask is None else seen & (mask != 0)[:, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
@@ -103,6 +104,20 @@ LLAMA = {
 }
 
 
+T5 = {
+    "model_type": "t5",
+    "vocab_size": VOCAB,
+    "d_model": 8,
+    "d_kv": 4,
+    "d_ff": 12,
+    "num_layers": 2,
+    "num_heads": 2,
+    "relative_attention_num_buckets": 4,
+    "relative_attention_max_distance": 6,
+    "dropout_rate": 0.0,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """One kind of model.
@@ -113,6 +128,7 @@ class Model:
       causal: whether a token's output depends on earlier tokens alone.
       masks: whether it takes an attention mask and positions.
       scans: whether jpeft's own scan runs it, with `remat` and `unroll`.
+      decodes: whether a decoder stands beside an encoder; both are given the same tokens.
     """
 
     build: Callable[[], Any]
@@ -121,9 +137,13 @@ class Model:
     causal: bool = True
     masks: bool = True
     scans: bool = True
+    decodes: bool = False
 
     def run(self, model: Any, ids: Any, mask: Any = None, positions: Any = None) -> jax.Array:
         """Its outputs, one row per token."""
+        if self.decodes:
+            decoder = {"decoder_input_ids": ids, "decoder_attention_mask": mask, "decoder_positions": positions}
+            return model(ids, mask, positions=positions, **decoder)
         return model(ids, mask, positions=positions) if self.masks else model(ids)
 
 
@@ -136,6 +156,7 @@ MODELS = {
     "foreign": Model(lambda: Foreign(nnx.Rngs(0)), ("query", "up", "embed"), ("up",), masks=False, scans=False),
     "bert": Model(_zoo(BERT, "TOKEN_CLS"), ("query", "output.dense", "word_embeddings"), ("query",), causal=False),
     "llama": Model(_zoo(LLAMA, "CAUSAL_LM"), ("q_proj", "down_proj", "lm_head"), ("q_proj",)),
+    "t5": Model(_zoo(T5, "SEQ_2_SEQ_LM"), ("q", "wo", "shared"), ("q",), causal=False, decodes=True),
     "tied llama": Model(_zoo(TIED, "CAUSAL_LM"), ("v_proj", "gate_proj", "embed_tokens"), ("v_proj",)),
 }
 
@@ -149,19 +170,29 @@ class Line:
       targeted: whether it heeds them.
       identity: whether it starts as the base.
       merges: whether it has a merged form.
+      drawn: whether its start is drawn from the key.
       on: the models on which it has a meaning; the others refuse it.
       fast: the models on which it is tested in the fast lane.
+      exact: whether its gradient is that of its output, rather than with a part of it held constant.
     """
 
     make: Callable[[Any], Any]
     targeted: bool = True
     identity: bool = True
     merges: bool = True
+    drawn: bool = True
     on: tuple[str, ...] = ("foreign", "bert", "llama")
     fast: tuple[str, ...] = ("foreign", "bert")
+    exact: bool = True
 
 
-EVERY = ("foreign", "bert", "llama", "tied llama")
+def tables_aside(targets: Any) -> Any:
+    """The targets without the embeddings, for a method that refuses those."""
+    return [target for target in targets if "embed" not in target and target != "shared"]
+
+
+EVERY = ("foreign", "bert", "llama", "tied llama", "t5")
+FEEDFORWARD = {"up", "output.dense", "down_proj", "gate_proj", "wo"}
 
 #: Methods by a name for the test. A new method needs one line.
 METHODS: dict[str, Line] = {
@@ -176,13 +207,213 @@ METHODS: dict[str, Line] = {
             dropout=0.3,
             rank_pattern={r".*\.1\..*": 1},
         ),
+        on=("foreign", "bert", "llama", "t5"),
         fast=("foreign", "bert", "llama"),
     ),
     "lora from the kernel": Line(
         lambda targets: jpeft.LoRA(rank=2, alpha=3.0, targets=targets, init="pissa"),
+        drawn=False,
         on=EVERY,
         fast=("foreign", "llama"),
     ),
+    "ia3": Line(
+        lambda targets: jpeft.IA3(targets=targets, feedforward=[t for t in targets if t in FEEDFORWARD]),
+        drawn=False,
+        on=EVERY,
+    ),
+    "trainable tokens": Line(
+        lambda targets: jpeft.TrainableTokens(
+            (7, 1, 3, 8), targets=r"(.*\.)?(embed|embed_tokens|word_embeddings|shared)"
+        ),
+        targeted=False,
+        drawn=False,
+        on=EVERY,
+        fast=("foreign", "tied llama"),
+    ),
+    "bitfit": Line(lambda targets: jpeft.BitFit(), targeted=False, drawn=False, on=("foreign", "bert")),
+    "norm tuning": Line(lambda targets: jpeft.NormTuning(), targeted=False, drawn=False, on=EVERY),
+    "full fine-tuning": Line(
+        lambda targets: jpeft.FullFineTune(),
+        targeted=False,
+        drawn=False,
+        on=EVERY,
+        fast=("foreign", "tied llama"),
+    ),
+    "the last layer": Line(
+        lambda targets: jpeft.LastLayers(1, final=("out",) if "up" in targets else None),
+        targeted=False,
+        drawn=False,
+        on=EVERY,
+        fast=("foreign", "llama"),
+    ),
+    "dora": Line(lambda targets: jpeft.DoRA(rank=2, alpha=3.0, targets=targets), on=EVERY, exact=False),
+    "dora of several ranks from the kernel, with biases and dropout": Line(
+        lambda targets: jpeft.DoRA(
+            rank=2,
+            alpha=2.0,
+            targets=targets,
+            rslora=True,
+            init="pissa",
+            bias="lora_only",
+            dropout=0.3,
+            rank_pattern={r".*\.1\..*": 1},
+        ),
+        fast=("foreign",),
+        drawn=False,
+        exact=False,
+    ),
+    "adalora": Line(
+        lambda targets: jpeft.AdaLoRA(init_rank=3, target_rank=2, alpha=9.0, targets=targets, total_steps=10), on=EVERY
+    ),
+    "loha": Line(lambda targets: jpeft.LoHa(rank=2, alpha=3.0, targets=targets), on=EVERY, fast=EVERY),
+    "loha of several ranks with dropout": Line(
+        lambda targets: jpeft.LoHa(
+            rank=3, alpha=2.0, targets=targets, rank_dropout=0.3, module_dropout=0.2, rank_pattern={r".*\.1\..*": 1}
+        ),
+    ),
+    "lokr": Line(lambda targets: jpeft.LoKr(rank=1, alpha=3.0, targets=targets), on=EVERY, fast=EVERY),
+    "lokr of two products with dropout": Line(
+        lambda targets: jpeft.LoKr(
+            rank=1,
+            alpha=2.0,
+            targets=targets,
+            decompose_both=True,
+            decompose_factor=4,
+            init="lycoris",
+            rank_dropout=0.3,
+            module_dropout=0.2,
+            alpha_pattern={r".*\.1\..*": 1.0},
+        ),
+    ),
+    "vera": Line(lambda targets: jpeft.VeRA(rank=5, targets=tables_aside(targets)), on=EVERY, drawn=False),
+    "vera with dropout": Line(
+        lambda targets: jpeft.VeRA(rank=3, d_initial=0.5, dropout=0.3, targets=tables_aside(targets)), drawn=False
+    ),
+    "oft": Line(lambda targets: jpeft.OFT(block_size=4, targets=tables_aside(targets)), on=EVERY, drawn=False),
+    "oft exact, shared, bounded, with dropout": Line(
+        lambda targets: jpeft.OFT(
+            rank=2,
+            targets=tables_aside(targets),
+            neumann_terms=None,
+            coft=True,
+            eps=0.9,
+            block_share=True,
+            block_dropout=0.2,
+        ),
+        drawn=False,
+    ),
+    "houlsby with dropout": Line(
+        lambda _: jpeft.Houlsby(reduction_factor=2, scaling="learned", dropout=0.3),
+        targeted=False,
+        identity=False,
+        merges=False,
+    ),
+    "pfeiffer of several widths, with norms and a coupling": Line(
+        lambda _: jpeft.Pfeiffer(
+            reduction_factor={0: 4, "default": 2},
+            non_linearity="gelu",
+            ln_before=True,
+            ln_after=True,
+            invertible="nice",
+        ),
+        targeted=False,
+        identity=False,
+        merges=False,
+    ),
+    "pfeiffer with a gate": Line(
+        lambda _: jpeft.Pfeiffer(reduction_factor=2, gate=True, original_ln_after=False),
+        targeted=False,
+        identity=False,
+        merges=False,
+        on=("bert",),
+        fast=("bert",),
+    ),
+    "parallel adapter in one layer": Line(
+        lambda _: jpeft.ParallelAdapter(layers=[1], non_linearity="swish", scaling="channel"),
+        targeted=False,
+        merges=False,
+        fast=("foreign", "llama"),
+    ),
+    "compacter": Line(
+        lambda _: jpeft.Compacter(reduction_factor=2, n=2, rule_std=0.5),
+        targeted=False,
+        identity=False,
+        merges=False,
+    ),
+    "adapter fusion": Line(
+        lambda _: (
+            jpeft.Pfeiffer(reduction_factor=2, scaling=100.0)
+            | jpeft.Pfeiffer(reduction_factor=4, scaling=100.0)
+            | jpeft.AdapterFusion(adapters=("pfeiffer", "pfeiffer_2"))
+        ),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("foreign", "llama"),
+    ),
+    "prompt tuning": Line(
+        lambda targets: jpeft.PromptTuning(num_tokens=3), targeted=False, identity=False, merges=False
+    ),
+    "prompt tuning from the vocabulary": Line(
+        lambda targets: jpeft.PromptTuning(num_tokens=5, init="vocabulary"),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("llama",),
+    ),
+    "p-tuning": Line(
+        lambda targets: jpeft.PTuning(num_tokens=3, hidden_size=5),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("bert",),
+    ),
+    "p-tuning by lstm, with dropout": Line(
+        lambda targets: jpeft.PTuning(num_tokens=3, hidden_size=5, reparam="lstm", dropout=0.3),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("foreign",),
+    ),
+    "prefix tuning": Line(
+        lambda targets: jpeft.PrefixTuning(num_tokens=3),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("foreign", "bert", "llama"),
+    ),
+    "prefix tuning by a projection, in one layer, positions shifted": Line(
+        lambda targets: jpeft.PrefixTuning(
+            num_tokens=3, projection=True, hidden_size=5, layers=[1], shift_positions=True
+        ),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("bert",),
+    ),
+    "gated prefix tuning": Line(
+        lambda targets: jpeft.PrefixTuning(num_tokens=3, gate=True),
+        targeted=False,
+        identity=False,
+        merges=False,
+        on=("bert",),
+        fast=("bert",),
+    ),
+    "gated lora": Line(
+        lambda targets: jpeft.LoRA(rank=2, alpha=3.0, targets=[t for t in targets if "embed" not in t], gate=True),
+        merges=False,
+        on=("bert",),
+        fast=("bert",),
+    ),
+    "loreft": Line(lambda _: jpeft.LoReFT(rank=2, first=2, last=1), targeted=False, identity=False, merges=False),
+    "untied loreft in one layer, with dropout": Line(
+        lambda _: jpeft.LoReFT(rank=2, first=2, last=2, tied=False, layers=[1], dropout=0.3),
+        targeted=False,
+        identity=False,
+        merges=False,
+    ),
+    "noreft": Line(lambda _: jpeft.NoReFT(rank=2), targeted=False, identity=False, merges=False, fast=("bert",)),
+    "direft": Line(lambda _: jpeft.DiReFT(last=1), targeted=False, identity=False, merges=False, fast=("bert",)),
 }
 
 #: The compiler's quickest way: there is much to compile here, and little to run.

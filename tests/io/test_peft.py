@@ -67,6 +67,11 @@ EXPORTS = {
     "llama states, layers": ("llama states", lora(layers=[1])),
     "mistral": ("mistral", lora("q_proj", "k_proj", rslora=True)),
     "qwen2": ("qwen2", lora("k_proj", "down_proj", bias="all")),
+    "distilbert": ("distilbert", lora()),
+    "t5": ("t5", lora("q", "wo")),
+    "t5, layers": ("t5", lora("SelfAttention.k", "v", layers=[1])),
+    "gpt2": ("gpt2", lora("c_attn", "c_proj", layers=[0, 2], bias="lora_only")),
+    "gpt2 tied": ("gpt2", lora("wte", "wpe")),
     "qwen3": ("qwen3", lora(rank_pattern={"v_proj": 1}, modules_to_save=["q_norm"])),
 }  # fmt: skip
 
@@ -106,6 +111,10 @@ IMPORTS = {
     "llama states": ("llama states", config()),
     "mistral": ("mistral", config("o_proj")),
     "qwen2": ("qwen2", config("v_proj", bias="lora_only")),
+    "t5": ("t5", {"target_modules": "all-linear", "lora_alpha": 3}),
+    "t5, defaults": ("t5", {}),
+    "gpt2": ("gpt2", {"target_modules": "all-linear", "lora_alpha": 3, "fan_in_fan_out": True}),
+    "distilbert": ("distilbert", config("q_lin", "out_lin", "lin2", bias="lora_only")),
     "qwen3": ("qwen3", config(modules_to_save=["k_norm"])),
 }
 
@@ -121,7 +130,7 @@ def adapted(family, method, name=None):
 
 def outputs(model):
     graphdef, trainable, frozen = jpeft.partition(model)
-    run = jax.jit(lambda trainable, frozen: jpeft.combine(graphdef, trainable, frozen)(oracle.IDS, oracle.MASK))
+    run = jax.jit(lambda trainable, frozen: oracle.jax_outputs(jpeft.combine(graphdef, trainable, frozen)))
     return oracle.seen(np.array(run(trainable, frozen)))
 
 
@@ -173,7 +182,10 @@ def test_we_compute_the_same_from_real_peft_files(case, tmp_path):
     assert [key for key in theirs.keys() - ours.keys() if not key.endswith(copies)] == []
 
 
-@pytest.mark.parametrize("case", ["defaults", "word embeddings", "all biases", "llama", "llama, embeddings", "qwen3"])
+@pytest.mark.parametrize(
+    "case",
+    ["defaults", "word embeddings", "all biases", "llama", "llama, embeddings", "qwen3", "distilbert", "gpt2", "t5"],
+)
 def test_gradients_are_those_of_real_peft(case, tmp_path):
     family, options = IMPORTS[case]
     real = oracle.train_real(family, options, tmp_path / "real")
@@ -184,7 +196,7 @@ def test_gradients_are_those_of_real_peft(case, tmp_path):
     @jax.jit
     @jax.grad
     def gradient(trainable, frozen):
-        out = jpeft.combine(graphdef, trainable, frozen)(oracle.IDS, oracle.MASK)
+        out = oracle.jax_outputs(jpeft.combine(graphdef, trainable, frozen))
         return (out * oracle.cotangent(out)).sum()
 
     # they have an adapter's shapes, so they can be written as one

@@ -71,23 +71,27 @@ def visible(seq, keys, causal, window=None, mask=None, segment_ids=None):
     return seen
 
 
-def oracle(q, k, v, g, scale, seen):
+def oracle(q, k, v, g, scale, seen, bias=None):
     """Output and gradients in float64; a row that sees nothing is 0."""
     q, k, v, g = (torch.tensor(x, dtype=torch.float64) for x in (q, k, v, g))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
+    bias = torch.tensor(0.0 if bias is None else bias, dtype=torch.float64).requires_grad_()
     wide = [x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v)]
     seen = torch.tensor(seen)[:, None]
     s = torch.einsum("bqhd,bkhd->bhqk", q, wide[0]) * scale
+    covered = bias.shape[-1] if bias.ndim else k.shape[1]
+    s = s + torch.nn.functional.pad(bias.expand(*s.shape[:3], covered), (k.shape[1] - covered, 0))
     s = s.masked_fill(~seen, -1e30)
     p = torch.softmax(s, -1) * seen
     y = torch.einsum("bhqk,bkhd->bqhd", p, wide[1])
     y.backward(g)
-    return [x.detach().numpy() for x in (y, q.grad, k.grad, v.grad)]
+    found = (y, q.grad, k.grad, v.grad, bias.grad)
+    return [x.detach().numpy() for x in found[: 5 if bias.ndim else 4]]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def output_and_gradients(attend, q, k, v, g):
-    y, pull = jax.vjp(attend, q, k, v)
+def output_and_gradients(attend, q, k, v, g, *bias):
+    y, pull = jax.vjp(attend, q, k, v, *bias)
     return [y, *pull(g)]
 
 
@@ -110,6 +114,58 @@ def test_the_path_for_accelerators_is_the_formula(name, monkeypatch):
     found = output_and_gradients(functools.partial(attention, scale=0.3, **told), q, k, v, g)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=ATOL, rtol=ATOL)
+
+
+#: name -> (seq, keys, heads, kv_heads, examples that have a bias of their own, keys that it covers, what is told)
+BIASED = {
+    "both ways": (150, 150, 3, 3, 1, 150, {"causal": False, "mask": PADDED}),
+    "causal": (150, 150, 2, 2, 1, 150, {"causal": True, "segment_ids": SEGMENTS}),
+    "of each example": (70, 70, 2, 2, 2, 70, {"causal": False}),
+    "groups, after a prefix": (70, 75, 4, 2, 1, 70, {"causal": True}),
+    "few keys, covered in part": (70, 20, 2, 1, 2, 17, {"causal": False}),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_and_its_gradient_are_the_formula(name, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    *sizes, rows, covered, told = BIASED[name]
+    q, k, v, g = inputs(*sizes)
+    bias = np.random.default_rng(1).standard_normal((rows, sizes[2], sizes[0], covered)).astype(np.float32)
+    expected = oracle(q, k, v, g, 0.3, visible(*sizes[:2], **told), bias)
+
+    def attend(q, k, v, bias):
+        return attention(q, k, v, scale=0.3, bias=bias, **told)
+
+    found = output_and_gradients(attend, q, k, v, g, bias)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=ATOL, rtol=ATOL)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_a_float32_bias_in_bfloat16(backend, monkeypatch):
+    """It is added to the scores before they are rounded."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    q, k, v, g = (jnp.asarray(x, jnp.bfloat16) for x in inputs(70, 70, 2, 2))
+    bias = np.random.default_rng(1).standard_normal((1, 2, 70, 70)).astype(np.float32)
+    expected = oracle(*(np.asarray(x, np.float32) for x in (q, k, v, g)), 0.3, np.ones((2, 70, 70), bool), bias)
+    found = output_and_gradients(lambda q, k, v, b: attention(q, k, v, causal=False, scale=0.3, bias=b), q, k, v, g, bias)
+    assert [x.dtype.name for x in found] == ["bfloat16"] * 4 + ["float32"]
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=BF16_ATOL, rtol=BF16_ATOL)
+
+
+def test_gradients_of_a_bias_under_dropout():
+    q, k, v, g = inputs(12, 12, 2, 2)
+    bias = np.random.default_rng(1).standard_normal((1, 2, 12, 12)).astype(np.float32)
+
+    @jax.jit
+    def attend(bias):
+        with _scope.scope(key=jax.random.key(3)):
+            return jnp.sum(attention(q, k, v, causal=True, scale=0.3, bias=bias, dropout=0.5) * g)
+
+    test_util.check_grads(attend, (bias,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
 def test_a_window_may_be_traced():
@@ -264,6 +320,8 @@ def test_wrong_shapes_and_settings_are_refused():
     q, k, v, _ = inputs(8, 5, 2, 2)
     with pytest.raises(ValueError, match="a causal query has a key of its own; got 8 queries and 5 keys"):
         attention(q, k, v, causal=True, scale=1.0)
+    with pytest.raises(ValueError, match=r"a bias is \[batch or 1, heads, seq, keys\]; got \(1, 2, 8, 6\)"):
+        attention(q, k, v, causal=False, scale=1.0, bias=np.zeros((1, 2, 8, 6), np.float32))
     with pytest.raises(ValueError, match="a window looks back from a causal query; got window=3 with causal=False"):
         attention(q, k, v, causal=False, window=3, scale=1.0)
     with pytest.raises(ValueError, match="segment_ids need a key for every query"):

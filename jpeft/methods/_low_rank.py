@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What methods with two factors, A [d_in, rank] and B [rank, d_out], have in common: LoRA, DoRA, AdaLoRA.
+
+Ranks that differ between the layers of a stack are padded to the largest, and the padding is multiplied by zero: the
+`table` of a site, `[layers, largest rank]`, holds the factor of every column of A, zero in the padding and in layers
+that are not adapted.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import seams
+from .._fields import indices, names, one_of, rate, whole
+from .._method import BIAS_CHOICES, Adapter, Frozen, Site, Start, Targets, pattern_value, wide
+from ._default_targets import default_targets
+from ._lora_start import STARTS
+
+
+def check_factors(method: Any) -> None:
+    """Brings the fields of LoRA and DoRA into one form.
+
+    Raises:
+      ValueError, TypeError: one has a value that it cannot have.
+    """
+    check_selection(method)
+    name = type(method).__name__
+    for field in ("rank_pattern", "alpha_pattern"):
+        object.__setattr__(method, field, Frozen(getattr(method, field) or {}))
+    for rank in (method.rank, *method.rank_pattern.values()):
+        whole(name, "rank", rank)
+    for alpha in (method.alpha, *method.alpha_pattern.values()):
+        check_alpha(name, alpha)
+    one_of(name, "init", method.init, STARTS)
+
+
+def check_selection(method: Any) -> None:
+    """Brings the fields that say where such a method acts, and its dropout, into one form.
+
+    Raises:
+      ValueError, TypeError: one has a value that it cannot have.
+    """
+    for field in ("targets", "exclude", "modules_to_save"):
+        object.__setattr__(method, field, names(field, getattr(method, field)))
+    object.__setattr__(method, "layers", indices(method.layers))
+    rate(type(method).__name__, "dropout", method.dropout)
+    one_of(type(method).__name__, "bias", method.bias, BIAS_CHOICES)
+    if isinstance(method.targets, str) and method.targets != "all-linear" and method.layers is not None:
+        raise ValueError("layers= picks among listed targets; with a regular expression, say the layers in it")
+
+
+def check_alpha(name: str, alpha: Any) -> None:
+    """Raises a ValueError unless `alpha` is a positive number."""
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+        raise ValueError(f"{name}'s alpha must be a positive number (at 0 nothing is trained), got {alpha!r}")
+
+
+def select(method: Any, model_type: str | None, patterns: tuple[str, ...] = ()) -> Targets:
+    """`Method.select`, from the fields."""
+    targets = default_targets(type(method).__name__, method.targets, model_type)
+    return Targets(targets, method.exclude, method.layers, method.modules_to_save, method.bias, patterns)
+
+
+def start(method: Any, site: Site, base: Any, key: jax.Array) -> Start:
+    """The start that `init` names, in the adapters' dtype."""
+    drawn = STARTS[method.init](site, base, key, ranks(method, site), scales(method, site))
+    dtype = wide(getattr(base, seams.projection(base).kernel).dtype)
+    parts = (drawn.trainable, drawn.constants)
+    return Start(*({name: leaf.astype(dtype) for name, leaf in leaves.items()} for leaves in parts))
+
+
+def ranks(method: Any, site: Site) -> tuple[int, ...]:
+    """The rank in every layer; 0 where the layer is not adapted."""
+    named = (pattern_value(method.rank_pattern, name, method.rank) for name in site.names)
+    return tuple(rank if acts else 0 for rank, acts in zip(named, site.active, strict=True))
+
+
+def scales(method: Any, site: Site) -> tuple[float, ...]:
+    """The factor s = alpha / rank, or alpha / sqrt(rank), in every layer; 0 where the layer is not adapted."""
+    alphas = (pattern_value(method.alpha_pattern, name, method.alpha) for name in site.names)
+    roots = ((math.sqrt(rank) if method.rslora else rank) for rank in ranks(method, site))
+    return tuple(alpha / root if root else 0.0 for alpha, root in zip(alphas, roots, strict=True))
+
+
+def table(ranks: tuple[int, ...], scales: tuple[float, ...]) -> np.ndarray:
+    """`[layers, largest rank]`: the factor of every column of A."""
+    return np.where(np.arange(max(ranks)) < np.array(ranks)[:, None], np.array(scales)[:, None], 0.0)
+
+
+def uniform(table: np.ndarray) -> bool:
+    """Whether all layers are alike, without padding."""
+    return bool((table == table[0, 0]).all())
+
+
+def factors(adapter: Any, scale: Any) -> tuple[jax.Array, jax.Array]:
+    """Two matrices of which the product is the change of the kernel, the scale in the first.
+
+    With a start A0, B0 to subtract they are `s [A - A0 | A0]` and `[B ; B - B0]`, twice as long: no large terms cancel,
+    and while A and B are the start, the product is exactly zero.
+    """
+    a, b = adapter.A[...], adapter.B[...]
+    if hasattr(adapter, "A0"):
+        a0, b0 = adapter.A0[...], adapter.B0[...]
+        return jnp.concatenate([(a - a0) * scale, a0 * scale], -1), jnp.concatenate([b, b - b0], -2)
+    return a * scale, b
+
+
+def running_scale(adapter: Any, table: np.ndarray) -> Any:
+    """The factors of the running layer: a number, or `[1, rank]`; in a slot of a bank they are a leaf."""
+    if hasattr(adapter, "scale"):
+        return adapter.scale[...][None]
+    if uniform(table):
+        return float(table[0, 0])
+    return jnp.asarray(table, adapter.A.dtype)[adapter.layer][None]
+
+
+def scale_of_all(adapter: Any, table: np.ndarray) -> jax.Array:
+    """The factors of all layers at once, `[*lead, 1, rank]`."""
+    if hasattr(adapter, "scale"):
+        return adapter.scale[...][..., None, :]
+    return jnp.asarray(table, adapter.A.dtype).reshape(*adapter.site.lead, 1, -1)
+
+
+def dropped(adapter: Adapter, base: Any, x: Any, rate: float) -> tuple[jax.Array, bool]:
+    """What A reads, the input in the adapters' dtype with entries dropped, and whether any are; ids stay ids."""
+    x = jnp.asarray(x)
+    if isinstance(seams.projection(base), seams.Lookup):
+        return x, False
+    x = x.astype(wide(x.dtype))
+    kept = adapter.dropout(x, rate)
+    return kept, kept is not x
+
+
+def change(base: Any, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The input times `a b` in the kernel's place, `[..., d_out]`."""
+    return seams.rows_times(seams.projection(base).contract(base, x, a), b)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the methods with virtual tokens have in common: where they stand, room for them, and torch's first values."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .. import seams
+from .._fields import one_of
+from .._method import Site, Targets
+from .._scope import fold_path
+
+#: Whose input a prompt may stand in front of; by default the first of these that the model has.
+INPUTS = ("encoder", "decoder")
+
+
+def input_targets(blocks: tuple[str, ...] | None, modules_to_save: Any) -> Targets:
+    """The inputs of `blocks`; of None, that of the encoder or, in a model without one, of the decoder."""
+    prefer = INPUTS if blocks is None else ()
+    return Targets(".*", modules_to_save=modules_to_save, seam="input", blocks=blocks, prefer=prefer)
+
+
+def chosen(method: str, blocks: Any, choices: tuple[str, ...]) -> tuple[str, ...] | None:
+    """What `blocks` takes: one or several of `choices`, or None.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    if blocks is None:
+        return None
+    found = (blocks,) if isinstance(blocks, str) else tuple(blocks)
+    for block in found or (blocks,):
+        one_of(method, "blocks", block, choices)
+    return found
+
+
+def places(site: Site, seam: str) -> tuple[int, int, int]:
+    """(how many places at seams of a kind, counting every layer; their output width; their key heads).
+
+    Raises:
+      ValueError: they are not alike.
+    """
+    members = [member for member in site.members if member.seam == seam]
+    sizes = {(member.d_out, member.heads) for member in members}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{' and '.join(member.path for member in members)} differ in size, so one table cannot serve them all; "
+            "adapt them one by one, each under a name= of its own"
+        )
+    ((width, heads),) = sizes
+    return sum(len(member.names) for member in members), width, heads
+
+
+def put_in_front(prompt: Float[Array, "tokens d_model"], base: seams.InputEmbedding, y: Any) -> tuple[Any, ...]:
+    """The input seam's outputs with `prompt` in front of every row; the text's positions go up by its length.
+
+    Raises:
+      ValueError: a packed row of a bidirectional model; more positions than the model has.
+    """
+    e, positions, mask, segments = y
+    if segments is not None and not base.causal:
+        raise ValueError(
+            f"tokens of the {base.block} see those after them, so what a prompt becomes depends on the text, and the "
+            "examples of a packed row (segment_ids) cannot share one; give each example a row of its own"
+        )
+    length = len(prompt)
+    positions = moved(positions, length, base, e.shape[1], segments)
+    count = jnp.broadcast_to(jnp.arange(length, dtype=positions.dtype), (len(positions), length))
+    shape = (len(e), length)
+    e = jnp.concatenate([jnp.broadcast_to(prompt.astype(e.dtype), (*shape, e.shape[-1])), e], 1)
+    mask = in_front(mask, jnp.ones(shape, bool))
+    segments = in_front(segments, jnp.full(shape, seams.EVERY_SEGMENT))
+    return e, jnp.concatenate([count, positions], 1), mask, segments
+
+
+def moved(positions: Any, length: int, base: seams.InputEmbedding, seq: int, segments: Any) -> Any:
+    """`positions` of a row of `seq` tokens, behind `length` virtual ones.
+
+    Raises:
+      ValueError: there are more than the model has. (Of a packed row the lengths are not known here.)
+    """
+    last = base.max_positions
+    if last is not None and segments is None and seq + length > last:
+        raise ValueError(
+            f"{seq} tokens behind {length} virtual ones are more than the {last} positions this model has; cut the "
+            f"input to {last - length} tokens, or take fewer virtual ones"
+        )
+    return jnp.asarray(positions) + length
+
+
+def in_front(values: Any, new: jax.Array) -> jax.Array | None:
+    """`new` before `values` `[batch, seq]`, as values of their type; None stays None."""
+    if values is None:
+        return None
+    values = jnp.asarray(values)
+    return jnp.concatenate([new.astype(values.dtype), values], 1)
+
+
+def linear(key: jax.Array, name: str, d_in: int, d_out: int) -> dict[str, jax.Array]:
+    """`{name}_kernel` `[d_in, d_out]` and `{name}_bias`, both uniform in ±1/sqrt(d_in), as of torch's `nn.Linear`."""
+    return {
+        f"{name}_kernel": uniform(fold_path(key, f"{name}_kernel"), (d_in, d_out), d_in),
+        f"{name}_bias": uniform(fold_path(key, f"{name}_bias"), (d_out,), d_in),
+    }
+
+
+def uniform(key: jax.Array, shape: tuple[int, ...], fan: int) -> jax.Array:
+    """Uniform in ±1/sqrt(fan)."""
+    return jax.random.uniform(key, shape, minval=-(fan**-0.5), maxval=fan**-0.5)
+
+
+def apply_linear(adapter: Any, name: str, x: Float[Array, "tokens d_in"]) -> Float[Array, "tokens d_out"]:
+    """x · kernel + bias, of the leaves that `linear` gave."""
+    return x @ getattr(adapter, f"{name}_kernel")[...] + getattr(adapter, f"{name}_bias")[...][None]

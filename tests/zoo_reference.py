@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models of DistilBERT, GPT-2 and T5: transformers' and ours, and how they are run and compared."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from flax import nnx
+from llama_reference import QUICK, assert_close, flat
+
+from jpeft import models
+
+SEQ = 13
+#: Tokens of a decoder beside an encoder.
+DECODER_SEQ = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """One family.
+
+    Attributes:
+      config: a tiny one, two layers deep, without dropout.
+      variants: what is changed of it: every attribute that changes what the model computes; `base` is first.
+      classes: transformers' class for every task.
+      rates: the attributes that are dropout rates, and a task in which each acts.
+      perturbed: for each field of our Config that changes the program, another value; and the task it counts in.
+      causal: whether a token sees no later one.
+      silent: fields of our Config that change no program.
+    """
+
+    config: Mapping[str, Any]
+    variants: Mapping[str, Mapping[str, Any]]
+    classes: Mapping[str, Any]
+    rates: Mapping[str, str]
+    perturbed: Mapping[str, tuple[Any, str]]
+    causal: bool = False
+    silent: tuple[str, ...] = ("initializer_range", "model_type", "hf")
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is an encoder with a decoder beside it."""
+        return "SEQ_2_SEQ_LM" in self.classes
+
+    @property
+    def vocab(self) -> int:
+        return self.config["vocab_size"]
+
+
+DISTILBERT = Subject(
+    config={
+        "model_type": "distilbert", "vocab_size": 53, "dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 37,
+        "max_position_embeddings": 19, "initializer_range": 0.2, "pad_token_id": 0, "dropout": 0.0,
+        "attention_dropout": 0.0, "qa_dropout": 0.0, "seq_classif_dropout": 0.0,
+    },
+    variants={
+        "base": {},
+        "relu": {"activation": "relu", "pad_token_id": 7, "n_layers": 3, "n_heads": 1},
+        "gelu_new": {"activation": "gelu_new", "sinusoidal_pos_embds": True, "pad_token_id": None, "n_heads": 6},
+    },
+    classes={
+        "SEQ_CLS": transformers.DistilBertForSequenceClassification,
+        "TOKEN_CLS": transformers.DistilBertForTokenClassification,
+        "QUESTION_ANS": transformers.DistilBertForQuestionAnswering,
+        "FEATURE_EXTRACTION": transformers.DistilBertModel,
+    },
+    rates={
+        "dropout": "TOKEN_CLS", "attention_dropout": "TOKEN_CLS", "qa_dropout": "QUESTION_ANS",
+        "seq_classif_dropout": "SEQ_CLS",
+    },
+    perturbed={
+        "vocab_size": (54, "SEQ_CLS"), "dim": (27, "SEQ_CLS"), "n_layers": (3, "SEQ_CLS"), "n_heads": (4, "SEQ_CLS"),
+        "hidden_dim": (38, "SEQ_CLS"), "activation": ("relu", "SEQ_CLS"), "max_position_embeddings": (20, "SEQ_CLS"),
+        "dropout": (0.3, "SEQ_CLS"), "attention_dropout": (0.3, "SEQ_CLS"), "qa_dropout": (0.3, "QUESTION_ANS"),
+        "seq_classif_dropout": (0.3, "SEQ_CLS"), "pad_token_id": (5, "SEQ_CLS"), "num_labels": (3, "SEQ_CLS"),
+    },
+    silent=("initializer_range", "sinusoidal_pos_embds", "model_type", "hf"),
+)  # fmt: skip
+
+GPT2 = Subject(
+    config={
+        "model_type": "gpt2", "vocab_size": 53, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_inner": 37,
+        "n_positions": 19, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "classifier_dropout": 0.0,
+    },
+    variants={
+        "base": {},
+        "scores as they are": {"scale_attn_weights": False, "n_inner": None, "layer_norm_epsilon": 1e-2},
+        "scores by layer": {
+            "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "n_layer": 3,
+            "activation_function": "relu", "n_head": 1,
+        },
+        "untied": {"tie_word_embeddings": False},
+    },
+    classes={
+        "CAUSAL_LM": transformers.GPT2LMHeadModel,
+        "SEQ_CLS": transformers.GPT2ForSequenceClassification,
+        "TOKEN_CLS": transformers.GPT2ForTokenClassification,
+        "QUESTION_ANS": transformers.GPT2ForQuestionAnswering,
+        "FEATURE_EXTRACTION": transformers.GPT2Model,
+    },
+    rates={
+        "resid_pdrop": "CAUSAL_LM", "embd_pdrop": "CAUSAL_LM", "attn_pdrop": "CAUSAL_LM",
+        "classifier_dropout": "TOKEN_CLS",
+    },
+    perturbed={
+        "vocab_size": (54, "SEQ_CLS"), "n_positions": (20, "SEQ_CLS"), "n_embd": (27, "SEQ_CLS"),
+        "n_layer": (3, "SEQ_CLS"), "n_head": (4, "SEQ_CLS"), "n_inner": (None, "SEQ_CLS"),
+        "activation_function": ("relu", "SEQ_CLS"), "resid_pdrop": (0.3, "SEQ_CLS"), "embd_pdrop": (0.3, "SEQ_CLS"),
+        "attn_pdrop": (0.3, "SEQ_CLS"), "classifier_dropout": (None, "TOKEN_CLS"),
+        "layer_norm_epsilon": (1e-3, "SEQ_CLS"), "scale_attn_weights": (False, "SEQ_CLS"),
+        "scale_attn_by_inverse_layer_idx": (True, "SEQ_CLS"), "tie_word_embeddings": (False, "CAUSAL_LM"),
+        "pad_token_id": (5, "SEQ_CLS"), "num_labels": (3, "SEQ_CLS"),
+    },
+    causal=True,
+)  # fmt: skip
+
+T5 = Subject(
+    config={
+        "model_type": "t5", "vocab_size": 53, "d_model": 24, "d_kv": 10, "d_ff": 37, "num_layers": 2, "num_heads": 3,
+        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 11, "dropout_rate": 0.0,
+        "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "is_encoder_decoder": True,
+    },
+    variants={
+        "base": {},
+        "v1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 3},
+        "few buckets": {
+            "feed_forward_proj": "gated-silu", "num_decoder_layers": 1, "layer_norm_epsilon": 0.1, "num_heads": 1,
+            "relative_attention_num_buckets": 4, "relative_attention_max_distance": 5,
+        },
+    },
+    classes={"SEQ_2_SEQ_LM": transformers.T5ForConditionalGeneration, "FEATURE_EXTRACTION": transformers.T5Model},
+    rates={"dropout_rate": "SEQ_2_SEQ_LM"},
+    perturbed={
+        name: (value, "SEQ_2_SEQ_LM")
+        for name, value in {
+            "vocab_size": 54, "d_model": 27, "d_kv": 11, "d_ff": 38, "num_layers": 3, "num_decoder_layers": 3,
+            "num_heads": 4, "relative_attention_num_buckets": 6, "relative_attention_max_distance": 9,
+            "dropout_rate": 0.3, "layer_norm_epsilon": 1e-3, "feed_forward_proj": "gated-relu",
+            "tie_word_embeddings": False,
+        }.items()
+    },
+    silent=("initializer_factor", "pad_token_id", "decoder_start_token_id", "num_labels", "model_type", "hf"),
+)  # fmt: skip
+
+SUBJECTS = {"distilbert": DISTILBERT, "gpt2": GPT2, "t5": T5}
+
+
+def labels_of(task):
+    """The size of a head in these tests."""
+    return 5 if task in ("SEQ_CLS", "TOKEN_CLS") else 2
+
+
+def torch_model(config, task, classes, seed=0):
+    """A transformers model whose every weight is random, norms and biases too."""
+    torch.manual_seed(seed)
+    hf = transformers.AutoConfig.for_model(**config, num_labels=labels_of(task))
+    model = classes[task]._from_config(hf, attn_implementation="eager")
+    if config["model_type"] == "t5" and not config.get("tie_word_embeddings", True):
+        # transformers 5 ties a new T5 whatever its config says; what it reads from a checkpoint stays apart
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name.lower() or "ln_" in name or name.endswith("bias"):
+                weight.add_(0.3 * torch.randn_like(weight))
+    return model.eval()
+
+
+def batch(subject, seed=0):
+    """Three rows: whole, padded right, padded left; and those of a decoder, padded likewise."""
+    rng = np.random.default_rng(seed)
+    inputs = _rows(rng, SEQ, subject)
+    if subject.decodes:
+        decoder = _rows(rng, DECODER_SEQ, subject)
+        inputs |= {f"decoder_{name}": value for name, value in decoder.items()}
+    return inputs
+
+
+def _rows(rng, seq, subject):
+    mask = np.ones((3, seq), int)
+    mask[1, seq - 3 :] = 0
+    mask[2, : seq // 3] = 0
+    return {"input_ids": np.where(mask, rng.integers(1, subject.vocab, (3, seq)), 0), "attention_mask": mask}
+
+
+def seen(inputs, task):
+    """Which of the outputs are at tokens."""
+    if task == "SEQ_CLS":
+        return np.ones(3, bool)
+    return inputs.get("decoder_attention_mask", inputs["attention_mask"]).astype(bool)
+
+
+def torch_output(model, task, inputs):
+    out = model(**{name: torch.tensor(value) for name, value in inputs.items()})
+    if task == "QUESTION_ANS":
+        return torch.stack([out.start_logits, out.end_logits], -1)
+    return out.last_hidden_state if task == "FEATURE_EXTRACTION" else out.logits
+
+
+def build(config, task, **options):
+    """A model of ours whose every weight is random: drawn here, as compiling its first values takes long."""
+    model = nnx.eval_shape(lambda: models.build(config, task, key=jax.random.key(0), **options))
+    graphdef, state = nnx.split(model)
+    rng = np.random.default_rng(0)
+
+    def draw(path, shape):
+        values = 0.25 * rng.standard_normal(shape.shape, np.float32)
+        return jnp.asarray(values + ("scale" in jax.tree_util.keystr(path)), shape.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, state))
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def _outputs(graphdef, state, inputs, key):
+    return nnx.merge(graphdef, state)(**inputs, key=key)
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def _gradients(graphdef, state, inputs, weights, key):
+    def loss(state):
+        outputs = nnx.merge(graphdef, state)(**inputs, key=key)
+        return jnp.sum(outputs * weights), outputs
+
+    (_, outputs), gradients = jax.value_and_grad(loss, has_aux=True)(state)
+    return outputs, gradients
+
+
+def outputs_of(model, key=None, **inputs):
+    """What the model gives, compiled."""
+    return np.asarray(_outputs(*nnx.split(model), inputs, key))
+
+
+def gradients_of(model, weights, key=None, **inputs):
+    """The outputs, and the gradients of their sum under `weights` with respect to every leaf."""
+    outputs, gradients = _gradients(*nnx.split(model), inputs, weights, key)
+    return np.asarray(outputs), flat(nnx.merge(nnx.graphdef(model), gradients))
+
+
+def cotangent(shape, real, seed=1):
+    """Fixed weights of a loss that is linear in the outputs at tokens."""
+    weights = np.random.default_rng(seed).standard_normal(shape).astype(np.float32) / np.prod(shape[1:]) ** 0.5
+    return weights * real.reshape(real.shape + (1,) * (len(shape) - real.ndim))
+
+
+def check(theirs, task, inputs, folder, gradients=True):
+    """Outputs, and gradients of every leaf, are those of the transformers model `theirs`, where tokens are."""
+    theirs.save_pretrained(folder / "model")
+    ours = models.load(folder / "model")
+    assert ours.task == task
+    real = seen(inputs, task)
+    expected = torch_output(theirs, task, inputs)
+    if not gradients:
+        outputs = outputs_of(ours, **inputs)
+        assert outputs.dtype == np.float32
+        assert_close(outputs[real], expected.detach().numpy()[real])
+        return
+    weights = cotangent(expected.shape, real)
+    (expected * torch.tensor(weights)).sum().backward()
+    used = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in theirs.named_parameters()}
+    theirs.save_pretrained(folder / "gradients", state_dict=used)
+    outputs, found = gradients_of(ours, weights, **inputs)
+    assert_close(outputs[real], expected.detach().numpy()[real])
+    for path, gradient in flat(models.load(folder / "gradients")).items():
+        assert_close(found[path], gradient, path)
