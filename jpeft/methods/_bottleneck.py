@@ -23,7 +23,7 @@ from .._fields import indices, names, one_of, rate
 from .._method import Adapter, Frozen, Method, Site, Start, Targets, layer_of, wide
 from .._scope import fold_path
 from ..seams import rows_times
-from ._lora_start import _per_layer
+from ._lora_start import per_layer
 
 #: Standard deviation of weights that start near zero.
 NEAR_ZERO = 0.02
@@ -163,9 +163,9 @@ class Bottleneck(Method):
         widths, d = self.widths(site), site.d_in
         draw_down, draw_up = _DRAWS[self.init]
         return {
-            "down": _per_layer(site, fold_path(key, "down"), widths, lambda k, m: draw_down(k, (d, m)), axis=-1),
+            "down": per_layer(site, fold_path(key, "down"), widths, lambda k, m: draw_down(k, (d, m)), axis=-1),
             "down_bias": jnp.zeros((*site.lead, max(widths))),
-            "up": _per_layer(site, fold_path(key, "up"), widths, lambda k, m: draw_up(k, (m, d)), axis=-2),
+            "up": per_layer(site, fold_path(key, "up"), widths, lambda k, m: draw_up(k, (m, d)), axis=-2),
             "up_bias": jnp.zeros((*site.lead, d)),
         }
 
@@ -178,7 +178,7 @@ class Bottleneck(Method):
                 f"reduction_factor names layer {unknown[0]}, and the adapter stands in none of that number"
             )
         if self.gate:
-            check_gate(model)
+            _text.check_gate(model)
         if self.invertible and getattr(model, "task", None) == "CAUSAL_LM" and not getattr(model, "head", ()):
             raise ValueError(
                 "invertible='nice' changes the embedded input, and would have to be inverted before a head that is "

@@ -17,7 +17,7 @@ from .._fields import indices, names, rate, whole
 from .._method import Adapter, Frozen, Site, Targets, pattern_value
 from .._scope import fold_path
 from ._default_targets import default_targets
-from ._lora_start import _per_layer
+from ._lora_start import per_layer
 
 
 def check(method: Any) -> None:
@@ -98,7 +98,7 @@ def draw(site: Site, key: jax.Array, name: str, sizes: Sequence[int | None], fan
 
     padded = sizes.index(None) - 2 if None in sizes else None
     own = found.ranks if padded is not None else tuple(int(rank > 0) for rank in found.ranks)
-    return _per_layer(site, fold_path(key, name), own, one, -1 if padded is None else padded)
+    return per_layer(site, fold_path(key, name), own, one, -1 if padded is None else padded)
 
 
 def dropped(method: Any, adapter: Adapter, delta: jax.Array, rescale: bool) -> jax.Array:
