@@ -62,7 +62,7 @@ def programs(
         return jax.grad(lambda trainable: (function(trainable) ** 2).sum())
 
     both = {"forward": (alone, mixed), "gradient": (slope(alone), slope(mixed))}
-    options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
+    options: Any = CPU_OPTIONS if jax.default_backend() == "cpu" else None
     return {
         name: (
             jax.jit(one).lower(own).compile(compiler_options=options),

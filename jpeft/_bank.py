@@ -83,8 +83,8 @@ class Bank:
             raise IndexError(f"adapters stand in the slots 1 to {len(self) - 1} (0 is the base), not in {slot}")
         own = self.own[slot - 1]
         leaves = {**self.frozen, **{p: v[slot] for half in (self.trainable, self.constants) for p, v in half.items()}}
-        cut = {path: leaves[path][tuple(map(slice, shape))] for path, shape in own.shapes.items()}
-        cut = {path: cut.get(path, leaves.get(path)) for path in own.graphdef.paths}
+        leaves |= {path: leaves[path][tuple(map(slice, shape))] for path, shape in own.shapes.items()}
+        cut = {path: leaves[path] for path in own.graphdef.paths}
         trained = own.graphdef.trainable
         halves = ({p: v for p, v in cut.items() if (p in trained) == half} for half in (True, False))
         return combine(own.graphdef, *halves)

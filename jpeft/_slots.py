@@ -40,10 +40,19 @@ def slots(models: list[nnx.Module]) -> list[nnx.Module]:
 
     def slot(model: nnx.Module, on: bool) -> nnx.Module:
         model = nnx.clone(model)
+        place = _places(model)
+        made = {at: _joint(adapter, shapes[at], found[0][at].method) for at, adapter in place.items()}
+        roots = {at[1]: made[at] for at, adapter in place.items() if adapter.site.seam == "model"}
         for path, module in grafts(model):
-            for name, adapter in [*module.adapters.items()]:
+            for name in [*module.adapters]:
                 at = (path, name)
-                module.adapters[name] = _padded(adapter, shapes[at], [place[at] for place in found], on)
+                method, constants = made[at]
+                if name in roots:  # the sizes are those of the leaves that all places share
+                    method = roots[name][0]
+                _check_left_out(place[at], {**constants, **roots.get(name, ({}, {}))[1]})
+                module.adapters[name] = _padded(
+                    place[at], method, constants, shapes[at], [other[at] for other in found], on
+                )
         return model
 
     return [slot(models[0], False), *(slot(model, True) for model in models)]
@@ -74,30 +83,49 @@ def _largest(adapters: list[Adapter]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _padded(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], others: list[Adapter], on: bool) -> Adapter:
-    site = adapter.site
-    method, constants = others[0].method, {}  # where only copies are trained, no method runs
-    if adapter.acts or site.seam == "model":
-        method, constants = adapter.method.padded(adapter, shapes)
-    if site.seam in ("keys_values", "input") and adapter.acts and not constants:
+def _joint(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], like: Method) -> tuple[Method, Mapping[str, Any]]:
+    """`Method.padded`; where only copies are trained no method runs, and any will do."""
+    if not adapter.acts and adapter.site.seam != "model":
+        return like, {}
+    method, constants = adapter.method.padded(adapter, shapes)
+    return _placed(method, like), constants
+
+
+def _check_left_out(adapter: Adapter, constants: Mapping[str, Any]) -> None:
+    if adapter.site.seam in ("keys_values", "input") and adapter.acts and not constants:
         raise ValueError(
-            f"{type(method).__name__} does not say how its {site.seam} are left out of some rows of a batch "
-            "(Method.padded), so it cannot stand in a bank"
+            f"{type(adapter.method).__name__} does not say how its {adapter.site.seam} are left out of some rows of a "
+            "batch (Method.padded), so it cannot stand in a bank"
         )
-    method = _placed(method, others[0])
+
+
+def _padded(
+    adapter: Adapter,
+    method: Method,
+    constants: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    others: list[Adapter],
+    on: bool,
+) -> Adapter:
+    """`adapter` as it stands in a slot."""
+    site = adapter.site
     extra = {"on": jnp.full(site.lead, on), **{n: v if on else jnp.zeros_like(v) for n, v in constants.items()}}
     trainable, kept = ({n: _pad(v, shapes[n]) for n, v in _leaves(adapter, kind).items()}
                        for kind in (AdapterParam, AdapterConstant))  # fmt: skip
     if "layer_index" in shapes and "layer_index" not in kept:  # another of them depends on the layer
         extra["layer_index"] = next(other.layer_index[...] for other in others if hasattr(other, "layer_index"))
+    if "strength" in shapes and "strength" not in kept:
+        extra["strength"] = jnp.ones(shapes["strength"])
     saved = {name: leaf[...] for name, leaf in adapter.saved.items()}
-    return Adapter(method, site, Start(trainable, {**kept, **extra}), saved, adapter.saved_layers, dict(adapter.parts))
+    slot = Adapter(method, site, Start(trainable, {**kept, **extra}), saved, adapter.saved_layers, dict(adapter.parts))
+    slot.order = adapter.order
+    return slot
 
 
-def _placed(method: Any, like: Adapter) -> Method:
+def _placed(method: Any, like: Method) -> Method:
     """`method` with the options that chose its places and start as `like` has them."""
     fields = {field.name for field in dataclasses.fields(method)} & {*_BEFORE}
-    return dataclasses.replace(method, **{name: getattr(like.method, name) for name in fields})
+    return dataclasses.replace(method, **{name: getattr(like, name) for name in fields})
 
 
 def _pad(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:

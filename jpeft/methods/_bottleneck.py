@@ -251,6 +251,8 @@ class Bottleneck(Method):
 
     def _used(self, adapter: Any) -> jax.Array | None:
         """Which of the padded columns the running layer uses; None where none is padding."""
+        if hasattr(adapter, "used"):  # in a slot of a bank
+            return adapter.used[...]
         widths = self.widths(adapter.site)
         if len({*widths} - {0}) == 1:
             return None
@@ -272,6 +274,17 @@ class Bottleneck(Method):
         return jnp.concatenate([a, b + net("G", a)], -1).astype(e.dtype)
 
     # Answers --------------------------------------------------------------------------------------------------------
+
+    def padded(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Method, Mapping[str, Any]]:
+        lead = adapter.site.lead
+        if adapter.site.seam != "residual":  # the coupling keeps its input's shape
+            return self, {"used": jnp.ones((*lead, 1), jnp.float32)}
+        if "down" not in shapes:
+            return self, {}
+        used = np.arange(shapes["down"][-1]) < np.array(self.widths(adapter.site))[:, None]
+        return dataclasses.replace(self, reduction_factor=1), {
+            "used": jnp.asarray(used, jnp.float32).reshape(*lead, -1)
+        }
 
     def depends_on_layer(self, site: Site) -> bool:
         return self.dropout > 0 or len({*self.widths(site)}) > 1 if site.seam == "residual" else False

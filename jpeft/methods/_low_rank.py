@@ -6,7 +6,9 @@ Ranks that differ between the layers of a stack are padded to the largest, and t
 that are not adapted.
 """
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -122,6 +124,14 @@ def scale_of_all(adapter: Any, table: np.ndarray) -> jax.Array:
     if hasattr(adapter, "scale"):
         return adapter.scale[...][..., None, :]
     return jnp.asarray(table, adapter.A.dtype).reshape(*adapter.site.lead, 1, -1)
+
+
+def padded(method: Any, adapter: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, dict[str, jax.Array]]:
+    """`Method.padded`: one rank for all, and the factors, zero in the padding, as the leaf `scale` `[*lead, rank]`."""
+    scale, rank = scale_of_all(adapter, method.table(adapter.site))[..., 0, :], shapes["A"][-1]
+    padding = [(0, 0)] * (scale.ndim - 1) + [(0, rank - scale.shape[-1])]
+    plain = {"rank": rank, "alpha": rank, "rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    return dataclasses.replace(method, **plain), {"scale": jnp.pad(scale, padding)}
 
 
 def dropped(adapter: Adapter, base: Any, x: Any, rate: float) -> tuple[jax.Array, bool]:

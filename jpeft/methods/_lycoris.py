@@ -62,6 +62,9 @@ class Ranks:
 
     def running(self, adapter: Adapter, dtype: Any) -> tuple[Any, Any]:
         """(factor, `[1, largest rank]` with 1 for a column and 0 for padding) of the running layer."""
+        if hasattr(adapter, "scale"):  # in a slot of a bank
+            scale = adapter.scale[...].astype(dtype)
+            return scale.max(), (scale != 0).astype(dtype)[None]
         if self.alike:
             return self.scales[0], 1.0
         scales, columns = self._tables(dtype)
@@ -83,6 +86,14 @@ def ranks(method: Any, site: Site) -> Ranks:
     alphas = (pattern_value(method.alpha_pattern, name, method.alpha) for name in site.names)
     kept = tuple(rank if acts else 0 for rank, acts in zip(named, site.active, strict=True))
     return Ranks(kept, tuple(alpha / rank if rank else 0.0 for alpha, rank in zip(alphas, kept, strict=True)))
+
+
+def padded(method: Any, adapter: Adapter, rank: int) -> tuple[Any, dict[str, jax.Array]]:
+    """`Method.padded`: one rank for all, and the factors, zero in the padding, as the leaf `scale` `[*lead, rank]`."""
+    found = method.ranks(adapter.site)
+    table = np.where(np.arange(rank) < np.array(found.ranks)[:, None], np.array(found.scales)[:, None], 0.0)
+    plain = dataclasses.replace(method, rank=rank, alpha=rank, rank_pattern={}, alpha_pattern={})
+    return plain, {"scale": jnp.asarray(table, jnp.float32).reshape(*adapter.site.lead, rank)}
 
 
 def draw(site: Site, key: jax.Array, name: str, sizes: Sequence[int | None], fan_in: int | None, found: Ranks) -> Any:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the methods with virtual tokens have in common: where they stand, room for them, and torch's first values."""
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +54,42 @@ def places(site: Site, seam: str) -> tuple[int, int, int]:
     return sum(len(member.names) for member in members), width, heads
 
 
-def put_in_front(prompt: Float[Array, "tokens d_model"], base: seams.InputEmbedding, y: Any) -> tuple[Any, ...]:
-    """The input seam's outputs with `prompt` in front of every row; the text's positions go up by its length.
+class Virtual(NamedTuple):
+    """What the places of a method with virtual tokens share.
+
+    Attributes:
+      tokens: `[places, tokens, ...]`.
+      present: in a bank, whose slots have several numbers of tokens, which of them are there; None for all.
+    """
+
+    tokens: jax.Array
+    present: jax.Array | None = None
+
+    @property
+    def count(self) -> Any:
+        """How many are there."""
+        return self.tokens.shape[1] if self.present is None else self.present.sum()
+
+
+def virtual(adapter: Any, flat: Float[Array, "all d_model"], count: int) -> Virtual:
+    """The tokens of every place, `count` each at most, of a table that holds those of one place after another."""
+    if not hasattr(adapter, "present"):
+        return Virtual(flat.reshape(-1, count, flat.shape[-1]))
+    present = adapter.present[...]
+    rows = jnp.arange(len(flat) // count)[:, None] * present.sum() + jnp.arange(count)[None]
+    return Virtual(jnp.take(flat, rows, axis=0, mode="clip"), present)
+
+
+def padded(method: Any, adapter: Any, size: int) -> tuple[Any, dict[str, jax.Array]]:
+    """`Method.padded` of a method with `num_tokens`, where the largest has `size` of them."""
+    own = adapter.present[...] if hasattr(adapter, "present") else jnp.ones(method.num_tokens, bool)
+    return dataclasses.replace(method, num_tokens=size), {"present": jnp.pad(own, (0, size - len(own)))}
+
+
+def put_in_front(virtual: Virtual, place: Any, base: seams.InputEmbedding, y: Any) -> tuple[Any, ...]:
+    """The input seam's outputs with a place's prompt in front of every row; the text's positions go up by its length.
+
+    What is no token of this slot of a bank stands before those that are, and nobody sees it.
 
     Raises:
       ValueError: a packed row of a bidirectional model; more positions than the model has.
@@ -65,29 +100,35 @@ def put_in_front(prompt: Float[Array, "tokens d_model"], base: seams.InputEmbedd
             f"tokens of the {base.block} see those after them, so what a prompt becomes depends on the text, and the "
             "examples of a packed row (segment_ids) cannot share one; give each example a row of its own"
         )
+    prompt = virtual.tokens[place]
     length = len(prompt)
-    positions = moved(positions, length, base, e.shape[1], segments)
-    count = jnp.broadcast_to(jnp.arange(length, dtype=positions.dtype), (len(positions), length))
-    shape = (len(e), length)
+    positions = moved(positions, virtual, base, e.shape[1], segments)
+    shape, seen, first = (len(e), length), jnp.ones(length, bool), 0
+    if virtual.present is not None:
+        first = length - virtual.count
+        prompt, seen = jnp.roll(prompt, first, 0), jnp.roll(virtual.present, first)
+        mask = jnp.ones(e.shape[:2], bool) if mask is None else mask
+    count = jnp.maximum(jnp.arange(length, dtype=positions.dtype) - first, 0)
+    count = jnp.broadcast_to(count, (len(positions), length))
     e = jnp.concatenate([jnp.broadcast_to(prompt.astype(e.dtype), (*shape, e.shape[-1])), e], 1)
-    mask = in_front(mask, jnp.ones(shape, bool))
+    mask = in_front(mask, jnp.broadcast_to(seen, shape))
     segments = in_front(segments, jnp.full(shape, seams.EVERY_SEGMENT))
     return e, jnp.concatenate([count, positions], 1), mask, segments
 
 
-def moved(positions: Any, length: int, base: seams.InputEmbedding, seq: int, segments: Any) -> Any:
-    """`positions` of a row of `seq` tokens, behind `length` virtual ones.
+def moved(positions: Any, virtual: Virtual, base: seams.InputEmbedding, seq: int, segments: Any) -> Any:
+    """`positions` of a row of `seq` tokens, behind virtual ones.
 
     Raises:
       ValueError: there are more than the model has. (Of a packed row the lengths are not known here.)
     """
-    last = base.max_positions
+    last, length = base.max_positions, virtual.tokens.shape[1]
     if last is not None and segments is None and seq + length > last:
         raise ValueError(
             f"{seq} tokens behind {length} virtual ones are more than the {last} positions this model has; cut the "
             f"input to {last - length} tokens, or take fewer virtual ones"
         )
-    return jnp.asarray(positions) + length
+    return jnp.asarray(positions) + virtual.count
 
 
 def in_front(values: Any, new: jax.Array) -> jax.Array | None:

@@ -115,6 +115,9 @@ class DoRA(Method):
         merged = kernel + (growth * kernel + (1 + growth) * jnp.matmul(a, b, precision="highest"))
         return {projection.kernel: projection.unmatrix(base, merged)}
 
+    def padded(self, adapter: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Method, Mapping[str, Any]]:
+        return _low_rank.padded(self, adapter, shapes)
+
     def depends_on_layer(self, site: Site) -> bool:
         return self.dropout > 0 or not _low_rank.uniform(self.table(site))
 

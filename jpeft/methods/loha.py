@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from .. import seams
 from .._method import Frozen, Method, Site, Start, Targets, wide
-from ._lycoris import Ranks, check, draw, dropped, ranks, select
+from ._lycoris import Ranks, check, draw, dropped, padded, ranks, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,9 @@ class LoHa(Method):
         factors = self._factors(adapter, *self.ranks(adapter.site).stacked(adapter.site, adapter.A1.dtype))
         kernel, delta = projection.read(base), _product(*factors, precision="highest")
         return {projection.kernel: projection.unmatrix(base, kernel.astype(wide(kernel.dtype)) + delta)}
+
+    def padded(self, adapter: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Method, Mapping[str, Any]]:
+        return padded(self, adapter, shapes["A1"][-1])
 
     def depends_on_layer(self, site: Site) -> bool:
         return self.rank_dropout > 0 or self.module_dropout > 0 or not self.ranks(site).alike

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from .. import seams
 from .._fields import one_of
 from .._method import Frozen, Method, Site, Start, Targets, wide
-from ._lycoris import Ranks, check, draw, dropped, ranks, select
+from ._lycoris import Ranks, check, draw, dropped, padded, ranks, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +118,10 @@ class LoKr(Method):
         terms = ",".join(f"...{term}" for term in f"{_FIRST[len(w1)]},{_SECOND[len(w2)]}".split(","))
         delta = jnp.einsum(f"{terms}->...mnlk", *w1, *w2, precision="highest").reshape(kernel.shape)
         return {projection.kernel: projection.unmatrix(base, kernel.astype(wide(kernel.dtype)) + delta)}
+
+    def padded(self, adapter: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Method, Mapping[str, Any]]:
+        whole = max(adapter.site.d_in, adapter.site.d_out)  # without a leaf of low rank, any that keeps it so
+        return padded(self, adapter, max((s[-1] for name, s in shapes.items() if name.endswith("_in")), default=whole))
 
     def depends_on_layer(self, site: Site) -> bool:
         return self.rank_dropout > 0 or self.module_dropout > 0 or not self.ranks(site).alike

@@ -114,12 +114,7 @@ class LoRA(Method):
         return _low_rank.factors(adapter, _low_rank.scale_of_all(adapter, self.table(adapter.site)))
 
     def padded(self, adapter: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Method, Mapping[str, Any]]:
-        scale, rank = _low_rank.scale_of_all(adapter, self.table(adapter.site))[..., 0, :], shapes["A"][-1]
-        padding = [(0, 0)] * (scale.ndim - 1) + [(0, rank - scale.shape[-1])]
-        plain = dataclasses.replace(
-            self, rank=rank, alpha=rank, rslora=False, init="default", rank_pattern={}, alpha_pattern={}
-        )
-        return plain, {"scale": jnp.pad(scale, padding)}
+        return _low_rank.padded(self, adapter, shapes)
 
     def depends_on_layer(self, site: Site) -> bool:
         return self.dropout > 0 or not _low_rank.uniform(self.table(site))

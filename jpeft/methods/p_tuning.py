@@ -9,6 +9,7 @@ it away.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -18,7 +19,19 @@ from jaxtyping import Array, Float
 from .._fields import names, one_of, rate, whole
 from .._method import Adapter, Folded, Method, Site, Start, Targets
 from .._scope import dropout, fold_path
-from ._virtual_tokens import INPUTS, apply_linear, chosen, input_targets, linear, places, put_in_front, uniform
+from ._virtual_tokens import (
+    INPUTS,
+    Virtual,
+    apply_linear,
+    chosen,
+    input_targets,
+    linear,
+    padded,
+    places,
+    put_in_front,
+    uniform,
+    virtual,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +87,7 @@ class PTuning(Method):
             leaves |= linear(key, f"linear_{layer}", d_in, d_out)
         return Start(leaves)
 
-    def share(self, adapter: Any) -> Float[Array, "places tokens d_model"]:
+    def share(self, adapter: Any) -> Virtual:
         x = adapter.embedding[...]
         d_model = x.shape[-1]
         for layer in range(len(self._lstm_inputs(d_model))):
@@ -84,13 +97,24 @@ class PTuning(Method):
         last = len(self._linears(d_model)) - 1
         for layer in range(last):
             x = jax.nn.relu(apply_linear(adapter, f"linear_{layer}", x))
-        return apply_linear(adapter, f"linear_{last}", x).reshape(-1, self.num_tokens, d_model)
+        return virtual(adapter, apply_linear(adapter, f"linear_{last}", x), self.num_tokens)
 
     def after(self, adapter: Adapter, base: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
-        return put_in_front(adapter.shared[adapter.index], base, y)
+        return put_in_front(adapter.shared, adapter.index, base, y)
+
+    def padded(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Method, Mapping[str, Any]]:
+        if adapter.site.seam != "model":
+            return self, {}
+        size = shapes["embedding"][0] // places(adapter.site, "input")[0]
+        if self.reparam == "lstm" and size != self.num_tokens:
+            raise ValueError(
+                f"PTuning's LSTM reads its tokens one after another, so {self.num_tokens} cannot be padded to {size}; "
+                "turn it into a plain prompt by jpeft.fold first, or use one num_tokens"
+            )
+        return padded(self, adapter, size)
 
     def fold(self, adapter: Any) -> Folded:
-        prompt = self.share(adapter)
+        prompt = self.share(adapter).tokens
         options = {"num_tokens": self.num_tokens, "blocks": self.blocks, "modules_to_save": self.modules_to_save}
         return Folded("prompt_tuning", options, Start({"prompt": prompt.reshape(-1, prompt.shape[-1])}))
 

@@ -9,6 +9,7 @@ d_head]`, of layer l the keys at 2l and the values at 2l + 1, the keys as they a
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -19,7 +20,7 @@ from .._fields import indices, names, one_of, whole
 from .._method import Adapter, Folded, Method, Site, Start, Targets
 from .._scope import current, fold_path
 from .._text import check_gate, gate
-from ._virtual_tokens import apply_linear, chosen, in_front, linear, moved, places
+from ._virtual_tokens import Virtual, apply_linear, chosen, in_front, linear, moved, padded, places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,32 +98,43 @@ class PrefixTuning(Method):
             up = jax.tree.map(jnp.zeros_like, up)
         return Start(leaves | linear(key, "down", width, hidden) | up)
 
-    def share(self, adapter: Any) -> Float[Array, "layers two tokens kv_heads d_head"]:
+    def share(self, adapter: Any) -> Virtual:
+        """Tokens `[layers, tokens, 2, kv_heads, d_head]`."""
         table = self._table(adapter)
         tokens, _, heads, d_head = table.shape
-        return table.reshape(tokens, -1, 2, heads, d_head).transpose(1, 2, 0, 3, 4)
+        both = table.reshape(tokens, -1, 2, heads, d_head).swapaxes(0, 1)
+        return Virtual(both, adapter.present[...] if hasattr(adapter, "present") else None)
 
     def before(self, adapter: Adapter, base: Any, *inputs: Any) -> tuple[Any, ...]:
         if adapter.site.seam != "input":
             return inputs
         e, positions, mask, segments = inputs
-        return e, moved(positions, self.num_tokens, base, e.shape[1], segments), mask, segments
+        return e, moved(positions, adapter.shared, base, e.shape[1], segments), mask, segments
 
     def after(self, adapter: Any, base: Any, y: Any, *inputs: Any) -> Any:
         if adapter.site.seam != "keys_values":
             return y
         k, v, mask = y
-        prefix = adapter.shared[adapter.index][:, None]  # [2, 1, tokens, kv_heads, d_head]
+        virtual = adapter.shared
+        prefix = virtual.tokens[adapter.index].swapaxes(0, 1)[:, None]  # [2, 1, tokens, kv_heads, d_head]
         if self.gate:
             prefix = prefix * self._gate(adapter, inputs[3])[None, ..., None]
         shape = (len(k), self.num_tokens)
         front = (jnp.broadcast_to(p.astype(k.dtype), (*shape, *k.shape[2:])) for p in prefix)
+        seen = jnp.ones(shape, bool)
+        if virtual.present is not None:
+            seen = jnp.broadcast_to(virtual.present, shape)
         if not all(adapter.site.active):
-            mask = jnp.ones(k.shape[:2], bool) if mask is None else mask
-            mask = in_front(mask, jnp.broadcast_to(jnp.array(adapter.site.active)[adapter.layer], shape))
-        else:
-            mask = in_front(mask, jnp.ones(shape, bool))
+            seen &= jnp.array(adapter.site.active)[adapter.layer]
+        if mask is None and (virtual.present is not None or not all(adapter.site.active)):
+            mask = jnp.ones(k.shape[:2], bool)
+        mask = in_front(mask, seen)
         return *(jnp.concatenate(pair, 1) for pair in zip(front, (k, v), strict=True)), mask
+
+    def padded(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Method, Mapping[str, Any]]:
+        if adapter.site.seam != "model":
+            return self, {}
+        return padded(self, adapter, shapes["embedding" if self.projection else "prefix"][0])
 
     def depends_on_layer(self, site: Site) -> bool:
         return site.seam == "keys_values"

@@ -9,7 +9,7 @@ model.)
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -21,7 +21,7 @@ from .. import seams
 from .._fields import names, one_of, whole
 from .._method import Adapter, Method, Site, Start, Targets
 from .._scope import fold_path
-from ._virtual_tokens import INPUTS, chosen, input_targets, places, put_in_front
+from ._virtual_tokens import INPUTS, Virtual, chosen, input_targets, padded, places, put_in_front, virtual
 
 #: Where the first prompt comes from, and whether `token_ids` says more.
 STARTS = {"random": False, "uniform": False, "vocabulary": False, "text": True, "class_labels": True}
@@ -93,12 +93,16 @@ class PromptTuning(Method):
         drawn = table[jax.random.randint(fold_path(key, "drawn"), (count - len(rows),), 0, len(table))]
         return Start({"prompt": jnp.concatenate([*(row[None] for row in rows), drawn])})
 
-    def share(self, adapter: Any) -> Float[Array, "places tokens d_model"]:
-        prompt = adapter.prompt[...]
-        return prompt.reshape(-1, self.num_tokens, prompt.shape[-1])
+    def share(self, adapter: Any) -> Virtual:
+        return virtual(adapter, adapter.prompt[...], self.num_tokens)
 
     def after(self, adapter: Adapter, base: Any, y: Any, *inputs: Any) -> tuple[Any, ...]:
-        return put_in_front(adapter.shared[adapter.index], base, y)
+        return put_in_front(adapter.shared, adapter.index, base, y)
+
+    def padded(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Method, Mapping[str, Any]]:
+        if adapter.site.seam != "model":
+            return self, {}
+        return padded(self, adapter, shapes["prompt"][0] // places(adapter.site, "input")[0])
 
     def count(self, site: Site) -> tuple[int, int]:
         if site.seam != "model":

@@ -32,8 +32,8 @@ class Foreign(nnx.Module):
         self.out = nnx.Linear(8, VOCAB, rngs=rngs)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        e, *_ = self.input(self.embed(ids), jnp.arange(ids.shape[1])[None], None, None)
-        x = jax.lax.scan(lambda x, block: (block(x), None), e, self.blocks)[0]
+        e, _, mask, _ = self.input(self.embed(ids), jnp.arange(ids.shape[1])[None], None, None)
+        x = jax.lax.scan(lambda x, block: (block(x, mask), None), e, self.blocks)[0]
         return self.out(x[:, -ids.shape[1] :])
 
 
@@ -52,9 +52,9 @@ class ForeignBlock(nnx.Module):
         self.down = nnx.Linear(16, 8, rngs=rngs)
         self.mlp_residual = seams.Residual(8, "mlp", ForeignNorm())
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: Any) -> jax.Array:
         h = self.norm(x)
-        k, v, mask = self.keys_values(self.key(h), self.value(h), None, h)
+        k, v, mask = self.keys_values(self.key(h), self.value(h), mask, h)
         x = self.attention_residual(self.merge_heads(foreign_attention(self.query(h), k, v, mask)), x)
         return self.mlp_residual(self.down(jnp.tanh(self.up(x))), x)
 

@@ -87,6 +87,18 @@ def test_an_adapter_per_example_is_one_at_a_time(case):
         assert subjects.error(mixed[row], case.run(model, IDS)[row]) < COMPILED
 
 
+def test_a_bank_gives_every_row_its_own_adapter(case):
+    """Of two adapters and none; the row without one is the base's."""
+    models = [case.base, case.filled, subjects.fill(case.fresh(), seed=1, scale=0.2)]
+    bank, which = jpeft.bank(models[1:]), np.array([2, 0, 1])
+    run = jax.jit(lambda bank, which: jpeft.apply_bank(bank, which, case.row.run, IDS), compiler_options=QUICK)
+    mixed = run(bank, which)
+    for row, i in enumerate(which):
+        assert subjects.error(mixed[row], case.run(models[i], IDS)[row]) < COMPILED
+    np.testing.assert_array_equal(run(bank, 0 * which)[1], mixed[1])
+    assert subjects.error(mixed[1], case.run(models[1], IDS)[1]) > 1e-3
+
+
 def test_dropout_is_a_function_of_its_key(case):
     one, same, other = (case.step(case.filled, IDS, jax.random.key(seed))[0] for seed in (1, 1, 2))
     assert one == same
