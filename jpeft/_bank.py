@@ -21,8 +21,8 @@ from flax import nnx
 from jax import core
 from jaxtyping import Array, Float, Int
 
+from ._fields import Frozen
 from ._graft import ADAPTERS
-from ._method import Frozen
 from ._partition import GraphDef, Leaves, combine, partition
 from ._scope import scope
 from ._slots import check_make, slots

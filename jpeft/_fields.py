@@ -88,3 +88,20 @@ def selection(method: Any) -> None:
         targets = getattr(method, "targets", None)
         if isinstance(targets, str) and targets != "all-linear" and method.layers is not None:
             raise ValueError("layers= picks among listed targets; with a regular expression, say the layers in it")
+
+
+class Frozen(dict):
+    """A hashable mapping, for the dict-valued fields of a method. Order counts: PEFT's patterns go first match wins."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+    def __eq__(self, other: object) -> bool:
+        same_order = not isinstance(other, Frozen) or list(self) == list(other)
+        return same_order and dict.__eq__(self, other)  # type: ignore[operator]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise TypeError("a method's fields cannot be changed; use dataclasses.replace")
+
+    def __reduce__(self) -> Any:
+        return Frozen, (dict(self),)

@@ -6,7 +6,6 @@ Whole models (finding seams, cloning, partitioning, masks, sharding, saving) are
 
 import abc
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ._fields import Frozen
 from ._scope import current, dropout
 
 #: What `bias=` may say: train no bias, those of the adapted projections, or all.
@@ -31,23 +31,6 @@ class AdapterParam(nnx.Param):
 
 class AdapterConstant(nnx.Variable):
     """A leaf that an adapter needs and never trains (a start to subtract, a layer index); it is frozen."""
-
-
-class Frozen(dict):
-    """A hashable mapping, for the dict-valued fields of a method. Order counts: PEFT's patterns go first match wins."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(self.items()))
-
-    def __eq__(self, other: object) -> bool:
-        same_order = not isinstance(other, Frozen) or list(self) == list(other)
-        return same_order and dict.__eq__(self, other)  # type: ignore[operator]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        raise TypeError("a method's fields cannot be changed; use dataclasses.replace")
-
-    def __reduce__(self) -> Any:
-        return Frozen, (dict(self),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,38 +241,6 @@ class Adapter(nnx.Module):
             return x
         path = f"{self.site.path}/{self.site.adapter}"
         return dropout(x, rate, f"{path}/{what}" if what else path, self.layer)
-
-
-def matches(pattern: str | tuple[str, ...], name: str, path: str) -> bool:
-    """PEFT's rule: a string is a full regular expression, a tuple holds exact names or dotted suffixes.
-
-    Either is read against the NNX path where it holds a `/`. (Else a `(?!...)` about a layer's number would match all
-    layers by their common path.)
-    """
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, path if "/" in pattern else name) is not None
-    return any(_entry_matches(entry, name, path) for entry in pattern)
-
-
-def _entry_matches(entry: str, name: str, path: str) -> bool:
-    if "/" in entry:
-        return path == entry or path.endswith("/" + entry)
-    return entry in (name, path) or name.endswith("." + entry)
-
-
-def layer_of(name: str) -> int | None:
-    """The first numbered part of a name: `encoder.layer.3.attention` is layer 3."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def pattern_matches(key: str, name: str) -> bool:
-    """PEFT's rule for the keys of a `rank_pattern`: a regular expression for the end of `name`, at a dot."""
-    return re.match(rf"(.*\.)?({key})$", name) is not None
-
-
-def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first key of a `rank_pattern` or `alpha_pattern` that matches the end of `name`."""
-    return next((value for key, value in patterns.items() if pattern_matches(key, name)), default)
 
 
 class Steering(NamedTuple):

@@ -18,7 +18,8 @@ from flax import nnx
 from . import seams
 from ._copies import COPIES, Layers, check_held, leaves_of, saved_leaves
 from ._graft import adapters, base_type
-from ._method import Method, Targets, layer_of, matches, pattern_matches
+from ._matching import layer_of, matches, pattern_matches
+from ._method import Method, Targets
 from ._walk import Found, modules, own_leaves, seam_sizes
 
 ALL_LINEAR = "all-linear"
@@ -124,7 +125,7 @@ def _fitting(everything: list[Found], asked: Targets, saved: frozenset[str]) -> 
     """The modules at which the method could act: of its kind of seam, and carrying what it takes over."""
     if asked.seam in COPIES:
         here = [f for f in everything if leaves_of(f, asked.seam) and not _inside(f.path, saved)]
-        here = [f for f in here if asked.last != 0 or all(_layer_of(name) is None for name in f.names)]
+        here = [f for f in here if asked.last != 0 or all(layer_of(name) is None for name in f.names)]
         if not here:
             raise ValueError(f"the method trains what a {_what(asked)} holds, and the model has none")
         return here

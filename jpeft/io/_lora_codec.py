@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import seams
-from .._method import Adapter, Start, pattern_matches, pattern_value
+from .._matching import pattern_matches, pattern_value
+from .._method import Adapter, Start
 from ..methods import METHODS
 from ._names import HEADS, Names
 from ._selection import describe, selected, tie

@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _text
-from .._fields import indices, names, one_of, rate
-from .._method import Adapter, Frozen, Method, Site, Start, Targets, layer_of, wide
+from .._fields import Frozen, indices, names, one_of, rate
+from .._matching import layer_of
+from .._method import Adapter, Method, Site, Start, Targets, wide
 from .._scope import fold_path
 from ..seams import rows_times
 from ._lora_start import per_layer

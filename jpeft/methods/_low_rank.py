@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import seams
-from .._fields import indices, names, one_of, rate, whole
-from .._method import BIAS_CHOICES, Adapter, Frozen, Site, Start, Targets, pattern_value, wide
+from .._fields import Frozen, indices, names, one_of, rate, whole
+from .._matching import pattern_value
+from .._method import BIAS_CHOICES, Adapter, Site, Start, Targets, wide
 from ._default_targets import default_targets
 from ._lora_start import STARTS
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._fields import indices, names, rate, whole
-from .._method import Adapter, Frozen, Site, Targets, pattern_value
+from .._fields import Frozen, indices, names, rate, whole
+from .._matching import pattern_value
+from .._method import Adapter, Site, Targets
 from .._scope import fold_path
 from ._default_targets import default_targets
 from ._lora_start import per_layer

@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import seams
-from .._method import Adapter, Frozen, Method, Site, Start, Targets, wide
+from .._fields import Frozen
+from .._method import Adapter, Method, Site, Start, Targets, wide
 from . import _low_rank
 
 

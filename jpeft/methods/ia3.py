@@ -24,7 +24,8 @@ from jaxtyping import Array, Float
 
 from .. import seams
 from .._fields import names, one_of, selection
-from .._method import Method, Site, Start, Targets, matches, wide
+from .._matching import matches
+from .._method import Method, Site, Start, Targets, wide
 
 _ENCODERS, _DECODERS = ("bert", "roberta"), ("llama", "mistral", "qwen2", "qwen3")
 

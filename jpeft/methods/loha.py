@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .. import seams
-from .._method import Frozen, Method, Site, Start, Targets, wide
+from .._fields import Frozen
+from .._method import Method, Site, Start, Targets, wide
 from ._lycoris import Ranks, check, draw, dropped, padded, ranks, select
 
 

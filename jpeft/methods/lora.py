@@ -21,8 +21,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import seams
-from .._fields import one_of
-from .._method import Adapter, Frozen, Method, Site, Start, Targets, wide
+from .._fields import Frozen, one_of
+from .._method import Adapter, Method, Site, Start, Targets, wide
 from .._scope import fold_path
 from .._text import check_gate, text_mean
 from . import _low_rank
