@@ -52,6 +52,7 @@ class Net(nnx.Module):
         )
 
     def __call__(self, x, text=None, segments=None, key=None):
+        x = jnp.asarray(x)
         with scope(text=text, segments=segments, key=key):
             if not isinstance(self.layers, nnx.List):
                 return scan(self.layers, lambda layer, x, _: (layer(x), None), x)[0]
