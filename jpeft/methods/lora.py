@@ -105,13 +105,15 @@ class LoRA(Method):
                 "form; keep the adapter beside the base"
             )
         projection = seams.projection(base)
-        a, b = self.factors(adapter, base)
+        a, b = _low_rank.factors(adapter, _low_rank.scale_of_all(adapter, self.table(adapter.site)))
         kernel = projection.read(base)
         merged = kernel.astype(wide(kernel.dtype)) + jnp.matmul(a, b, precision="highest")
         return {projection.kernel: projection.unmatrix(base, merged)}
 
-    def factors(self, adapter: Any, base: Any) -> tuple[jax.Array, jax.Array]:
-        return _low_rank.factors(adapter, _low_rank.scale_of_all(adapter, self.table(adapter.site)))
+    def factors(self, adapter: Any, base: Any) -> tuple[jax.Array, jax.Array] | None:
+        return (
+            None if self.gate else _low_rank.factors(adapter, _low_rank.scale_of_all(adapter, self.table(adapter.site)))
+        )
 
     def padded(self, adapter: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Method, Mapping[str, Any]]:
         return _low_rank.padded(self, adapter, shapes)
