@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from ._algebra import as_lora, average, combine_adapters
     from ._bank import Bank, apply_bank, bank, select, vote
     from ._fold import fold
+    from ._hybrids import MAM, UniPELT
     from ._masks import labels, mask, optimizer
     from ._mesh import gather, local_rows, mesh, shard_batch
     from ._method import AdapterConstant, AdapterParam, Method
@@ -63,6 +64,7 @@ __version__ = "0.1.0"
 _WHERE: dict[str, tuple[str, ...]] = {
     "_adapt": ("adapt", "merge", "penalty", "strip"),
     "_fold": ("fold",),
+    "_hybrids": ("MAM", "UniPELT"),
     "_scale": ("disable", "scale"),
     "_bank": ("bank", "Bank", "select", "apply_bank", "vote"),
     "_algebra": ("combine_adapters", "average", "as_lora"),
@@ -110,6 +112,7 @@ _HOME = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
     "IA3",
+    "MAM",
     "METHODS",
     "OFT",
     "SHARDING_RULES",
@@ -139,6 +142,7 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "TrainableTokens",
+    "UniPELT",
     "VeRA",
     "adapt",
     "apply_bank",

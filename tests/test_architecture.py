@@ -37,7 +37,6 @@ SOURCES = [
     *(f for folder in ("tests", "benchmarks", "examples") for f in sorted((ROOT / folder).rglob("*.py"))),
 ]
 LIMIT = 400
-
 #: The bottom: a method, a model or the core may build on these, which know nothing of them.
 _BASE = "_method seams _projections _matching _fields _scope _dropout _stack _stream _text".split()
 FOUNDATION = {f"jpeft.{name}" for name in _BASE}

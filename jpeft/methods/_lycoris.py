@@ -61,7 +61,7 @@ class Ranks:
         """Whether all layers have the same."""
         return len({*self.ranks}) == len({*self.scales}) == 1
 
-    def running(self, adapter: Adapter, dtype: Any) -> tuple[Any, Any]:
+    def running(self, adapter: Any, dtype: Any) -> tuple[Any, Any]:
         """(factor, `[1, largest rank]` with 1 for a column and 0 for padding) of the running layer."""
         if hasattr(adapter, "scale"):  # in a slot of a bank
             scale = adapter.scale[...].astype(dtype)

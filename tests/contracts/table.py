@@ -67,13 +67,13 @@ METHODS: dict[str, Line] = {
             rank_pattern={r".*\.1\..*": 1},
         ),
         on=("foreign", "bert", "llama", "t5"),
-        fast=("foreign", "bert", "llama"),
+        fast=("foreign", "bert"),
     ),
     "lora from the kernel": Line(
         lambda targets: jpeft.LoRA(rank=2, alpha=3.0, targets=targets, init="pissa"),
         drawn=False,
         on=EVERY,
-        fast=("foreign", "llama"),
+        fast=("foreign",),
     ),
     "ia3": Line(
         lambda targets: jpeft.IA3(targets=targets, feedforward=[t for t in targets if t in FEEDFORWARD]),
@@ -124,13 +124,14 @@ METHODS: dict[str, Line] = {
     "adalora": Line(
         lambda targets: jpeft.AdaLoRA(init_rank=3, target_rank=2, alpha=9.0, targets=targets, total_steps=10), on=EVERY
     ),
-    "loha": Line(lambda targets: jpeft.LoHa(rank=2, alpha=3.0, targets=targets), on=EVERY, fast=EVERY),
+    "loha": Line(lambda targets: jpeft.LoHa(rank=2, alpha=3.0, targets=targets), on=EVERY, fast=("foreign", "llama")),
     "loha of several ranks with dropout": Line(
         lambda targets: jpeft.LoHa(
             rank=3, alpha=2.0, targets=targets, rank_dropout=0.3, module_dropout=0.2, rank_pattern={r".*\.1\..*": 1}
         ),
+        fast=("foreign",),
     ),
-    "lokr": Line(lambda targets: jpeft.LoKr(rank=1, alpha=3.0, targets=targets), on=EVERY, fast=EVERY),
+    "lokr": Line(lambda targets: jpeft.LoKr(rank=1, alpha=3.0, targets=targets), on=EVERY, fast=("foreign", "bert")),
     "lokr of two products with dropout": Line(
         lambda targets: jpeft.LoKr(
             rank=1,
@@ -143,12 +144,25 @@ METHODS: dict[str, Line] = {
             module_dropout=0.2,
             alpha_pattern={r".*\.1\..*": 1.0},
         ),
+        fast=("foreign",),
     ),
-    "vera": Line(lambda targets: jpeft.VeRA(rank=5, targets=tables_aside(targets)), on=EVERY, drawn=False),
+    "vera": Line(
+        lambda targets: jpeft.VeRA(rank=5, targets=tables_aside(targets)),
+        on=EVERY,
+        drawn=False,
+        fast=("foreign", "llama"),
+    ),
     "vera with dropout": Line(
-        lambda targets: jpeft.VeRA(rank=3, d_initial=0.5, dropout=0.3, targets=tables_aside(targets)), drawn=False
+        lambda targets: jpeft.VeRA(rank=3, d_initial=0.5, dropout=0.3, targets=tables_aside(targets)),
+        drawn=False,
+        fast=("foreign",),
     ),
-    "oft": Line(lambda targets: jpeft.OFT(block_size=4, targets=tables_aside(targets)), on=EVERY, drawn=False),
+    "oft": Line(
+        lambda targets: jpeft.OFT(block_size=4, targets=tables_aside(targets)),
+        on=EVERY,
+        drawn=False,
+        fast=("foreign", "bert"),
+    ),
     "oft exact, shared, bounded, with dropout": Line(
         lambda targets: jpeft.OFT(
             rank=2,
@@ -160,12 +174,14 @@ METHODS: dict[str, Line] = {
             block_dropout=0.2,
         ),
         drawn=False,
+        fast=("foreign",),
     ),
     "houlsby with dropout": Line(
         lambda _: jpeft.Houlsby(reduction_factor=2, scaling="learned", dropout=0.3),
         targeted=False,
         identity=False,
         merges=False,
+        fast=("foreign", "bert"),
     ),
     "pfeiffer of several widths, with norms and a coupling": Line(
         lambda _: jpeft.Pfeiffer(
@@ -239,7 +255,7 @@ METHODS: dict[str, Line] = {
         targeted=False,
         identity=False,
         merges=False,
-        fast=("foreign", "bert", "llama"),
+        fast=("foreign", "llama"),
     ),
     "prefix tuning by a projection, in one layer, positions shifted": Line(
         lambda targets: jpeft.PrefixTuning(
@@ -352,4 +368,16 @@ def _filled(case: Case) -> Any:
 
 
 CASES = [Case(method, model) for method, line in METHODS.items() for model in line.on]
+
+
+def _kind(line: Line) -> str:
+    """Its method's kind, of a hybrid the last one's."""
+    method = line.make(["up"])
+    return getattr(method, "methods", (method,))[-1].kind
+
+
+#: Of every method the first line, on one model.
+FIRST = [
+    Case(*case) for case in {_kind(line): (name, line.fast[0]) for name, line in reversed(METHODS.items())}.values()
+]
 IDS = np.random.default_rng(0).integers(0, VOCAB, (3, 6))
