@@ -211,14 +211,20 @@ def method(options: Mapping[str, Any]) -> Any:
     """The method that `{"kind": ..., **options}` describes.
 
     Raises:
-      ConfigError: an unknown kind or option, or a value that the method refuses.
+      ConfigError: an unknown kind or option, one whose adapters cannot be saved, or a value that the method refuses.
     """
+    from ..io.peft import CODECS
     from ..methods import METHODS
 
     options = dict(options)
     kind = options.pop("kind", None)
     if kind not in METHODS:
-        raise ConfigError(f"method.kind is one of {', '.join(METHODS)}; got {kind!r}")
+        raise ConfigError(f"method.kind is one of {', '.join(CODECS)}; got {kind!r}")
+    if kind not in CODECS:
+        raise ConfigError(
+            f"method.kind={kind!r}: a run saves its adapter in PEFT's format, which jpeft writes of "
+            f"{', '.join(CODECS)}; train a {METHODS[kind].__name__} in a loop of your own (jpeft.train.step.make_step)"
+        )
     chosen: Any = METHODS[kind]
     known = [field.name for field in dataclasses.fields(chosen)]
     unknown = [key for key in options if key not in known]
