@@ -42,8 +42,8 @@ def attention(
 ) -> Float[Array, "batch seq heads d_head"]:
     """softmax(q kᵀ · scale + bias) v over the visible keys, with the softmax in float32.
 
-    Query i stands at key i + keys - seq: keys beyond seq come first, as a prefix does, and all queries see them, whatever
-    their segment and window. A query that sees no key gives 0, and passes no gradient.
+    Query i stands at key i + keys - seq: keys beyond seq come first, as a prefix does, and all queries see them,
+    whatever their segment and window. A query that sees no key gives 0, and passes no gradient.
 
     Args:
       q, k, v: heads is a multiple of kv_heads; query heads h · heads / kv_heads and on share key head h.

@@ -233,7 +233,7 @@ class GPT2(nnx.Module):
         *,
         key: jax.Array | None = None,
     ) -> Float[Array, "batch seq d_model"]:
-        """The normalised last states; arguments as in a call. Virtual tokens that a method puts in front are left out."""
+        """The normalised last states; arguments as in a call. Tokens that a method puts in front are left out."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         config = self.config
@@ -253,7 +253,7 @@ class GPT2(nnx.Module):
                 return layer(x, mask, segments, depth), None
 
             depths = 1.0 + jnp.arange(config.n_layer) if config.scale_attn_by_inverse_layer_idx else None
-            with scope(**in_front(x.shape[1] - seq, x.shape[:1] + (seq,), attention_mask, segment_ids)):
+            with scope(**in_front(x.shape[1] - seq, (*x.shape[:1], seq), attention_mask, segment_ids)):
                 x, _ = _stack.scan(self.layers, body, x, depths, remat_policy=self.remat, unroll=self.unroll)
             return self.ln_f(x[:, x.shape[1] - seq :])
 

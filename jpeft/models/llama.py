@@ -192,7 +192,7 @@ class Llama(nnx.Module):
         *,
         key: jax.Array | None = None,
     ) -> Float[Array, "batch seq d_model"]:
-        """The normalised last states; arguments as in a call. Virtual tokens that a method puts in front are left out."""
+        """The normalised last states; arguments as in a call. Tokens that a method puts in front are left out."""
         if token_type_ids is not None:
             raise ValueError(f"a {self.config.model_type} model has no token types; token_type_ids must be None")
         with scope(key=key):
@@ -208,7 +208,7 @@ class Llama(nnx.Module):
                 return layer(x, rope, mask, segments, every if window is None else window), None
 
             every, windows = self._windows()
-            with scope(**in_front(x.shape[1] - seq, x.shape[:1] + (seq,), attention_mask, segment_ids)):
+            with scope(**in_front(x.shape[1] - seq, (*x.shape[:1], seq), attention_mask, segment_ids)):
                 x, _ = _stack.scan(self.layers, body, x, windows, remat_policy=self.remat, unroll=self.unroll)
             return self.norm(x[:, x.shape[1] - seq :])
 
@@ -254,8 +254,8 @@ class Llama(nnx.Module):
         """A window is counted in places of the row, which in a packed one are not distances to the virtual tokens."""
         if virtual and segment_ids is not None and any(window is not None for window in self.config.windows):
             raise ValueError(
-                f"of {virtual} virtual tokens in front of a packed row (segment_ids) its later examples would see fewer "
-                "than by themselves, for this model attends within a window; give each example a row of its own"
+                f"of {virtual} virtual tokens in front of a packed row (segment_ids) its later examples would see "
+                "fewer than by themselves, for this model attends within a window; give each example a row of its own"
             )
 
     def _windows(self) -> tuple[int | None, jax.Array | None]:

@@ -189,7 +189,7 @@ class Stack(nnx.Module):
             return block(x, context), None
 
         x = dropout(x, rate, f"{self.name}/embed_dropout")
-        with scope(**in_front(x.shape[1] - seq, x.shape[:1] + (seq,), mask, None)):
+        with scope(**in_front(x.shape[1] - seq, (*x.shape[:1], seq), mask, None)):
             x, _ = _stack.scan(self.block, body, x, **options)
         return Encoded(dropout(self.final_layer_norm(x), rate, f"{self.name}/final_dropout"), whole)
 
@@ -385,7 +385,11 @@ def _block(config: Config, stack: str) -> list[str]:
     if stack == "decoder":
         layers.append(("EncDecAttention", "qkvo"))
     layers.append(("DenseReluDense", ("wi_0", "wi_1", "wo") if config.is_gated else ("wi", "wo")))
-    return [name for i, (module, own) in enumerate(layers) for name in (*(f"{i}.{module}.{n}" for n in own), f"{i}.layer_norm")]
+    return [
+        name
+        for i, (module, own) in enumerate(layers)
+        for name in (*(f"{i}.{module}.{n}" for n in own), f"{i}.layer_norm")
+    ]
 
 
 def _rules(hf: str) -> list[Entry]:

@@ -9,7 +9,7 @@ the labels that count; `SUMS` gives sum and count apart, for means over several 
   SEQ_CLS       labels `[batch]`
   TOKEN_CLS     labels `[batch seq]`, not shifted
   QUESTION_ANS  labels `[batch 2]`, first and last token of the answer; the mean over both
-  SEQ_2_SEQ_LM  labels `[batch out]`, what the decoder is to write; it reads them shifted right, from its start token on,
+  SEQ_2_SEQ_LM  labels `[batch out]`, what the decoder is to write; it reads them shifted right from its start token,
                 unless the batch holds `decoder_input_ids` (and may hold `decoder_attention_mask`)
 """
 
@@ -36,8 +36,8 @@ def lm_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Arr
     """Mean over the labelled tokens of -log p(token | the tokens before it), in nats.
 
     A model of the zoo computes logits only where a label is. Any other is called as `model(input_ids,
-    attention_mask)` and must return logits `[batch seq vocab]`. The prompt of an example is what stands before its first
-    label, unless `jpeft.prompt_tokens` says otherwise.
+    attention_mask)` and must return logits `[batch seq vocab]`. The prompt of an example is what stands before its
+    first label, unless `jpeft.prompt_tokens` says otherwise.
 
     Args:
       model: an nnx model, adapted or not.

@@ -144,7 +144,7 @@ def begin_many(tx: Optimizer, bank: Bank, fixed: Fixed) -> State:
 def make_step_many(
     bank: Bank, sums: Callable[..., Sums], tx: Optimizer, *, own_batches: bool = False, groups: int = 1
 ) -> Compiled:
-    """`update(state, fixed, batch, key) -> (state, metrics)`, compiled; as `make_step`, each leaf with an axis in front.
+    """`update(state, fixed, batch, key) -> (state, metrics)`, compiled; as `make_step`, with an axis in front.
 
     Args:
       bank: whose adapters are trained; of it only the graphdef is used.

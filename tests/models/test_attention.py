@@ -151,7 +151,9 @@ def test_a_float32_bias_in_bfloat16(backend, monkeypatch):
     bias = np.random.default_rng(1).standard_normal((1, 2, 70, 70)).astype(np.float32)
     wide = (np.asarray(x, np.float32) for x in (q, k, v, g))
     expected = oracle(*wide, scale=0.3, seen=np.ones((2, 70, 70), bool), bias=bias)
-    found = output_and_gradients(lambda q, k, v, b: attention(q, k, v, causal=False, scale=0.3, bias=b), q, k, v, g, bias)
+    found = output_and_gradients(
+        lambda q, k, v, b: attention(q, k, v, causal=False, scale=0.3, bias=b), q, k, v, g, bias
+    )
     assert [x.dtype.name for x in found] == ["bfloat16"] * 4 + ["float32"]
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=BF16_ATOL, rtol=BF16_ATOL)

@@ -43,7 +43,10 @@ def test_inputs_embeds_and_positions_are_transformers(tmp_path):
     embeds = rng.standard_normal((2, SEQ, TINY["dim"])).astype(np.float32)
     positions = rng.integers(0, TINY["max_position_embeddings"], (2, SEQ))
     expected = theirs(inputs_embeds=torch.tensor(embeds), position_ids=torch.tensor(positions)).last_hidden_state
-    assert_close(models.load(tmp_path).hidden(inputs_embeds=jnp.asarray(embeds), positions=jnp.asarray(positions)), expected.detach().numpy())
+    assert_close(
+        models.load(tmp_path).hidden(inputs_embeds=jnp.asarray(embeds), positions=jnp.asarray(positions)),
+        expected.detach().numpy(),
+    )
 
 
 def test_packed_segments_equal_separate_rows():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What GPT-2 has of its own: sizes, what LoRA trains, first values, published checkpoints, causality, and its errors."""
+"""What GPT-2 has of its own: sizes, what LoRA trains, first values, published checkpoints, causality, errors."""
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ def test_published_checkpoints_are_read(tmp_path):
     for path, leaf in flat(models.load(tmp_path)).items():
         np.testing.assert_array_equal(leaf, flat(ours)[path])
     save_file(weights | {"h.2.attn.c_attn.bias": torch.ones(72)}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="no place for: .*h.2.attn.c_attn.bias"):
+    with pytest.raises(CheckpointError, match=r"no place for: .*h.2.attn.c_attn.bias"):
         models.load(tmp_path)
 
 

@@ -69,7 +69,9 @@ def test_buckets_are_transformers(causal):
     away = torch.tensor(positions[None] - positions[:, None])
     for num_buckets, max_distance in itertools.product((4, 6, 8, 32, 64), (40, 100, 128, 250)):
         theirs = T5Attention._relative_position_bucket(away, not causal, num_buckets, max_distance).numpy()
-        ours = relative_buckets(jnp.asarray(positions[None]), num_buckets=num_buckets, max_distance=max_distance, causal=causal)
+        ours = relative_buckets(
+            jnp.asarray(positions[None]), num_buckets=num_buckets, max_distance=max_distance, causal=causal
+        )
         np.testing.assert_array_equal(ours[0], theirs)
 
 
@@ -127,7 +129,12 @@ class Front(seams.InputEmbedding):
     def __call__(self, e, positions, mask, segments):
         virtual = jnp.broadcast_to(self.virtual[None], (e.shape[0], 2, e.shape[2]))
         ones = np.ones((e.shape[0], 2), int)
-        return jnp.concatenate([virtual, e], 1), jnp.arange(e.shape[1] + 2)[None], jnp.concatenate([ones, mask], 1), None
+        return (
+            jnp.concatenate([virtual, e], 1),
+            jnp.arange(e.shape[1] + 2)[None],
+            jnp.concatenate([ones, mask], 1),
+            None,
+        )
 
 
 def test_virtual_tokens_before_the_encoders_are_seen_by_the_decoder(tmp_path):

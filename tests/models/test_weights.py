@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 import transformers
 from flax import nnx
-from saved_bert import TINY, _folder, assert_equal, flat, saved, read_tensors  # noqa: F401 (the fixture)
+from saved_bert import TINY, _folder, assert_equal, flat, read_tensors, saved  # noqa: F401 (the fixture)
 
 from jpeft import models
 from jpeft.models import CheckpointError, _safetensors

@@ -7,7 +7,9 @@ import sys
 
 from jpeft.train import program
 
-PRINTS = "import os, jpeft.train.cli as cli, jpeft.train.program as program; cli.main = lambda: print({}); program.run()"
+PRINTS = (
+    "import os, jpeft.train.cli as cli, jpeft.train.program as program; cli.main = lambda: print({}); program.run()"
+)
 
 
 def run(printed, **environment):
