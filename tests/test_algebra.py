@@ -24,7 +24,7 @@ from algebra_oracle import (
     joined,
     pairs,
 )
-from contracts.table import BERT
+from contracts.models import BERT
 from flax import nnx
 
 import jpeft

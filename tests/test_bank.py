@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import subjects
-from contracts.table import BERT, LLAMA, QUICK, VOCAB
+from contracts.models import BERT, LLAMA, VOCAB
+from contracts.table import QUICK
 from flax import nnx
 
 import jpeft

@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 import subjects
-from contracts.table import BERT, LLAMA, QUICK, VOCAB
+from contracts.models import BERT, LLAMA, VOCAB
+from contracts.table import QUICK
 
 import jpeft
 

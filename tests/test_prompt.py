@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contracts.table import LLAMA, QUICK
+from contracts.models import LLAMA
+from contracts.table import QUICK
 
 import jpeft
 from jpeft._scope import current, scope

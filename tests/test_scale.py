@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import subjects
-from contracts.table import IDS, METHODS, MODELS, Case
+from contracts.models import MODELS
+from contracts.table import IDS, METHODS, Case
 from flax import nnx
 
 import jpeft

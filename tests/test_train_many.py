@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import subjects
-from contracts.table import BERT, VOCAB
+from contracts.models import BERT, VOCAB
 from flax import nnx
 
 import jpeft

@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 import subjects
-from contracts.table import CASES, IDS, KEY, VOCAB
+from contracts.models import VOCAB
+from contracts.table import CASES, IDS, KEY
 
 import jpeft
 

@@ -2,7 +2,8 @@
 """The table is complete."""
 
 import pytest
-from contracts.table import METHODS, MODELS, Case
+from contracts.models import MODELS
+from contracts.table import METHODS, Case
 from flax import nnx
 
 import jpeft

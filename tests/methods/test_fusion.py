@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 import subjects
-from contracts.table import BERT
+from contracts.models import BERT
 from flax import nnx
 
 import jpeft

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import subjects
-from contracts.table import BERT, LLAMA
+from contracts.models import BERT, LLAMA
 from flax import nnx
 
 import jpeft

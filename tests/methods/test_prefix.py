@@ -9,7 +9,8 @@ import peft_oracle
 import pytest
 import subjects
 import virtual_oracle
-from contracts.table import BERT, IDS, LLAMA, MODELS
+from contracts.models import BERT, LLAMA, MODELS
+from contracts.table import IDS
 from flax import nnx
 from virtual_oracle import run
 

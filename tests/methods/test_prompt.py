@@ -10,7 +10,8 @@ import pytest
 import subjects
 import torch
 import virtual_oracle
-from contracts.table import BERT, IDS, LLAMA, MODELS
+from contracts.models import BERT, LLAMA, MODELS
+from contracts.table import IDS
 from flax import nnx
 from virtual_oracle import run
 

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 import subjects
-from contracts.table import BERT, QUICK
+from contracts.models import BERT
+from contracts.table import QUICK
 from flax import nnx
 
 import jpeft

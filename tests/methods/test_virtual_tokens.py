@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import subjects
 import virtual_oracle
-from contracts.table import IDS, MODELS
+from contracts.models import MODELS
+from contracts.table import IDS
 from flax import nnx
 from virtual_oracle import run
 
