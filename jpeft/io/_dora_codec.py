@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """DoRA in PEFT's files: LoRA's with `use_dora`, and one more tensor a module, lora_magnitude_vector `[d_out]`."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._method import Adapter, Start
 from ..methods import METHODS
-from ._lora_codec import LORA
+from ._lora_codec import LORA, on_the_base
 from ._names import Names
 from ._slots import Codec, Slot, layer_index
 
 
 def _portable(adapter: Any) -> Adapter:
-    plain: Any = LORA.portable(adapter)
+    plain: Any = on_the_base(adapter)
     if plain is adapter:
         return adapter
     start = Start({"A": plain.A[...], "B": plain.B[...], "m": adapter.m[...]}, {"square": adapter.square[...]})
@@ -40,7 +41,7 @@ def _write(method: Any, adapters: Sequence[Adapter], names: Names) -> dict[str, 
 
 def _read(config: dict[str, Any], names: Names) -> Any:
     lora: Any = LORA.read({**config, "use_dora": False}, names)
-    return METHODS["dora"](**vars(lora))
+    return METHODS["dora"](**{field.name: getattr(lora, field.name) for field in dataclasses.fields(METHODS["dora"])})
 
 
 DORA = Codec("dora", "LORA", _portable, _slots, _write, _read, flag="use_dora")

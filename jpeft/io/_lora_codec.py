@@ -71,6 +71,11 @@ _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def _portable(adapter: Any) -> Adapter:
     if adapter.method.gate:
         raise ValueError(f"{adapter.site.path}: PEFT's files hold no gates, and without them a gated LoRA is another")
+    return on_the_base(adapter)
+
+
+def on_the_base(adapter: Any) -> Adapter:
+    """The adapter as one of the unchanged base: a start taken from the kernel (PiSSA, OLoRA) in twice the rank."""
     if not hasattr(adapter, "A0"):
         return adapter
     method = adapter.method

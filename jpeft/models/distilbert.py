@@ -185,7 +185,7 @@ class DistilBert(nnx.Module):
         self.config, self.task, self.remat, self.unroll = config, task, remat, unroll
         self.head = _HEAD.get(task, ())
         self.embeddings = Embeddings(config, rngs=rngs, dtype=dtype)
-        self.input_embedding = InputEmbedding(config.dim, "encoder", causal=False)
+        self.input_embedding = InputEmbedding(config.dim, "encoder", False, config.max_position_embeddings)
         self.layers = _stack.stack(lambda r: Layer(config, rngs=r, dtype=dtype), config.n_layers, rngs)
         for name in self.head:
             size = config.dim if name == "pre_classifier" else config.num_labels

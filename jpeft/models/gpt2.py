@@ -184,7 +184,7 @@ class GPT2(nnx.Module):
         std = config.initializer_range
         self.wte = token_table(config.vocab_size, config.n_embd, std, None, rngs=rngs, dtype=dtype)
         self.wpe = token_table(config.n_positions, config.n_embd, std, None, rngs=rngs, dtype=dtype)
-        self.input_embedding = InputEmbedding(config.n_embd, "decoder", causal=True)
+        self.input_embedding = InputEmbedding(config.n_embd, "decoder", True, config.n_positions)
         self.layers = _stack.stack(lambda r: Layer(config, rngs=r, dtype=dtype), config.n_layer, rngs)
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon, dtype=dtype)
         if self.head:

@@ -40,8 +40,8 @@ class Line:
     identity: bool = True
     merges: bool = True
     drawn: bool = True
-    on: tuple[str, ...] = ("foreign", "bert", "llama")
-    fast: tuple[str, ...] = ("foreign", "bert")
+    on: tuple[str, ...] = ("foreign", "bert", "llama", "t5")
+    fast: tuple[str, ...] = ("foreign",)
     exact: bool = True
 
 
@@ -66,8 +66,7 @@ METHODS: dict[str, Line] = {
             dropout=0.3,
             rank_pattern={r".*\.1\..*": 1},
         ),
-        on=("foreign", "bert", "llama", "t5"),
-        fast=("foreign", "bert"),
+        fast=("bert",),
     ),
     "lora from the kernel": Line(
         lambda targets: jpeft.LoRA(rank=2, alpha=3.0, targets=targets, init="pissa"),
@@ -87,7 +86,7 @@ METHODS: dict[str, Line] = {
         targeted=False,
         drawn=False,
         on=EVERY,
-        fast=("foreign", "tied llama"),
+        fast=("tied llama",),
     ),
     "bitfit": Line(lambda targets: jpeft.BitFit(), targeted=False, drawn=False, on=("foreign", "bert")),
     "norm tuning": Line(lambda targets: jpeft.NormTuning(), targeted=False, drawn=False, on=EVERY),
@@ -96,14 +95,18 @@ METHODS: dict[str, Line] = {
         targeted=False,
         drawn=False,
         on=EVERY,
-        fast=("foreign", "tied llama"),
+        fast=("tied llama",),
     ),
     "the last layer": Line(
-        lambda targets: jpeft.LastLayers(1, final=("out",) if "up" in targets else None),
+        lambda targets: jpeft.LastLayers(
+            1,
+            targets=r"decoder\..*" if "wo" in targets else ".*",
+            final=("out",) if "up" in targets else None,
+        ),
         targeted=False,
         drawn=False,
         on=EVERY,
-        fast=("foreign", "llama"),
+        fast=("llama",),
     ),
     "dora": Line(lambda targets: jpeft.DoRA(rank=2, alpha=3.0, targets=targets), on=EVERY, exact=False),
     "dora of several ranks from the kernel, with biases and dropout": Line(
@@ -124,14 +127,14 @@ METHODS: dict[str, Line] = {
     "adalora": Line(
         lambda targets: jpeft.AdaLoRA(init_rank=3, target_rank=2, alpha=9.0, targets=targets, total_steps=10), on=EVERY
     ),
-    "loha": Line(lambda targets: jpeft.LoHa(rank=2, alpha=3.0, targets=targets), on=EVERY, fast=("foreign", "llama")),
+    "loha": Line(lambda targets: jpeft.LoHa(rank=2, alpha=3.0, targets=targets), on=EVERY, fast=("llama",)),
     "loha of several ranks with dropout": Line(
         lambda targets: jpeft.LoHa(
             rank=3, alpha=2.0, targets=targets, rank_dropout=0.3, module_dropout=0.2, rank_pattern={r".*\.1\..*": 1}
         ),
         fast=("foreign",),
     ),
-    "lokr": Line(lambda targets: jpeft.LoKr(rank=1, alpha=3.0, targets=targets), on=EVERY, fast=("foreign", "bert")),
+    "lokr": Line(lambda targets: jpeft.LoKr(rank=1, alpha=3.0, targets=targets), on=EVERY, fast=("bert",)),
     "lokr of two products with dropout": Line(
         lambda targets: jpeft.LoKr(
             rank=1,
@@ -150,7 +153,7 @@ METHODS: dict[str, Line] = {
         lambda targets: jpeft.VeRA(rank=5, targets=tables_aside(targets)),
         on=EVERY,
         drawn=False,
-        fast=("foreign", "llama"),
+        fast=("llama",),
     ),
     "vera with dropout": Line(
         lambda targets: jpeft.VeRA(rank=3, d_initial=0.5, dropout=0.3, targets=tables_aside(targets)),
@@ -161,7 +164,7 @@ METHODS: dict[str, Line] = {
         lambda targets: jpeft.OFT(block_size=4, targets=tables_aside(targets)),
         on=EVERY,
         drawn=False,
-        fast=("foreign", "bert"),
+        fast=("bert",),
     ),
     "oft exact, shared, bounded, with dropout": Line(
         lambda targets: jpeft.OFT(
@@ -181,7 +184,7 @@ METHODS: dict[str, Line] = {
         targeted=False,
         identity=False,
         merges=False,
-        fast=("foreign", "bert"),
+        fast=("bert",),
     ),
     "pfeiffer of several widths, with norms and a coupling": Line(
         lambda _: jpeft.Pfeiffer(
@@ -194,6 +197,7 @@ METHODS: dict[str, Line] = {
         targeted=False,
         identity=False,
         merges=False,
+        fast=("t5",),
     ),
     "pfeiffer with a gate": Line(
         lambda _: jpeft.Pfeiffer(reduction_factor=2, gate=True, original_ln_after=False),
@@ -207,7 +211,7 @@ METHODS: dict[str, Line] = {
         lambda _: jpeft.ParallelAdapter(layers=[1], non_linearity="swish", scaling="channel"),
         targeted=False,
         merges=False,
-        fast=("foreign", "llama"),
+        fast=("llama",),
     ),
     "compacter": Line(
         lambda _: jpeft.Compacter(reduction_factor=2, n=2, rule_std=0.5),
@@ -224,10 +228,14 @@ METHODS: dict[str, Line] = {
         targeted=False,
         identity=False,
         merges=False,
-        fast=("foreign", "llama"),
+        fast=("llama",),
     ),
     "prompt tuning": Line(
-        lambda targets: jpeft.PromptTuning(num_tokens=3), targeted=False, identity=False, merges=False
+        lambda targets: jpeft.PromptTuning(num_tokens=3),
+        targeted=False,
+        identity=False,
+        merges=False,
+        fast=("t5",),
     ),
     "prompt tuning from the vocabulary": Line(
         lambda targets: jpeft.PromptTuning(num_tokens=5, init="vocabulary"),
@@ -255,7 +263,7 @@ METHODS: dict[str, Line] = {
         targeted=False,
         identity=False,
         merges=False,
-        fast=("foreign", "llama"),
+        fast=("llama", "t5"),
     ),
     "prefix tuning by a projection, in one layer, positions shifted": Line(
         lambda targets: jpeft.PrefixTuning(
@@ -280,7 +288,9 @@ METHODS: dict[str, Line] = {
         on=("bert",),
         fast=("bert",),
     ),
-    "loreft": Line(lambda _: jpeft.LoReFT(rank=2, first=2, last=1), targeted=False, identity=False, merges=False),
+    "loreft": Line(
+        lambda _: jpeft.LoReFT(rank=2, first=2, last=1), targeted=False, identity=False, merges=False, fast=("t5",)
+    ),
     "untied loreft in one layer, with dropout": Line(
         lambda _: jpeft.LoReFT(rank=2, first=2, last=2, tied=False, layers=[1], dropout=0.3),
         targeted=False,

@@ -10,7 +10,7 @@ import pytest
 import subjects
 import torch
 import virtual_oracle
-from contracts.models import BERT, LLAMA, MODELS
+from contracts.models import BERT, LLAMA, MODELS, VOCAB
 from contracts.table import IDS
 from flax import nnx
 from virtual_oracle import run
@@ -112,8 +112,31 @@ def test_token_types_go_on_behind_the_prompt():
     assert subjects.error(run(model, IDS, token_type_ids=types), expected) < subjects.FLOAT32
 
 
-def test_more_positions_than_the_model_has_are_refused():
-    model = adapted(jpeft.models.build(BERT, "TOKEN_CLS", key=KEY), num_tokens=11)
+LEARNED_POSITIONS = {
+    "bert": (BERT, "TOKEN_CLS"),
+    "distilbert": (
+        {
+            "model_type": "distilbert",
+            "vocab_size": VOCAB,
+            "dim": 8,
+            "n_layers": 1,
+            "n_heads": 2,
+            "hidden_dim": 12,
+            "max_position_embeddings": 16,
+        },
+        "TOKEN_CLS",
+    ),
+    "gpt2": (
+        {"model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16},
+        "CAUSAL_LM",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", LEARNED_POSITIONS)
+def test_more_positions_than_the_model_has_are_refused(family):
+    config, task = LEARNED_POSITIONS[family]
+    model = adapted(jpeft.models.build(config, task, key=KEY), num_tokens=11)
     with pytest.raises(ValueError, match=r"6 tokens behind 11 virtual ones are more than the 16 .* to 5 tokens"):
         model(IDS)
     assert np.isfinite(run(model, IDS[:, :5])).all()

@@ -21,19 +21,30 @@ def test_parameters_of_the_presets():
     assert counts == {"distilbert-base-uncased": 66_362_880}
 
 
-def test_lora_trains_the_head_with_its_dense_layer():
-    """2 · 6 · 16 · (768 + 768) on q_lin and v_lin, 768² + 768 and 2 · 768 + 2 in the head."""
+HEAD = 768 * 768 + 768 + 2 * 768 + 2
+COUNTS = {
+    "lora": (jpeft.LoRA(rank=16), 2 * 6 * 16 * (768 + 768), 887_042),
+    "prefix tuning": (
+        jpeft.PrefixTuning(num_tokens=20, projection=True, hidden_size=768),
+        20 * 768 + (768 * 768 + 768) + (768 * 2 * 6 * 768 + 2 * 6 * 768),
+        8_285_186,
+    ),
+    "prompt tuning": (jpeft.PromptTuning(num_tokens=20), 20 * 768, 607_490),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameters_of_methods_and_the_head_with_its_dense_layer(name):
+    method, alone, published = COUNTS[name]
     config = distilbert.PRESETS["distilbert-base-uncased"]
-    trainable = jax.eval_shape(lambda: jpeft.partition(_adapted(config))[1])
-    assert sum(leaf.size for leaf in trainable.values()) == 887_042
-    heads = {path.partition("/")[0] for path in trainable if not path.startswith("layers/")}
-    assert heads == {"pre_classifier", "classifier"}
+    trainable = jax.eval_shape(lambda: jpeft.partition(_adapted(config, method))[1])
+    assert sum(leaf.size for leaf in trainable.values()) == alone + HEAD == published
+    heads = [leaf.size for path, leaf in trainable.items() if path.startswith(("pre_classifier/", "classifier/"))]
+    assert sum(heads) == HEAD
 
 
-def _adapted(config):
-    return jpeft.adapt(
-        models.build(config, "SEQ_CLS", key=jax.random.key(0)), jpeft.LoRA(rank=16), key=jax.random.key(1)
-    )
+def _adapted(config, method):
+    return jpeft.adapt(models.build(config, "SEQ_CLS", key=jax.random.key(0)), method, key=jax.random.key(1))
 
 
 def test_inputs_embeds_and_positions_are_transformers(tmp_path):
