@@ -28,39 +28,13 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from ._summary import summary
     from ._walk import sites
     from .io import export_merged, export_peft, import_peft
-    from .methods import (
-        IA3,
-        METHODS,
-        OFT,
-        AdaLoRA,
-        AdapterFusion,
-        BitFit,
-        Compacter,
-        DiReFT,
-        DoRA,
-        FullFineTune,
-        Houlsby,
-        LastLayers,
-        LoHa,
-        LoKr,
-        LoRA,
-        LoReFT,
-        NoReFT,
-        NormTuning,
-        ParallelAdapter,
-        Pfeiffer,
-        PrefixTuning,
-        PromptTuning,
-        PTuning,
-        TrainableTokens,
-        VeRA,
-    )
+    from .methods import *
     from .seams import register
     from .train.many import train_many
 
 __version__ = "0.1.0"
 
-#: Module -> public names in it.
+#: Module -> public names in it; those of `__all__` that are in none of these are methods.
 _WHERE: dict[str, tuple[str, ...]] = {
     "_adapt": ("adapt", "merge", "penalty", "strip"),
     "_fold": ("fold",),
@@ -75,33 +49,6 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "_masks": ("mask", "labels", "optimizer"),
     "_mesh": ("mesh", "local_rows", "shard_batch", "gather"),
     "_sharding": ("SHARDING_RULES", "placement", "shardings", "shard", "optimizer_state"),
-    "methods": (
-        "METHODS",
-        "AdapterFusion",
-        "Compacter",
-        "Houlsby",
-        "LoRA",
-        "DoRA",
-        "AdaLoRA",
-        "LoHa",
-        "LoKr",
-        "VeRA",
-        "OFT",
-        "IA3",
-        "TrainableTokens",
-        "BitFit",
-        "NormTuning",
-        "FullFineTune",
-        "LastLayers",
-        "ParallelAdapter",
-        "Pfeiffer",
-        "PrefixTuning",
-        "PromptTuning",
-        "PTuning",
-        "LoReFT",
-        "NoReFT",
-        "DiReFT",
-    ),
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
     "_scope": ("dropout_key", "prompt_tokens"),
     "seams": ("register",),
@@ -190,8 +137,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f".{name}", __name__)
-    if name in _HOME:
-        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    if name in __all__:
+        return getattr(importlib.import_module(f".{_HOME.get(name, 'methods')}", __name__), name)
     raise AttributeError(f"module 'jpeft' has no attribute {name!r}")
 
 

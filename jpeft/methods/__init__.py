@@ -4,26 +4,30 @@
 from collections.abc import Mapping
 
 from .._method import Method
-from .adalora import AdaLoRA
-from .bitfit import BitFit
-from .bottleneck import Houlsby, ParallelAdapter, Pfeiffer
-from .compacter import Compacter
-from .dora import DoRA
-from .full import FullFineTune
-from .fusion import AdapterFusion
-from .ia3 import IA3
-from .last_layers import LastLayers
-from .loha import LoHa
-from .lokr import LoKr
-from .lora import LoRA
-from .norm_tuning import NormTuning
-from .oft import OFT
-from .p_tuning import PTuning
-from .prefix import PrefixTuning
-from .prompt import PromptTuning
-from .reft import DiReFT, LoReFT, NoReFT
-from .trainable_tokens import TrainableTokens
-from .vera import VeRA
+from .adalora import AdaLoRA as AdaLoRA
+from .bitfit import BitFit as BitFit
+from .bottleneck import Houlsby as Houlsby
+from .bottleneck import ParallelAdapter as ParallelAdapter
+from .bottleneck import Pfeiffer as Pfeiffer
+from .compacter import Compacter as Compacter
+from .dora import DoRA as DoRA
+from .full import FullFineTune as FullFineTune
+from .fusion import AdapterFusion as AdapterFusion
+from .ia3 import IA3 as IA3
+from .last_layers import LastLayers as LastLayers
+from .loha import LoHa as LoHa
+from .lokr import LoKr as LoKr
+from .lora import LoRA as LoRA
+from .norm_tuning import NormTuning as NormTuning
+from .oft import OFT as OFT
+from .p_tuning import PTuning as PTuning
+from .prefix import PrefixTuning as PrefixTuning
+from .prompt import PromptTuning as PromptTuning
+from .reft import DiReFT as DiReFT
+from .reft import LoReFT as LoReFT
+from .reft import NoReFT as NoReFT
+from .trainable_tokens import TrainableTokens as TrainableTokens
+from .vera import VeRA as VeRA
 
 #: Every method by its kind, the name that stands in leaf paths and configurations.
 METHODS: Mapping[str, type[Method]] = {
@@ -55,31 +59,3 @@ METHODS: Mapping[str, type[Method]] = {
         DiReFT,
     )
 }  # fmt: skip
-
-__all__ = [
-    "IA3",
-    "METHODS",
-    "OFT",
-    "AdaLoRA",
-    "AdapterFusion",
-    "BitFit",
-    "Compacter",
-    "DiReFT",
-    "DoRA",
-    "FullFineTune",
-    "Houlsby",
-    "LastLayers",
-    "LoHa",
-    "LoKr",
-    "LoRA",
-    "LoReFT",
-    "NoReFT",
-    "NormTuning",
-    "PTuning",
-    "ParallelAdapter",
-    "Pfeiffer",
-    "PrefixTuning",
-    "PromptTuning",
-    "TrainableTokens",
-    "VeRA",
-]

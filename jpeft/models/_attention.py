@@ -125,12 +125,12 @@ class _Rules:
 )
 @dataclasses.dataclass(frozen=True)
 class _Limits:
-    """What is known of visibility when the program runs."""
+    """What is known of visibility when the program runs: arrays or None, and JAX's own stand-ins for these."""
 
-    window: jax.Array | None
-    mask: jax.Array | None
-    segment_ids: jax.Array | None
-    seed: jax.Array | None = None
+    window: Any
+    mask: Any
+    segment_ids: Any
+    seed: Any = None
 
 
 def _visible(rules: _Rules, limits: _Limits, queries: range, keys: range) -> jax.Array | None:

@@ -51,7 +51,7 @@ class Config:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
-    rope_scaling: Mapping[str, Any] | None = None
+    rope_scaling: Mapping[str, Any] | _config.Pairs | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
     attention_dropout: float = 0.0
