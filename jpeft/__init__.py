@@ -72,6 +72,7 @@ __all__ = [
     "Compacter",
     "DiReFT",
     "DoRA",
+    "FourierFT",
     "FullFineTune",
     "GraphDef",
     "Houlsby",

@@ -11,6 +11,7 @@ from .bottleneck import ParallelAdapter as ParallelAdapter
 from .bottleneck import Pfeiffer as Pfeiffer
 from .compacter import Compacter as Compacter
 from .dora import DoRA as DoRA
+from .fourierft import FourierFT as FourierFT
 from .full import FullFineTune as FullFineTune
 from .fusion import AdapterFusion as AdapterFusion
 from .ia3 import IA3 as IA3
@@ -40,6 +41,7 @@ METHODS: Mapping[str, type[Method]] = {
         LoKr,
         VeRA,
         OFT,
+        FourierFT,
         IA3,
         TrainableTokens,
         BitFit,

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from .. import _scope
@@ -34,8 +35,8 @@ def attention(
     causal: bool,
     scale: float,
     window: int | Int[Array, ""] | None = None,
-    mask: Shaped[Array, "batch keys"] | None = None,
-    segment_ids: Int[Array, "batch seq"] | None = None,
+    mask: Shaped[Array | np.ndarray, "batch keys"] | None = None,
+    segment_ids: Int[Array | np.ndarray, "batch seq"] | None = None,
     bias: Float[Array, "rows heads seq bias_keys"] | None = None,
     dropout: float = 0.0,
     path: str = "attention/dropout",

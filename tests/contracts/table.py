@@ -179,6 +179,7 @@ METHODS: dict[str, Line] = {
         drawn=False,
         fast=("foreign",),
     ),
+    "fourierft": Line(lambda targets: jpeft.FourierFT(n_frequency=5, targets=targets), identity=False),
     "houlsby with dropout": Line(
         lambda _: jpeft.Houlsby(reduction_factor=2, scaling="learned", dropout=0.3),
         targeted=False,

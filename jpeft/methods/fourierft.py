@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FourierFT: an update with few frequencies (Gao et al. 2024, https://arxiv.org/abs/2405.03003).
+
+    y = x W + b + x ΔW        ΔW = scaling * Re IFFT2(S)        S [d_in, d_out], zero but at n places that hold c [n]
+
+The places are random and frozen, the n numbers there are all that is trained. ΔW of a layer is as large as its kernel;
+it is made again in the backward pass, never kept.
+
+Where the places are follows from `location_key` and the sizes alone, not from the key of `adapt`, so modules of one
+size share them; they are kept with the adapter, for another library draws others.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .. import seams
+from .._fields import indices, names, one_of, whole
+from .._method import Method, Site, Start, Targets, wide
+from .._scope import fold_path
+from ._default_targets import default_targets
+
+
+@dataclasses.dataclass(frozen=True)
+class FourierFT(Method):
+    """Discrete Fourier transform of a sparse spectrum, with PEFT's meanings and defaults.
+
+    Args:
+      n_frequency: trained entries of the spectrum, per projection.
+      scaling: factor of the update; large, as the inverse transform divides by the size of the kernel.
+      targets: what to adapt: a regular expression for the whole name, a list of names or suffixes, `"all-linear"`, or
+        None for the model type's default.
+      init: of the spectrum: `"normal"` (the paper's and PEFT's: it does not start as the base) or `"zero"`.
+      location_key: seed of the places. (The numbers are NumPy's: the same seed gives others in PyTorch.)
+      layers: indices of the layers to adapt; None for all.
+      exclude: names left out of `targets`, by the same rules.
+      modules_to_save: modules trained whole, as a copy; None trains the head of a classification task, () nothing.
+
+    Example:
+      >>> jpeft.FourierFT(n_frequency=1000, targets=["q_proj", "v_proj"])
+    """
+
+    kind: ClassVar[str] = "fourierft"
+
+    n_frequency: int = 1000
+    scaling: float = 150.0
+    targets: Any = None
+    init: str = "normal"
+    location_key: int = 777
+    layers: Any = None
+    exclude: Any = ()
+    modules_to_save: Any = None
+
+    def __post_init__(self) -> None:
+        for field in ("targets", "exclude", "modules_to_save"):
+            object.__setattr__(self, field, names(field, getattr(self, field)))
+        object.__setattr__(self, "layers", indices(self.layers))
+        whole("FourierFT", "n_frequency", self.n_frequency)
+        whole("FourierFT", "location_key", self.location_key, least=0)
+        one_of("FourierFT", "init", self.init, ("normal", "zero"))
+        scaling = self.scaling
+        if not isinstance(scaling, (int, float)) or isinstance(scaling, bool) or not 0 < scaling < math.inf:
+            raise ValueError(
+                f"FourierFT's scaling must be a positive number (at 0 nothing is trained), got {scaling!r}"
+            )
+
+    def select(self, model_type: str | None) -> Targets:
+        targets = default_targets("FourierFT", self.targets, model_type)
+        return Targets(targets, self.exclude, self.layers, self.modules_to_save)
+
+    def start(self, site: Site, base: Any, key: jax.Array) -> Start:
+        size, n = site.d_in * site.d_out, self.n_frequency
+        if n > size:
+            raise ValueError(
+                f"{site.path} has {size} weights, and FourierFT's n_frequency is {n}; take fewer, or leave it out of "
+                "targets"
+            )
+        dtype = wide(getattr(base, seams.projection(base).kernel).dtype)
+        places = np.random.default_rng(self.location_key).choice(size, n, replace=False, shuffle=False)
+        shape = (*site.lead, n)
+        zero = jnp.zeros(shape, dtype)
+        c = jax.random.normal(fold_path(key, "c"), shape, dtype) if self.init == "normal" else zero
+        return Start({"c": c}, {"places": jnp.broadcast_to(jnp.asarray(places, jnp.int32), shape)})
+
+    def after(self, adapter: Any, base: Any, y: jax.Array, *inputs: Any) -> Float[Array, "..."]:
+        projection, site, x = seams.projection(base), adapter.site, jnp.asarray(inputs[0])
+        if not isinstance(projection, seams.Lookup):
+            x = x.astype(wide(x.dtype))
+        c = adapter.c[...] if all(site.active) else jnp.where(jnp.array(site.active)[adapter.layer], adapter.c[...], 0)
+        product = jax.checkpoint(lambda x, c, at: projection.contract(base, x, _change(c, at, site)))
+        delta = product(x, c * self._factor(adapter), adapter.places[...])  # [..., d_out]
+        return (y + projection.emit(base, delta)).astype(y.dtype)
+
+    def merge(self, adapter: Any, base: Any) -> Mapping[str, jax.Array]:
+        projection, site = seams.projection(base), adapter.site
+        factor = self._factor(adapter) * jnp.array(site.active).reshape(*site.lead, 1)
+        kernel, delta = projection.read(base), _change(adapter.c[...] * factor, adapter.places[...], site)
+        return {projection.kernel: projection.unmatrix(base, kernel.astype(wide(kernel.dtype)) + delta)}
+
+    def padded(self, adapter: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Method, Mapping[str, Any]]:
+        """As many numbers for all: those that are padded are zero, and add nothing to the place that they name."""
+        factor = jnp.broadcast_to(jnp.asarray(self._factor(adapter), jnp.float32), (*adapter.site.lead, 1))
+        return dataclasses.replace(self, n_frequency=shapes["c"][-1], scaling=1.0, location_key=0), {"factor": factor}
+
+    def depends_on_layer(self, site: Site) -> bool:
+        return not all(site.active)
+
+    def count(self, site: Site) -> tuple[int, int]:
+        places = sum(site.active)
+        return places * self.n_frequency, places * site.d_in * site.d_out
+
+    def _factor(self, adapter: Any) -> Any:
+        """The scaling; in a slot of a bank a leaf `[*lead, 1]`."""
+        return adapter.factor[...] if hasattr(adapter, "factor") else self.scaling
+
+
+def _change(c: jax.Array, places: jax.Array, site: Site) -> jax.Array:
+    """Re IFFT2 of the spectrum with `c` `[*lead, n]` at `places`: `[*lead, d_in, d_out]`, in float32 or more."""
+    size = site.d_in * site.d_out
+    spread = jnp.vectorize(lambda c, at: jnp.zeros(size, c.dtype).at[at].add(c), signature="(n),(n)->(s)")
+    return jnp.fft.ifft2(spread(c, places).reshape(*c.shape[:-1], site.d_in, site.d_out)).real.astype(c.dtype)
