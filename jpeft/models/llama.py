@@ -244,9 +244,7 @@ class Llama(nnx.Module):
             x, new = self._run(x, places, mask, None, keep=True)
         return self.norm(x[:, x.shape[1] - e.shape[1] :]), filled(cache, new, mask, places, positions)
 
-    def step(
-        self, cache: Cache, input_ids: Int[Array, "batch 1"]
-    ) -> tuple[Float[Array, "batch 1 d_model"], Cache]:
+    def step(self, cache: Cache, input_ids: Int[Array, "batch 1"]) -> tuple[Float[Array, "batch 1 d_model"], Cache]:
         """The next token of every row: its state, and the cache with it. NaN where the cache had no slot left."""
         check_step(cache, input_ids)
         e = self._embed(input_ids, None)
