@@ -103,16 +103,19 @@ def extended(cache: Cache, new: KV, places: Any) -> Cache:
     )
 
 
-def reach(cache: Cache, window: Any = None) -> Bool[Array, "batch keys"]:
+def reach(cache: Cache, window: Any = None, places: Any = None) -> Bool[Array, "batch keys"]:
     """What the next token sees of the slots, and last of itself.
 
     Args:
       cache: what was read.
       window: how many slots back it sees, itself counted; None for all.
+      places: `[batch, 1]`, its positions, in which the window is then counted, as of `_attention.attention`.
     """
     seen = cache.mask
-    if window is not None:
+    if window is not None and places is None:
         seen = seen & (jnp.arange(cache.slots) > cache.used - window)[None]
+    elif window is not None:
+        seen = seen & (cache.places > places - window)
     return jnp.pad(seen, ((0, 0), (0, 1)), constant_values=True)
 
 

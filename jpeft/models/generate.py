@@ -124,7 +124,7 @@ def _prompt(model: Any, ids: jax.Array, mask: Any, new: int, bucket: int) -> Pro
         )
     order = jnp.argsort(mask, axis=1, stable=True)
     size = ids.shape[1] + -ids.shape[1] % bucket
-    limit = None if hasattr(model, "encode") else model.max_tokens
+    limit = None if hasattr(model, "encode") else model.config.max_cached
     if limit is not None:
         virtual = jax.eval_shape(lambda: model.cache(1, 1)).slots - 1
         size = max(ids.shape[1], min(size, limit - new - virtual))

@@ -88,6 +88,11 @@ class Config:
         return hf
 
     @property
+    def max_cached(self) -> int:
+        """How many tokens a cache may hold, virtual ones counted in."""
+        return self.n_positions
+
+    @property
     def scale(self) -> float:
         """Of the scores, in the first layer."""
         return (self.n_embd // self.n_head) ** -0.5 if self.scale_attn_weights else 1.0
@@ -259,8 +264,10 @@ class GPT2(nnx.Module):
           ValueError: the model has fewer positions.
         """
         config, slots = self.config, num_slots(self.input_embedding, length, self.dtype)
-        if slots > self.max_tokens:
-            raise ValueError(f"a cache of {slots} slots is longer than the {self.max_tokens} positions this model has")
+        if slots > config.max_cached:
+            raise ValueError(
+                f"a cache of {slots} slots is longer than the {config.max_cached} positions this model has"
+            )
         return empty(config.n_layer, batch, slots, config.n_head, config.n_embd // config.n_head, self.dtype)
 
     def prefill(
@@ -290,11 +297,6 @@ class GPT2(nnx.Module):
             x, places, _, _ = self.input_embedding(e, cache.next[:, None], None, None)
             x, new = self._run(x, places, reach(cache), None, cache.kv, keep=True)
         return or_nan(self.ln_f(x), cache), extended(cache, new, places)
-
-    @property
-    def max_tokens(self) -> int:
-        """How many tokens a cache may hold, virtual ones counted in."""
-        return self.config.n_positions
 
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None

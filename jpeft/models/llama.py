@@ -63,6 +63,7 @@ class Attention(nnx.Module):
         mask: Shaped[Array, "batch seq"] | None,
         segment_ids: Int[Array, "batch seq"] | None,
         window: Any,
+        places: Any,
         past: KV | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], KV]:
         q, k, v = (self._heads(y) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
@@ -77,6 +78,7 @@ class Attention(nnx.Module):
             causal=True,
             scale=self.d_head**-0.5,
             window=window,
+            places=places,
             mask=mask,
             segment_ids=segment_ids,
             dropout=self.dropout_rate,
@@ -207,7 +209,7 @@ class Llama(nnx.Module):
             x, places, mask, segments = self.input_embedding(e, positions, attention_mask, segment_ids)
             self._check_windows(x.shape[1] - e.shape[1], segments)
             with scope(**in_front(x.shape[1] - e.shape[1], e.shape[:2], attention_mask, segment_ids)):
-                x, _ = self._run(x, places, mask, segments)
+                x, _ = self._run(x, places, mask, segments, virtual=x.shape[1] - e.shape[1])
             return self.norm(x[:, x.shape[1] - e.shape[1] :])
 
     def cache(self, batch: int, length: int) -> Cache:
@@ -218,9 +220,9 @@ class Llama(nnx.Module):
         """
         config = self.config
         slots = num_slots(self.input_embedding, length, self.dtype)
-        if self.max_tokens is not None and slots > self.max_tokens:
+        if config.max_cached is not None and slots > config.max_cached:
             raise ValueError(
-                f"from {self.max_tokens} tokens on (max_position_embeddings) the dynamic rotary embedding turns all "
+                f"from {config.max_cached} tokens on (max_position_embeddings) the dynamic rotary embedding turns all "
                 f"keys anew, and a cache keeps them; {slots} slots are too many"
             )
         return empty(config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.d_head, self.dtype)
@@ -241,23 +243,18 @@ class Llama(nnx.Module):
         positions = jnp.arange(e.shape[1])[None] if positions is None else positions
         x, places, mask, _ = self.input_embedding(e, positions, attention_mask, None)
         with scope(**in_front(x.shape[1] - e.shape[1], e.shape[:2], attention_mask, None)):
-            x, new = self._run(x, places, mask, None, keep=True)
+            x, new = self._run(x, places, mask, None, virtual=x.shape[1] - e.shape[1], keep=True)
         return self.norm(x[:, x.shape[1] - e.shape[1] :]), filled(cache, new, mask, places, positions)
 
     def step(self, cache: Cache, input_ids: Int[Array, "batch 1"]) -> tuple[Float[Array, "batch 1 d_model"], Cache]:
         """The next token of every row: its state, and the cache with it. NaN where the cache had no slot left."""
         check_step(cache, input_ids)
         e = self._embed(input_ids, None)
+        virtual = num_slots(self.input_embedding, 1, self.dtype) - 1
         with scope(**step_scope(len(e))):
             x, places, _, _ = self.input_embedding(e, cache.next[:, None], None, None)
-            x, new = self._run(x, places, None, None, cache, keep=True)
+            x, new = self._run(x, places, None, None, cache, virtual=virtual, keep=True)
         return or_nan(self.norm(x), cache), extended(cache, new, places)
-
-    @property
-    def max_tokens(self) -> int | None:
-        """How many tokens a cache may hold, virtual ones counted in; None for any number."""
-        config = self.config
-        return config.max_position_embeddings if dict(config.rope_scaling or ()).get("rope_type") == "dynamic" else None
 
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
@@ -288,16 +285,27 @@ class Llama(nnx.Module):
         return embed_tokens(self.embed_tokens, input_ids, self.config.pad_token_id)
 
     def _run(
-        self, x: jax.Array, places: Any, mask: Any, segments: Any, cache: Cache | None = None, keep: bool = False
+        self,
+        x: jax.Array,
+        places: Any,
+        mask: Any,
+        segments: Any,
+        cache: Cache | None = None,
+        *,
+        virtual: int,
+        keep: bool = False,
     ) -> tuple[jax.Array, Any]:
         """The layers' last states and, if they are to be kept, all layers' keys and values of `x`."""
         rope = self._rope(places)
         every, windows = self._windows()
+        counted = places if virtual and segments is None else None
 
         def body(layer: Layer, x: jax.Array, own: tuple[Any, KV | None]) -> tuple[jax.Array, KV | None]:
             window, past = (every if own[0] is None else own[0]), own[1]
-            seen, window = (mask, window) if cache is None else (reach(cache, window), None)
-            x, new = layer(x, rope, seen, segments, window, past)
+            if cache is None:
+                x, new = layer(x, rope, mask, segments, window, counted)
+            else:
+                x, new = layer(x, rope, reach(cache, window, counted), None, None, None, past)
             return x, new if keep else None
 
         own = windows, None if cache is None else cache.kv

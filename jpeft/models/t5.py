@@ -188,10 +188,6 @@ class T5(nnx.Module):
         return jnp.where(shifted < 0, pad, shifted)
 
     @property
-    def max_tokens(self) -> None:
-        """How many tokens a cache may hold: any number."""
-
-    @property
     def _options(self) -> dict[str, Any]:
         """Of the scans over the blocks."""
         return {"remat_policy": self.remat, "unroll": self.unroll}
