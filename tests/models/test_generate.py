@@ -40,8 +40,8 @@ def family(name):
     if name == "mistral":
         return llama_torch_model(MISTRAL | {"sliding_window": 4})
     subject, task = (GPT2, "CAUSAL_LM") if name == "gpt2" else (T5, "SEQ_2_SEQ_LM")
-    changed = subject.variants["v1.1" if name == "t5 v1.1" else "base"]
-    return zoo_torch_model(subject.config | dict(changed), task, subject.classes)
+    changed = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if name == "t5 v1.1" else {}
+    return zoo_torch_model(subject.config | changed, task, subject.classes)
 
 
 def written(theirs, eos, **options):
