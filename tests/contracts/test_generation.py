@@ -12,10 +12,10 @@ from contracts.table import QUICK
 
 import jpeft
 
-IDS = np.random.default_rng(3).integers(0, VOCAB, (3, 8))
+IDS = jnp.asarray(np.random.default_rng(3).integers(0, VOCAB, (3, 8)))
 #: Left-padded prompts of 5, 3 and 2 tokens, and what is written behind them.
-MASK = np.arange(8)[None] >= np.array([[0], [2], [3]])
-POSITIONS = np.maximum(np.cumsum(MASK, 1) - 1, 0)
+MASK = jnp.arange(8)[None] >= jnp.array([[0], [2], [3]])
+POSITIONS = jnp.maximum(jnp.cumsum(MASK, 1) - 1, 0)
 PROMPT = 5
 
 

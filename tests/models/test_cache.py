@@ -17,12 +17,12 @@ import jpeft
 ROUNDINGS = 2 * subjects.FLOAT32
 VOCAB = 53
 PROMPT, TOTAL = 7, 12
-IDS = np.random.default_rng(0).integers(1, VOCAB, (3, TOTAL))
+IDS = jnp.asarray(np.random.default_rng(0).integers(1, VOCAB, (3, TOTAL)))
 #: Prompts of 7, 5 and 2 tokens.
-MASK = np.arange(TOTAL)[None] >= np.array([[0], [2], [5]])
-POSITIONS = np.maximum(np.cumsum(MASK, 1) - 1, 0)
+MASK = jnp.arange(TOTAL)[None] >= jnp.array([[0], [2], [5]])
+POSITIONS = jnp.maximum(jnp.cumsum(MASK, 1) - 1, 0)
 FAMILIES = {name: CONFIGS[name] for name in ("llama", "mistral", "qwen2, windows", "qwen3")}
-FAMILIES |= {"gpt2": GPT2.config, "gpt2 by layer": GPT2.config | dict(GPT2.variants["scores by layer"])}
+FAMILIES |= {"gpt2": GPT2.config, "gpt2 by layer": dict(GPT2.config) | dict(GPT2.variants["scores by layer"])}
 KEY = jax.random.key(0)
 
 
@@ -123,13 +123,13 @@ def test_a_decoder_beside_an_encoder(methods):
         "prefixes": jpeft.PrefixTuning(num_tokens=2, blocks=("attention", "cross_attention")),
         "loreft": jpeft.LoReFT(rank=2, first=1, last=2),
     }
-    model = build(T5.config | {"num_decoder_layers": 3}, "SEQ_2_SEQ_LM")
+    model = build(dict(T5.config) | {"num_decoder_layers": 3}, "SEQ_2_SEQ_LM")
     if methods:
         # an encoder of another depth than the decoder; a prefix needs them alike
         model = build(T5.config, "SEQ_2_SEQ_LM") if methods == "prefixes" else model
         model = subjects.fill(jpeft.adapt(model, found[methods], key=KEY), scale=0.1)
-    text = np.random.default_rng(1).integers(1, VOCAB, (3, 9))
-    seen = np.arange(9)[None] >= np.array([[0], [3], [6]])
+    text = jnp.asarray(np.random.default_rng(1).integers(1, VOCAB, (3, 9)))
+    seen = jnp.arange(9)[None] >= jnp.array([[0], [3], [6]])
     prompt = jnp.broadcast_to(np.arange(TOTAL)[None] < PROMPT, IDS.shape)
 
     @functools.partial(jax.jit, compiler_options=QUICK)

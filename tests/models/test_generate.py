@@ -41,7 +41,7 @@ def family(name):
         return llama_torch_model(MISTRAL | {"sliding_window": 4})
     subject, task = (GPT2, "CAUSAL_LM") if name == "gpt2" else (T5, "SEQ_2_SEQ_LM")
     changed = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if name == "t5 v1.1" else {}
-    return zoo_torch_model(subject.config | changed, task, subject.classes)
+    return zoo_torch_model(dict(subject.config) | changed, task, subject.classes)
 
 
 def written(theirs, eos, **options):
@@ -79,7 +79,7 @@ def test_stories260k_tells_its_story(data):
     start, story = expected["prompt_ids"], expected["greedy_ids"]
     new = len(story) - len(start)
     assert new == 200
-    found = models.generate(models.load(folder), [start], max_new_tokens=new)
+    found = models.generate(models.load(folder), jnp.array([start]), max_new_tokens=new)
     assert found.tolist() == [story[len(start) :]]
 
 
