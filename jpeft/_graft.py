@@ -27,7 +27,7 @@ _ORIGIN = "__grafted_from__"
 
 
 #: Methods of a model, beside its call, in which its adapters run as well.
-_ENTRIES = ("hidden", "logits", "pooled", "encode", "decode")
+_ENTRIES = ("hidden", "logits", "pooled", "encode", "decode", "cache", "prefill", "step")
 
 
 @functools.cache

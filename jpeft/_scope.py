@@ -32,6 +32,7 @@ class Scope:
         where nothing says.
       segments: `[batch, seq]` of a packed input, likewise; `seams.EVERY_SEGMENT` for a virtual token.
       prompt: which tokens are the prompt, `[batch, seq]` as given by the caller; None where all are.
+      step: whether the running tokens stand behind others, virtual ones among them, that a cache holds.
     """
 
     key: Any = None
@@ -40,6 +41,7 @@ class Scope:
     text: Any = None
     segments: Any = None
     prompt: Any = None
+    step: bool = False
 
 
 _SCOPE: contextvars.ContextVar[Scope] = contextvars.ContextVar("jpeft_scope", default=Scope())  # noqa: B039 (frozen)

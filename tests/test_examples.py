@@ -43,6 +43,15 @@ def test_many_adapters_page(tmp_path, monkeypatch):
     assert max(names["errors"].values()) <= 0.1
 
 
+def test_generation_page():
+    names: dict = {}
+    exec("\n".join(code_blocks("docs/generation.md")), names)
+    assert names["greedy"].shape == names["drawn"].shape == names["mixed"].shape == (2, 8)
+    assert (names["token"][:, 0] == names["greedy"][:, 0]).all()
+    alone = jpeft.models.generate(names["other"], names["prompts"], names["mask"], max_new_tokens=8)
+    assert (names["mixed"][0] == alone[0]).all()
+
+
 @jax.numpy_rank_promotion("allow")  # the page's formula broadcasts, for brevity
 def test_method_page_example():
     """The method on the page about adding one: starts as the base, merges to itself."""

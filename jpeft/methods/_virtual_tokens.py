@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from .. import seams
 from .._fields import one_of
 from .._method import Site, Targets
-from .._scope import fold_path
+from .._scope import current, fold_path
 
 #: Whose input a prompt may stand in front of; by default the first of these that the model has.
 INPUTS = ("encoder", "decoder")
@@ -89,7 +89,8 @@ def padded(method: Any, adapter: Any, size: int) -> tuple[Any, dict[str, jax.Arr
 def put_in_front(virtual: Virtual, place: Any, base: seams.InputEmbedding, y: Any) -> tuple[Any, ...]:
     """The input seam's outputs with a place's prompt in front of every row; the text's positions go up by its length.
 
-    What is no token of this slot of a bank stands before those that are, and nobody sees it.
+    What is no token of this slot of a bank stands before those that are, and nobody sees it. In a step the prompt is
+    in the cache, and positions alone go up.
 
     Raises:
       ValueError: a packed row of a bidirectional model; more positions than the model has.
@@ -103,6 +104,8 @@ def put_in_front(virtual: Virtual, place: Any, base: seams.InputEmbedding, y: An
     prompt = virtual.tokens[place]
     length = len(prompt)
     positions = moved(positions, virtual, base, e.shape[1], segments)
+    if current().step:
+        return e, positions, mask, segments
     shape, seen, first = (len(e), length), jnp.ones(length, bool), 0
     if virtual.present is not None:
         first = length - virtual.count

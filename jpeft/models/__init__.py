@@ -5,6 +5,7 @@
   model = jpeft.models.load("path/to/folder", task="SEQ_CLS", num_labels=4)
   model = jpeft.models.build(hf_config, "CAUSAL_LM", key=key)       # from scratch
   jpeft.models.save(model, "path/to/other")                         # transformers loads it
+  ids = jpeft.models.generate(model, prompt, max_new_tokens=32)     # what it writes
 
 Each family is one file: its Config, PRESETS, modules and WEIGHTS. To add one, write the file and add its model types
 to `_FAMILIES` below.
@@ -29,8 +30,9 @@ from ._checkpoint import common_dtype, open_checkpoint
 from ._folder import replacing
 from ._safetensors import CheckpointError, Tensor, names
 from ._weights import Entry, Sharding, load_leaves, save_leaves
+from .generate import generate
 
-__all__ = ["CheckpointError", "build", "copy_tokenizer", "load", "num_parameters", "save", "weights"]
+__all__ = ["CheckpointError", "build", "copy_tokenizer", "generate", "load", "num_parameters", "save", "weights"]
 
 _LOG = logging.getLogger("jpeft")
 

@@ -35,6 +35,7 @@ def attention(
     causal: bool,
     scale: float,
     window: int | Int[Array, ""] | None = None,
+    places: Int[Array, "rows seq"] | None = None,
     mask: Shaped[Array | np.ndarray, "batch keys"] | None = None,
     segment_ids: Int[Array | np.ndarray, "batch seq"] | None = None,
     bias: Float[Array, "rows heads seq bias_keys"] | None = None,
@@ -52,6 +53,8 @@ def attention(
       scale: usually d_head^-0.5.
       window: how many keys back from its own a causal query sees, itself counted; None for all. A number, or a
         traced integer where layers of a stack differ.
+      places: positions of the queries and their own keys, in which a window is then counted: in a row that holds
+        virtual tokens, then padding, then text, keys are not as far apart as they stand. Of one row for all, or each.
       mask: 0 for a key that nobody sees (padding).
       segment_ids: a query sees the keys of its own segment, and those of `seams.EVERY_SEGMENT`.
       bias: added to the scores; of one row for all examples, or of one each. Keys in front of those that it covers,
@@ -62,8 +65,11 @@ def attention(
     _check(q, k, v, causal, window, segment_ids)
     bias = None if bias is None else _whole(q, k, bias)
     seed = _scope.dropout_seed(dropout, path)
-    limits = _Limits(window if isinstance(window, jax.Array) else None, mask, segment_ids, seed)
-    rules = _Rules(q.shape[1], k.shape[1], causal, window if isinstance(window, int) else None, scale, dropout)
+    if window is not None and places is not None:
+        window = jnp.asarray(window)
+    known = window if isinstance(window, int) else None
+    limits = _Limits(window if isinstance(window, jax.Array) else None, mask, segment_ids, seed, places)
+    rules = _Rules(q.shape[1], k.shape[1], causal, known, scale, dropout)
     if jax.default_backend() == "cpu" or seed is not None:
         return _blocked(q, k, v, bias, limits, rules)
     return _library(q, k, v, bias, limits, rules)
@@ -122,7 +128,7 @@ class _Rules:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["window", "mask", "segment_ids", "seed"], meta_fields=[]
+    jax.tree_util.register_dataclass, data_fields=["window", "mask", "segment_ids", "seed", "places"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
 class _Limits:
@@ -132,6 +138,7 @@ class _Limits:
     mask: Any
     segment_ids: Any
     seed: Any = None
+    places: Any = None
 
 
 def _visible(rules: _Rules, limits: _Limits, queries: range, keys: range) -> jax.Array | None:
@@ -142,7 +149,8 @@ def _visible(rules: _Rules, limits: _Limits, queries: range, keys: range) -> jax
     if rules.causal and keys[-1] > queries[0] + rules.offset:
         conditions.append((there <= here)[None])
     if limits.window is not None:
-        conditions.append(((there > here - limits.window) | (there < rules.offset))[None])
+        near = (there > here - limits.window)[None] if limits.places is None else _near(rules, limits, queries, keys)
+        conditions.append(near | (there < rules.offset)[None])
     if rules.window is not None and keys[0] <= queries[-1] + rules.offset - rules.window:
         conditions.append(((there > here - rules.window) | (there < rules.offset))[None])
     if limits.mask is not None:
@@ -153,6 +161,14 @@ def _visible(rules: _Rules, limits: _Limits, queries: range, keys: range) -> jax
         same = limits.segment_ids[:, _cut(queries), None] == segments
         conditions.append(same | (segments == EVERY_SEGMENT))
     return functools.reduce(jnp.logical_and, conditions) if conditions else None
+
+
+def _near(rules: _Rules, limits: _Limits, queries: range, keys: range) -> jax.Array:
+    """Which of the keys are within the window of each query, by their places."""
+    assert limits.places is not None
+    assert limits.window is not None
+    there = jnp.pad(limits.places, ((0, 0), (rules.offset, 0)))[:, None, _cut(keys)]
+    return there > limits.places[:, _cut(queries), None] - limits.window
 
 
 def _cut(span: range, times: int = 1) -> slice:

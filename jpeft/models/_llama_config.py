@@ -140,6 +140,12 @@ class Config:
         return self.attention_bias or self.model_type == "qwen2"
 
     @property
+    def max_cached(self) -> int | None:
+        """How many tokens a cache may hold, virtual ones counted in; None for any number."""
+        dynamic = dict(self.rope_scaling or ()).get("rope_type") == "dynamic"
+        return self.max_position_embeddings if dynamic else None
+
+    @property
     def windows(self) -> tuple[int | None, ...]:
         """How many tokens back each layer sees; None for all."""
         layers = range(self.num_hidden_layers)

@@ -22,14 +22,24 @@ def check_buckets(num_buckets: int, max_distance: int) -> None:
 
 
 def relative_buckets(
-    positions: Int[Array, "rows seq"], *, num_buckets: int, max_distance: int, causal: bool
-) -> Int[Array, "rows seq seq"]:
+    positions: Int[Array, "rows seq"],
+    keys: Int[Array, "rows keys"] | None = None,
+    *,
+    num_buckets: int,
+    max_distance: int,
+    causal: bool,
+) -> Int[Array, "rows seq keys"]:
     """For each query (second axis) and key (last), the bucket of key - query.
 
     Of `n` buckets for a direction, the first n/2 are distances 0, 1, ...; the others grow by a constant factor up to
     `max_distance`. A causal attention has one direction; else later keys have the second half of the buckets.
+
+    Args:
+      positions: of the queries.
+      keys: positions of the keys; None where they are those of the queries.
+      num_buckets, max_distance, causal: as above.
     """
-    away = positions[:, None, :] - positions[:, :, None]
+    away = (positions if keys is None else keys)[:, None, :] - positions[:, :, None]
     size = num_buckets if causal else num_buckets // 2
     distance = jnp.maximum(-away, 0) if causal else jnp.abs(away)
     buckets = jnp.asarray(_table(size, max_distance))[jnp.minimum(distance, max_distance)]

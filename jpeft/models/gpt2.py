@@ -22,6 +22,7 @@ from .._scope import dropout, scope
 from ..seams import InputEmbedding, KeyValues, Residual
 from . import _config
 from ._attention import attention
+from ._cache import KV, Cache, check_step, empty, extended, filled, joined, num_slots, or_nan, reach, step_scope
 from ._layer_norm import LayerNorm
 from ._layers import ACTIVATIONS, in_front, last_token, positions_of, token_table
 from ._weights import TRANSPOSE, Entry, Ignore, Rule, Tied, module_names
@@ -87,6 +88,11 @@ class Config:
         return hf
 
     @property
+    def max_cached(self) -> int:
+        """How many tokens a cache may hold, virtual ones counted in."""
+        return self.n_positions
+
+    @property
     def scale(self) -> float:
         """Of the scores, in the first layer."""
         return (self.n_embd // self.n_head) ** -0.5 if self.scale_attn_weights else 1.0
@@ -109,12 +115,15 @@ class Attention(nnx.Module):
         self.c_proj = _linear(config, config.n_embd, config.n_embd, rngs, dtype, onto_stream=True)
         self.keys_values = KeyValues(config.n_embd, config.n_head, config.n_embd // config.n_head)
 
-    def __call__(self, x: Float[Array, "batch seq d_model"], mask: Any, segment_ids: Any, depth: Any) -> Any:
+    def __call__(
+        self, x: Float[Array, "batch seq d_model"], mask: Any, segment_ids: Any, depth: Any, past: KV | None = None
+    ) -> tuple[Float[Array, "batch seq d_model"], KV]:
         config = self.config
         q, k, v = (y.reshape(*y.shape[:2], config.n_head, -1) for y in jnp.split(self.c_attn(x), 3, axis=-1))
         if depth is not None:
             q = (q / depth).astype(q.dtype)
-        k, v, mask = self.keys_values(k, v, mask, x)
+        new = KV(k, v)
+        k, v, mask = self.keys_values(*joined(past, new), mask, x)
         y = attention(
             q,
             k,
@@ -126,7 +135,7 @@ class Attention(nnx.Module):
             dropout=config.attn_pdrop,
             path="layers/attn/attn_dropout",
         )
-        return dropout(self.c_proj(y.reshape(x.shape)), config.resid_pdrop, "layers/attn/resid_dropout")
+        return dropout(self.c_proj(y.reshape(x.shape)), config.resid_pdrop, "layers/attn/resid_dropout"), new
 
 
 class MLP(nnx.Module):
@@ -154,10 +163,13 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs, dtype=dtype)
         self.mlp_residual = Residual(config.n_embd, "mlp")
 
-    def __call__(self, x: Float[Array, "batch seq d_model"], *context: Any) -> Float[Array, "batch seq d_model"]:
+    def __call__(
+        self, x: Float[Array, "batch seq d_model"], *context: Any
+    ) -> tuple[Float[Array, "batch seq d_model"], KV]:
         x = checkpoint_name(x, "block_input")
-        x = checkpoint_name(self.attention_residual(self.attn(self.ln_1(x), *context), x), "attention_output")
-        return checkpoint_name(self.mlp_residual(self.mlp(self.ln_2(x)), x), "mlp_output")
+        h, new = self.attn(self.ln_1(x), *context)
+        x = checkpoint_name(self.attention_residual(h, x), "attention_output")
+        return checkpoint_name(self.mlp_residual(self.mlp(self.ln_2(x)), x), "mlp_output"), new
 
 
 class GPT2(nnx.Module):
@@ -234,28 +246,57 @@ class GPT2(nnx.Module):
         key: jax.Array | None = None,
     ) -> Float[Array, "batch seq d_model"]:
         """The normalised last states; arguments as in a call. Tokens that a method puts in front are left out."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        config = self.config
         with scope(key=key):
-            e = inputs_embeds if input_ids is None else self.wte(input_ids)
-            assert e is not None
-            e = e.astype(self.dtype)
+            e = self._embed(input_ids, inputs_embeds)
             if token_type_ids is not None:
                 e = e + self.wte(token_type_ids)
-            seq = e.shape[1]
             if positions is None:
-                positions = positions_of(seq, segment_ids, config.n_positions)
-            e, places, mask, segments = self.input_embedding(e, positions, attention_mask, segment_ids)
-            x = dropout(e + self.wpe(places), config.embd_pdrop, "drop")
+                positions = positions_of(e.shape[1], segment_ids, self.config.n_positions)
+            x, places, mask, segments = self.input_embedding(e, positions, attention_mask, segment_ids)
+            with scope(**in_front(x.shape[1] - e.shape[1], e.shape[:2], attention_mask, segment_ids)):
+                x, _ = self._run(x, places, mask, segments)
+            return self.ln_f(x[:, x.shape[1] - e.shape[1] :])
 
-            def body(layer: Layer, x: jax.Array, depth: Any) -> tuple[jax.Array, None]:
-                return layer(x, mask, segments, depth), None
+    def cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `batch` rows of `length` tokens; virtual tokens get slots of their own.
 
-            depths = 1.0 + jnp.arange(config.n_layer) if config.scale_attn_by_inverse_layer_idx else None
-            with scope(**in_front(x.shape[1] - seq, (*x.shape[:1], seq), attention_mask, segment_ids)):
-                x, _ = _stack.scan(self.layers, body, x, depths, remat_policy=self.remat, unroll=self.unroll)
-            return self.ln_f(x[:, x.shape[1] - seq :])
+        Raises:
+          ValueError: the model has fewer positions.
+        """
+        config, slots = self.config, num_slots(self.input_embedding, length, self.dtype)
+        if slots > config.max_cached:
+            raise ValueError(
+                f"a cache of {slots} slots is longer than the {config.max_cached} positions this model has"
+            )
+        return empty(config.n_layer, batch, slots, config.n_head, config.n_embd // config.n_head, self.dtype)
+
+    def prefill(
+        self,
+        cache: Cache,
+        input_ids: Int[Array, "batch seq"] | None = None,
+        attention_mask: Shaped[Array, "batch seq"] | None = None,
+        positions: Int[Array, "batch seq"] | None = None,
+        inputs_embeds: Float[Array, "batch seq d_model"] | None = None,
+    ) -> tuple[Float[Array, "batch seq d_model"], Cache]:
+        """Whole prompts: what `hidden` gives for them, and the cache with them in it.
+
+        Padding stands on the left; positions go on from those of the last column.
+        """
+        e = self._embed(input_ids, inputs_embeds)
+        positions = positions_of(e.shape[1], None, self.config.n_positions) if positions is None else positions
+        x, places, mask, _ = self.input_embedding(e, positions, attention_mask, None)
+        with scope(**in_front(x.shape[1] - e.shape[1], e.shape[:2], attention_mask, None)):
+            x, new = self._run(x, places, mask, None, keep=True)
+        return self.ln_f(x[:, x.shape[1] - e.shape[1] :]), filled(cache, new, mask, places, positions)
+
+    def step(self, cache: Cache, input_ids: Int[Array, "batch 1"]) -> tuple[Float[Array, "batch 1 d_model"], Cache]:
+        """The next token of every row: its state, and the cache with it. NaN where the cache had no slot left."""
+        check_step(cache, input_ids)
+        e = self._embed(input_ids, None)
+        with scope(**step_scope(len(e))):
+            x, places, _, _ = self.input_embedding(e, cache.next[:, None], None, None)
+            x, new = self._run(x, places, reach(cache), None, cache.kv, keep=True)
+        return or_nan(self.ln_f(x), cache), extended(cache, new, places)
 
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
@@ -272,6 +313,28 @@ class GPT2(nnx.Module):
         elif self.head:
             hidden = getattr(self, self.head[0])(hidden)
         return hidden.astype(jnp.float32)
+
+    def _embed(self, input_ids: Any, inputs_embeds: Any) -> Float[Array, "batch seq d_model"]:
+        """The tokens' vectors, without their positions'."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        e = inputs_embeds if input_ids is None else self.wte(input_ids)
+        return e.astype(self.dtype)
+
+    def _run(
+        self, e: jax.Array, places: Any, mask: Any, segments: Any, past: KV | None = None, keep: bool = False
+    ) -> tuple[jax.Array, Any]:
+        """The layers' last states and, if they are to be kept, all layers' keys and values of `e`."""
+        config = self.config
+
+        def body(layer: Layer, x: jax.Array, own: tuple[Any, KV | None]) -> tuple[jax.Array, KV | None]:
+            depth, past = own
+            x, new = layer(x, mask, segments, depth, past)
+            return x, new if keep else None
+
+        depths = 1.0 + jnp.arange(config.n_layer) if config.scale_attn_by_inverse_layer_idx else None
+        x = dropout(e + self.wpe(places), config.embd_pdrop, "drop")
+        return _stack.scan(self.layers, body, x, (depths, past), remat_policy=self.remat, unroll=self.unroll)
 
     def module_names(self) -> dict[str, tuple[str, ...]]:
         """transformers' name of every module, one per layer of the stack."""

@@ -24,6 +24,7 @@ from .. import _stack
 from .._scope import dropout, scope
 from ..seams import InputEmbedding, KeyValues, Residual
 from ._attention import attention
+from ._cache import KV, Cache, check_step, empty, extended, filled, joined, num_slots, or_nan, reach, step_scope
 from ._layers import RMSNorm, embed_tokens, gated, in_front, last_token, segment_positions, token_table
 from ._llama_config import PRESETS, Config
 from ._rope import rope_tables, rotate
@@ -62,11 +63,14 @@ class Attention(nnx.Module):
         mask: Shaped[Array, "batch seq"] | None,
         segment_ids: Int[Array, "batch seq"] | None,
         window: Any,
-    ) -> Float[Array, "batch seq d_model"]:
+        places: Any,
+        past: KV | None = None,
+    ) -> tuple[Float[Array, "batch seq d_model"], KV]:
         q, k, v = (self._heads(y) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        k, v, mask = self.keys_values(rotate(k, rope), v, mask, x)
+        new = KV(rotate(k, rope), v)
+        k, v, mask = self.keys_values(*joined(past, new), mask, x)
         y = attention(
             rotate(q, rope),
             k,
@@ -74,12 +78,13 @@ class Attention(nnx.Module):
             causal=True,
             scale=self.d_head**-0.5,
             window=window,
+            places=places,
             mask=mask,
             segment_ids=segment_ids,
             dropout=self.dropout_rate,
             path="layers/self_attn/dropout",
         )
-        return self.o_proj(y.reshape(*y.shape[:2], -1))
+        return self.o_proj(y.reshape(*y.shape[:2], -1)), new
 
     def _heads(self, y: Float[Array, "batch seq d_out"]) -> Float[Array, "batch seq heads d_head"]:
         return y.reshape(*y.shape[:2], -1, self.d_head)
@@ -111,12 +116,14 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs, dtype=dtype)
         self.mlp_residual = Residual(config.hidden_size, "mlp")
 
-    def __call__(self, x: Float[Array, "batch seq d_model"], *context: Any) -> Float[Array, "batch seq d_model"]:
+    def __call__(
+        self, x: Float[Array, "batch seq d_model"], *context: Any
+    ) -> tuple[Float[Array, "batch seq d_model"], KV]:
         x = checkpoint_name(x, "block_input")
-        x = self.attention_residual(self.self_attn(self.input_layernorm(x), *context), x)
-        x = checkpoint_name(x, "attention_output")
+        h, new = self.self_attn(self.input_layernorm(x), *context)
+        x = checkpoint_name(self.attention_residual(h, x), "attention_output")
         x = self.mlp_residual(self.mlp(self.post_attention_layernorm(x)), x)
-        return checkpoint_name(x, "mlp_output")
+        return checkpoint_name(x, "mlp_output"), new
 
 
 class Llama(nnx.Module):
@@ -199,18 +206,55 @@ class Llama(nnx.Module):
             e = self._embed(input_ids, inputs_embeds)
             if positions is None:
                 positions = jnp.arange(e.shape[1])[None] if segment_ids is None else segment_positions(segment_ids)
-            seq = e.shape[1]
             x, places, mask, segments = self.input_embedding(e, positions, attention_mask, segment_ids)
-            self._check_windows(x.shape[1] - seq, segments)
-            rope = self._rope(places)
+            self._check_windows(x.shape[1] - e.shape[1], segments)
+            with scope(**in_front(x.shape[1] - e.shape[1], e.shape[:2], attention_mask, segment_ids)):
+                x, _ = self._run(x, places, mask, segments, virtual=x.shape[1] - e.shape[1])
+            return self.norm(x[:, x.shape[1] - e.shape[1] :])
 
-            def body(layer: Layer, x: jax.Array, window: Any) -> tuple[jax.Array, None]:
-                return layer(x, rope, mask, segments, every if window is None else window), None
+    def cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `batch` rows of `length` tokens; virtual tokens get slots of their own.
 
-            every, windows = self._windows()
-            with scope(**in_front(x.shape[1] - seq, (*x.shape[:1], seq), attention_mask, segment_ids)):
-                x, _ = _stack.scan(self.layers, body, x, windows, remat_policy=self.remat, unroll=self.unroll)
-            return self.norm(x[:, x.shape[1] - seq :])
+        Raises:
+          ValueError: a rotary embedding that depends on a row's length would turn the keys that are kept.
+        """
+        config = self.config
+        slots = num_slots(self.input_embedding, length, self.dtype)
+        if config.max_cached is not None and slots > config.max_cached:
+            raise ValueError(
+                f"from {config.max_cached} tokens on (max_position_embeddings) the dynamic rotary embedding turns all "
+                f"keys anew, and a cache keeps them; {slots} slots are too many"
+            )
+        return empty(config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.d_head, self.dtype)
+
+    def prefill(
+        self,
+        cache: Cache,
+        input_ids: Int[Array, "batch seq"] | None = None,
+        attention_mask: Shaped[Array, "batch seq"] | None = None,
+        positions: Int[Array, "batch seq"] | None = None,
+        inputs_embeds: Float[Array, "batch seq d_model"] | None = None,
+    ) -> tuple[Float[Array, "batch seq d_model"], Cache]:
+        """Whole prompts: what `hidden` gives for them, and the cache with them in it.
+
+        Padding stands on the left; positions go on from those of the last column.
+        """
+        e = self._embed(input_ids, inputs_embeds)
+        positions = jnp.arange(e.shape[1])[None] if positions is None else positions
+        x, places, mask, _ = self.input_embedding(e, positions, attention_mask, None)
+        with scope(**in_front(x.shape[1] - e.shape[1], e.shape[:2], attention_mask, None)):
+            x, new = self._run(x, places, mask, None, virtual=x.shape[1] - e.shape[1], keep=True)
+        return self.norm(x[:, x.shape[1] - e.shape[1] :]), filled(cache, new, mask, places, positions)
+
+    def step(self, cache: Cache, input_ids: Int[Array, "batch 1"]) -> tuple[Float[Array, "batch 1 d_model"], Cache]:
+        """The next token of every row: its state, and the cache with it. NaN where the cache had no slot left."""
+        check_step(cache, input_ids)
+        e = self._embed(input_ids, None)
+        virtual = num_slots(self.input_embedding, 1, self.dtype) - 1
+        with scope(**step_scope(len(e))):
+            x, places, _, _ = self.input_embedding(e, cache.next[:, None], None, None)
+            x, new = self._run(x, places, None, None, cache, virtual=virtual, keep=True)
+        return or_nan(self.norm(x), cache), extended(cache, new, places)
 
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
@@ -239,6 +283,33 @@ class Llama(nnx.Module):
         if input_ids is None:
             return inputs_embeds.astype(self.dtype)
         return embed_tokens(self.embed_tokens, input_ids, self.config.pad_token_id)
+
+    def _run(
+        self,
+        x: jax.Array,
+        places: Any,
+        mask: Any,
+        segments: Any,
+        cache: Cache | None = None,
+        *,
+        virtual: int,
+        keep: bool = False,
+    ) -> tuple[jax.Array, Any]:
+        """The layers' last states and, if they are to be kept, all layers' keys and values of `x`."""
+        rope = self._rope(places)
+        every, windows = self._windows()
+        counted = places if virtual and segments is None else None
+
+        def body(layer: Layer, x: jax.Array, own: tuple[Any, KV | None]) -> tuple[jax.Array, KV | None]:
+            window, past = (every if own[0] is None else own[0]), own[1]
+            if cache is None:
+                x, new = layer(x, rope, mask, segments, window, counted)
+            else:
+                x, new = layer(x, rope, reach(cache, window, counted), None, None, None, past)
+            return x, new if keep else None
+
+        own = windows, None if cache is None else cache.kv
+        return _stack.scan(self.layers, body, x, own, remat_policy=self.remat, unroll=self.unroll)
 
     def _rope(self, positions: Int[Array, "batch seq"]) -> tuple[jax.Array, jax.Array]:
         config = self.config

@@ -6,21 +6,18 @@ MLP is gated and whose head is no copy of the table. Axes: batch, seq (the encod
 heads, d_head (d_kv), d_model, d_ff.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
-from .. import _stack
-from .._scope import dropout, scope
-from ..seams import InputEmbedding, KeyValues, Residual
-from ._attention import attention
-from ._layers import ACTIVATIONS, RMSNorm, gated, in_front, token_table
-from ._relative import relative_buckets
+from .._scope import scope
+from ._cache import Cache, check_step, empty, num_slots
+from ._layers import token_table
 from ._t5_config import PRESETS, Config
+from ._t5_stack import Encoded, Stack, linear
 from ._weights import TRANSPOSE, Entry, Ignore, Rule, Tied, module_names
 
 __all__ = ["HEADS", "PREFIXES", "PRESETS", "T5", "TASKS", "WEIGHTS", "Config", "Encoded"]
@@ -30,177 +27,6 @@ TASKS = ("SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 PREFIXES = ()
 #: Modules that some tasks have and others lack.
 HEADS = ("lm_head",)
-
-
-class Encoded(NamedTuple):
-    """What a decoder reads of the encoder: its states, virtual tokens among them, and which of them it sees."""
-
-    states: Float[Array, "batch seq d_model"]
-    mask: Shaped[Array, "batch seq"] | None
-
-
-class Context(NamedTuple):
-    """What the layers of a stack have in common: visibility and bias of their own tokens, and the encoder's states."""
-
-    mask: Any
-    bias: Float[Array, "rows heads seq seq"]
-    encoded: Encoded | None
-
-
-class Attention(nnx.Module):
-    """softmax(Q Kᵀ + bias) V: scores are not scaled."""
-
-    def __init__(self, config: Config, block: str, path: str, *, rngs: nnx.Rngs, dtype: Any):
-        d_model, d_kv, heads, factor = config.d_model, config.d_kv, config.num_heads, config.initializer_factor
-        self.num_heads, self.dropout_rate, self.path = heads, config.dropout_rate, path
-        self.q = _linear(d_model, heads * d_kv, factor * (d_model * d_kv) ** -0.5, rngs, dtype)
-        self.k = _linear(d_model, heads * d_kv, factor * d_model**-0.5, rngs, dtype)
-        self.v = _linear(d_model, heads * d_kv, factor * d_model**-0.5, rngs, dtype)
-        self.o = _linear(heads * d_kv, d_model, factor * (heads * d_kv) ** -0.5, rngs, dtype)
-        self.keys_values = KeyValues(d_model, heads, d_kv, block)
-
-    def __call__(
-        self,
-        x: Float[Array, "batch seq d_model"],
-        states: Float[Array, "batch keys d_model"],
-        mask: Any,
-        bias: Any = None,
-        causal: bool = False,
-    ) -> Float[Array, "batch seq d_model"]:
-        q, k, v = (y.reshape(*y.shape[:2], self.num_heads, -1) for y in (self.q(x), self.k(states), self.v(states)))
-        k, v, mask = self.keys_values(k, v, mask, x)
-        rate, path = self.dropout_rate, f"{self.path}/attention_dropout"
-        y = attention(q, k, v, causal=causal, scale=1.0, mask=mask, bias=bias, dropout=rate, path=path)
-        return self.o(y.reshape(*y.shape[:2], -1))
-
-
-class SelfAttentionLayer(nnx.Module):
-    """Attention to the stack's own tokens, on the normalised stream and added to it."""
-
-    def __init__(self, config: Config, causal: bool, path: str, *, rngs: nnx.Rngs, dtype: Any):
-        self.causal, self.dropout_rate, self.path = causal, config.dropout_rate, path
-        self.SelfAttention = Attention(config, "attention", path, rngs=rngs, dtype=dtype)
-        self.layer_norm = _norm(config, dtype)
-        self.residual = Residual(config.d_model, "attention")
-
-    def __call__(self, x: Float[Array, "batch seq d_model"], context: Context) -> Float[Array, "batch seq d_model"]:
-        h = self.layer_norm(x)
-        h = self.SelfAttention(h, h, context.mask, context.bias, self.causal)
-        return checkpoint_name(self.residual(dropout(h, self.dropout_rate, self.path), x), "attention_output")
-
-
-class CrossAttentionLayer(nnx.Module):
-    """Attention to the encoder's states, on the normalised stream and added to it."""
-
-    def __init__(self, config: Config, path: str, *, rngs: nnx.Rngs, dtype: Any):
-        self.dropout_rate, self.path = config.dropout_rate, path
-        self.EncDecAttention = Attention(config, "cross_attention", path, rngs=rngs, dtype=dtype)
-        self.layer_norm = _norm(config, dtype)
-        self.residual = Residual(config.d_model, "cross_attention")
-
-    def __call__(self, x: Float[Array, "batch seq d_model"], context: Context) -> Float[Array, "batch seq d_model"]:
-        assert context.encoded is not None
-        h = self.EncDecAttention(self.layer_norm(x), *context.encoded)
-        return checkpoint_name(self.residual(dropout(h, self.dropout_rate, self.path), x), "attention_output")
-
-
-class Dense(nnx.Module):
-    """wo(activation(wi(x))), or wo(activation(wi_0(x)) · wi_1(x))."""
-
-    def __init__(self, config: Config, path: str, *, rngs: nnx.Rngs, dtype: Any):
-        d_model, d_ff, factor = config.d_model, config.d_ff, config.initializer_factor
-        self.config, self.path = config, path
-        if config.is_gated:
-            self.wi_0 = _linear(d_model, d_ff, factor * d_model**-0.5, rngs, dtype)
-            self.wi_1 = _linear(d_model, d_ff, factor * d_model**-0.5, rngs, dtype)
-        else:
-            self.wi = _linear(d_model, d_ff, factor * d_model**-0.5, rngs, dtype)
-        self.wo = _linear(d_ff, d_model, factor * d_ff**-0.5, rngs, dtype)
-
-    def __call__(self, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
-        config = self.config
-        if config.is_gated:
-            h = gated(config.activation, self.wi_0(x), self.wi_1(x))
-        else:
-            h = ACTIVATIONS[config.activation](self.wi(x))
-        return self.wo(dropout(h, config.dropout_rate, f"{self.path}/wi_dropout"))
-
-
-class MLPLayer(nnx.Module):
-    """The MLP, on the normalised stream and added to it."""
-
-    def __init__(self, config: Config, path: str, *, rngs: nnx.Rngs, dtype: Any):
-        self.dropout_rate, self.path = config.dropout_rate, path
-        self.DenseReluDense = Dense(config, path, rngs=rngs, dtype=dtype)
-        self.layer_norm = _norm(config, dtype)
-        self.residual = Residual(config.d_model, "mlp")
-
-    def __call__(self, x: Float[Array, "batch seq d_model"], context: Context) -> Float[Array, "batch seq d_model"]:
-        del context
-        h = dropout(self.DenseReluDense(self.layer_norm(x)), self.dropout_rate, self.path)
-        return checkpoint_name(self.residual(h, x), "mlp_output")
-
-
-class Block(nnx.Module):
-    """Self-attention, in a decoder cross-attention, and an MLP."""
-
-    def __init__(self, config: Config, decoder: bool, path: str, *, rngs: nnx.Rngs, dtype: Any):
-        layers: list[Any] = [SelfAttentionLayer(config, decoder, f"{path}/self", rngs=rngs, dtype=dtype)]
-        if decoder:
-            layers.append(CrossAttentionLayer(config, f"{path}/cross", rngs=rngs, dtype=dtype))
-        layers.append(MLPLayer(config, f"{path}/mlp", rngs=rngs, dtype=dtype))
-        self.layer = nnx.List(layers)
-
-    def __call__(self, x: Float[Array, "batch seq d_model"], context: Context) -> Float[Array, "batch seq d_model"]:
-        x = checkpoint_name(x, "block_input")
-        for layer in self.layer:
-            x = layer(x, context)
-        return x
-
-
-class Stack(nnx.Module):
-    """The encoder, or the decoder: all its blocks share one bias, a number per head and bucket of distances."""
-
-    def __init__(self, config: Config, decoder: bool, *, rngs: nnx.Rngs, dtype: Any):
-        self.config, self.decoder = config, decoder
-        self.name = "decoder" if decoder else "encoder"
-        self.input_embedding = InputEmbedding(config.d_model, self.name, causal=decoder)
-        buckets, std = config.relative_attention_num_buckets, config.initializer_factor * config.d_model**-0.5
-        self.relative_attention_bias = token_table(buckets, config.num_heads, std, None, rngs=rngs, dtype=dtype)
-        path, depth = f"{self.name}/block", config.num_decoder_layers if decoder else config.num_layers
-        self.block = _stack.stack(lambda r: Block(config, decoder, path, rngs=r, dtype=dtype), depth, rngs)
-        self.final_layer_norm = _norm(config, dtype)
-
-    def __call__(
-        self,
-        e: Float[Array, "batch seq d_model"],
-        mask: Any,
-        positions: Any,
-        encoded: Encoded | None = None,
-        **options: Any,
-    ) -> Encoded:
-        """The normalised last states and their mask, with virtual tokens in front; `options` are those of the scan."""
-        rate, seq = self.config.dropout_rate, e.shape[1]
-        positions = jnp.arange(seq)[None] if positions is None else positions
-        x, places, whole, _ = self.input_embedding(e, positions, mask, None)
-        context = Context(whole, self._bias(places), encoded)
-
-        def body(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return block(x, context), None
-
-        x = dropout(x, rate, f"{self.name}/embed_dropout")
-        with scope(**in_front(x.shape[1] - seq, (*x.shape[:1], seq), mask, None)):
-            x, _ = _stack.scan(self.block, body, x, **options)
-        return Encoded(dropout(self.final_layer_norm(x), rate, f"{self.name}/final_dropout"), whole)
-
-    def _bias(self, positions: Int[Array, "rows seq"]) -> Float[Array, "rows heads seq seq"]:
-        buckets = relative_buckets(
-            positions,
-            num_buckets=self.config.relative_attention_num_buckets,
-            max_distance=self.config.relative_attention_max_distance,
-            causal=self.decoder,
-        )
-        return jnp.moveaxis(self.relative_attention_bias(buckets), -1, 1).astype(jnp.float32)
 
 
 class T5(nnx.Module):
@@ -229,7 +55,7 @@ class T5(nnx.Module):
         self.encoder = Stack(config, False, rngs=rngs, dtype=dtype)
         self.decoder = Stack(config, True, rngs=rngs, dtype=dtype)
         if self.head:
-            self.lm_head = _linear(config.d_model, config.vocab_size, factor, rngs, dtype)
+            self.lm_head = linear(config.d_model, config.vocab_size, factor, rngs, dtype)
 
     def __call__(
         self,
@@ -298,8 +124,7 @@ class T5(nnx.Module):
                 raise ValueError(f"a t5 model has no token types and packs no rows; {name} must be None")
         e = inputs_embeds if input_ids is None else self.shared(input_ids)
         assert e is not None
-        options = {"remat_policy": self.remat, "unroll": self.unroll}
-        return self.encoder(e.astype(self.dtype), attention_mask, positions, **options)
+        return self.encoder(e.astype(self.dtype), attention_mask, positions, **self._options)
 
     def decode(
         self,
@@ -309,10 +134,36 @@ class T5(nnx.Module):
         decoder_positions: Int[Array, "batch out"] | None = None,
     ) -> Float[Array, "batch out d_model"]:
         """The decoder's states. Virtual tokens that a method puts in front of its own are left out."""
-        options = {"remat_policy": self.remat, "unroll": self.unroll}
         e = self.shared(decoder_input_ids)
-        x, _ = self.decoder(e, decoder_attention_mask, decoder_positions, encoded, **options)
-        return x[:, x.shape[1] - decoder_input_ids.shape[1] :]
+        x, _ = self.decoder(e, decoder_attention_mask, decoder_positions, encoded, **self._options)
+        return x[:, x.shape[1] - e.shape[1] :]
+
+    def cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `batch` rows of `length` decoder tokens; virtual tokens get slots of their own."""
+        config, slots = self.config, num_slots(self.decoder.input_embedding, length, self.dtype)
+        return empty(config.num_decoder_layers, batch, slots, config.num_heads, config.d_kv, self.dtype)
+
+    def prefill(
+        self,
+        cache: Cache,
+        encoded: Encoded,
+        decoder_input_ids: Int[Array, "batch out"],
+        decoder_attention_mask: Shaped[Array, "batch out"] | None = None,
+        decoder_positions: Int[Array, "batch out"] | None = None,
+    ) -> tuple[Float[Array, "batch out d_model"], Cache]:
+        """The decoder's first tokens: what `decode` gives for them, and the cache with them and `encoded` in it.
+
+        Padding stands on the left; positions go on from those of the last column.
+        """
+        e = self.shared(decoder_input_ids)
+        given = decoder_attention_mask, decoder_positions, encoded
+        x, cache = self.decoder.prefill(cache, e, *given, **self._options)
+        return x[:, x.shape[1] - e.shape[1] :], cache
+
+    def step(self, cache: Cache, input_ids: Int[Array, "batch 1"]) -> tuple[Float[Array, "batch 1 d_model"], Cache]:
+        """The decoder's next token of every row: its state, and the cache with it. NaN where no slot was left."""
+        check_step(cache, input_ids)
+        return self.decoder.step(cache, self.shared(input_ids), **self._options)
 
     def logits(
         self, hidden: Float[Array, "batch out d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
@@ -336,6 +187,11 @@ class T5(nnx.Module):
         shifted = jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=start)
         return jnp.where(shifted < 0, pad, shifted)
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        """Of the scans over the blocks."""
+        return {"remat_policy": self.remat, "unroll": self.unroll}
+
     def module_names(self) -> dict[str, tuple[str, ...]]:
         """transformers' name of every module, one per layer of its stack."""
         entries = WEIGHTS(self.config, self.task)
@@ -343,15 +199,6 @@ class T5(nnx.Module):
         rest = [entry for entry in entries if entry not in decoder]
         depths = self.config.num_layers, self.config.num_decoder_layers
         return module_names(rest, depths[0]) | module_names(decoder, depths[1])
-
-
-def _norm(config: Config, dtype: Any) -> RMSNorm:
-    return RMSNorm(config.d_model, config.layer_norm_epsilon, dtype=dtype, start=config.initializer_factor)
-
-
-def _linear(d_in: int, d_out: int, std: float, rngs: nnx.Rngs, dtype: Any) -> nnx.Linear:
-    init = nnx.initializers.normal(std)
-    return nnx.Linear(d_in, d_out, use_bias=False, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
 
 
 def _head(config: Config, task: str) -> tuple[str, ...]:

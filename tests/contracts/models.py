@@ -122,6 +122,7 @@ class Model:
       masks: whether it takes an attention mask and positions.
       scans: whether jpeft's own scan runs it, with `remat` and `unroll`.
       decodes: whether a decoder stands beside an encoder; both are given the same tokens.
+      caches: whether what it has read can be kept in a cache.
     """
 
     build: Callable[[], Any]
@@ -131,6 +132,7 @@ class Model:
     masks: bool = True
     scans: bool = True
     decodes: bool = False
+    caches: bool = False
 
     def run(self, model: Any, ids: Any, mask: Any = None, positions: Any = None) -> jax.Array:
         """Its outputs, one row per token."""
@@ -148,7 +150,7 @@ TIED = LLAMA | {"tie_word_embeddings": True}
 MODELS = {
     "foreign": Model(lambda: Foreign(nnx.Rngs(0)), ("query", "up", "embed"), ("up",), masks=False, scans=False),
     "bert": Model(_zoo(BERT, "TOKEN_CLS"), ("query", "output.dense", "word_embeddings"), ("query",), causal=False),
-    "llama": Model(_zoo(LLAMA, "CAUSAL_LM"), ("q_proj", "down_proj", "lm_head"), ("q_proj",)),
-    "t5": Model(_zoo(T5, "SEQ_2_SEQ_LM"), ("q", "wo", "shared"), ("q",), causal=False, decodes=True),
-    "tied llama": Model(_zoo(TIED, "CAUSAL_LM"), ("v_proj", "gate_proj", "embed_tokens"), ("v_proj",)),
+    "llama": Model(_zoo(LLAMA, "CAUSAL_LM"), ("q_proj", "down_proj", "lm_head"), ("q_proj",), caches=True),
+    "t5": Model(_zoo(T5, "SEQ_2_SEQ_LM"), ("q", "wo", "shared"), ("q",), causal=False, decodes=True, caches=True),
+    "tied llama": Model(_zoo(TIED, "CAUSAL_LM"), ("v_proj", "gate_proj", "embed_tokens"), ("v_proj",), caches=True),
 }

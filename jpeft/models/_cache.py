@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and values of the tokens that a decoder has read, kept so that the next token costs one.
+
+A cache is a pytree of static shape: it is passed in and returned, through `jax.jit`, `jax.lax.while_loop` and
+`jax.vmap` alike. Slot i holds what stands at place i of the row that a call without a cache would read: virtual tokens
+in front, then the prompt with its padding, then what was generated. What a method adds to every call's keys and values
+(a prefix) is not kept, as it is added to every call again.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import core
+from jaxtyping import Array, Bool, Float, Int
+
+from ..seams import InputEmbedding
+
+
+class KV(NamedTuple):
+    """Keys and values of one attention, or with a leading axis those of all layers."""
+
+    keys: Float[Array, "*layers batch keys kv_heads d_head"]
+    values: Float[Array, "*layers batch keys kv_heads d_head"]
+
+
+class Cache(NamedTuple):
+    """What a decoder has read.
+
+    Attributes:
+      kv: of all layers, `[layers, batch, slots, kv_heads, d_head]`.
+      mask: `[batch, slots]`, whether a slot holds something to be seen: it is filled, and not by padding.
+      places: `[batch, slots]`, the positions of what the slots hold, virtual tokens counted in.
+      next: `[batch]`, the position of the next token, virtual tokens not counted in.
+      used: how many slots are filled, the same number in all rows.
+      cross: of all layers of a decoder beside an encoder, keys and values of the encoder's states.
+      cross_mask: `[batch, keys]`, which of those are seen; None for all.
+    """
+
+    kv: KV
+    mask: Bool[Array, "batch slots"]
+    places: Int[Array, "batch slots"]
+    next: Int[Array, " batch"]
+    used: Int[Array, ""]
+    cross: KV | None = None
+    cross_mask: Any = None
+
+    @property
+    def slots(self) -> int:
+        """How many there are."""
+        return self.mask.shape[1]
+
+
+def empty(layers: int, batch: int, slots: int, kv_heads: int, d_head: int, dtype: Any) -> Cache:
+    """A cache that holds nothing."""
+    zeros = jnp.zeros((layers, batch, slots, kv_heads, d_head), dtype)
+    mask, places = jnp.zeros((batch, slots), bool), jnp.zeros((batch, slots), jnp.int32)
+    return Cache(KV(zeros, zeros), mask, places, jnp.zeros(batch, jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def filled(cache: Cache, new: KV, mask: Any, places: Any, positions: Any) -> Cache:
+    """`cache` with a whole prompt in it, in the place of whatever it held.
+
+    Args:
+      cache: with room for it.
+      new: keys and values of all layers, virtual tokens in front.
+      mask: `[batch, seq]` of the same tokens, or None.
+      places: `[batch or 1, seq]`, their positions.
+      positions: `[batch or 1, text]`, those of the text before virtual tokens were counted in.
+
+    Raises:
+      ValueError: there are more tokens, or other rows, than the cache was made for.
+    """
+    batch, seq = new.keys.shape[1:3]
+    if batch != cache.mask.shape[0] or seq > cache.slots:
+        raise ValueError(
+            f"a prompt of {batch} rows and {seq} tokens (virtual ones counted in) does not go into a cache of "
+            f"{cache.mask.shape[0]} rows and {cache.slots} slots; make one by model.cache(batch, length)"
+        )
+    room = ((0, 0), (0, cache.slots - seq))
+    seen = jnp.ones((batch, seq), bool) if mask is None else jnp.broadcast_to(mask != 0, (batch, seq))
+    return cache._replace(
+        kv=jax.tree.map(lambda old, x: jnp.pad(x.astype(old.dtype), ((0, 0), *room, (0, 0), (0, 0))), cache.kv, new),
+        mask=jnp.pad(seen, room),
+        places=jnp.pad(jnp.broadcast_to(places, (batch, seq)).astype(jnp.int32), room),
+        next=jnp.broadcast_to(positions[:, -1] + 1, (batch,)).astype(jnp.int32),
+        used=jnp.asarray(seq, jnp.int32),
+    )
+
+
+def extended(cache: Cache, new: KV, places: Any) -> Cache:
+    """`cache` with one token more in every row: its keys and values of all layers, and its positions `[batch, 1]`."""
+
+    def put(old: jax.Array, x: Any, axis: int) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, jnp.asarray(x).astype(old.dtype), cache.used, axis)
+
+    return cache._replace(
+        kv=jax.tree.map(lambda old, x: put(old, x, 2), cache.kv, new),
+        mask=put(cache.mask, jnp.ones_like(cache.mask[:, :1]), 1),
+        places=put(cache.places, places, 1),
+        next=cache.next + 1,
+        used=cache.used + 1,
+    )
+
+
+def reach(cache: Cache, window: Any = None, places: Any = None) -> Bool[Array, "batch keys"]:
+    """What the next token sees of the slots, and last of itself.
+
+    Args:
+      cache: what was read.
+      window: how many slots back it sees, itself counted; None for all.
+      places: `[batch, 1]`, its positions, in which the window is then counted, as of `_attention.attention`.
+    """
+    seen = cache.mask
+    if window is not None and places is None:
+        seen = seen & (jnp.arange(cache.slots) > cache.used - window)[None]
+    elif window is not None:
+        seen = seen & (cache.places > places - window)
+    return jnp.pad(seen, ((0, 0), (0, 1)), constant_values=True)
+
+
+def joined(past: KV | None, new: KV) -> KV:
+    """The keys and values of the slots, where there are any, and after them the running ones."""
+    if past is None:
+        return new
+    return jax.tree.map(lambda old, x: jnp.concatenate([old.astype(x.dtype), x], 1), past, new)
+
+
+def check_step(cache: Cache, input_ids: Any) -> None:
+    """A step reads one token in every row, and needs a slot for it.
+
+    Raises:
+      ValueError: the tokens are of another shape, or the cache is full. (Under `jax.jit` that is not known; `or_nan`.)
+    """
+    if input_ids.shape != (cache.mask.shape[0], 1):
+        raise ValueError(
+            f"a step reads one token in each of the cache's {cache.mask.shape[0]} rows, [batch 1]; got "
+            f"{input_ids.shape} (a prompt is read by prefill)"
+        )
+    if not isinstance(cache.used, core.Tracer) and int(cache.used) >= cache.slots:
+        raise ValueError(f"all {cache.slots} slots of the cache are filled; make one of a greater length")
+
+
+def or_nan(x: jax.Array, cache: Cache) -> jax.Array:
+    """`x`, or NaN where the cache had no slot left."""
+    return jnp.where(cache.used < cache.slots, x, jnp.nan)
+
+
+def step_scope(batch: int) -> dict[str, Any]:
+    """What the scope says of a step's tokens: text, none of it the prompt, behind what a cache holds."""
+    one = jnp.ones((batch, 1), bool)
+    return {"text": one, "segments": None, "prompt": ~one, "step": True}
+
+
+def num_slots(seam: InputEmbedding, length: int, dtype: Any) -> int:
+    """How many slots `length` tokens take, with the virtual ones that methods put in front; by shape alone."""
+    e = jax.ShapeDtypeStruct((1, length, seam.d_model), dtype)
+    return jax.eval_shape(lambda e: seam(e, jnp.arange(length)[None], None, None)[0], e).shape[1]
