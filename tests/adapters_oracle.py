@@ -182,13 +182,11 @@ def run(model: Any, family: str, padded: bool = True) -> tuple[np.ndarray, dict[
 
 def train(model: Any, family: str, padded: bool = True) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(losses, leaves after the last update) of the training that the golden one is."""
-    arrays, told = golden(family), json.loads(str(golden(family)["training"]))
-    own = {"updates": trajectory.UPDATES, "betas": [*trajectory.BETAS], "eps": trajectory.EPS}
-    assert told == own | {"decay": trajectory.DECAY, "rate": told["rate"]}
+    arrays, rate = golden(family), trajectory.golden_rate(golden(family)["training"])
     mask = arrays["mask"] if padded else np.ones_like(arrays["mask"])
     batch = {"input_ids": arrays["ids"], "attention_mask": mask, "labels": arrays["cotangent"]}
     turned = {name: value[:, ::-1] for name, value in batch.items()}
-    return trajectory.train(model, [batch, turned], told["rate"], sums=_squares)
+    return trajectory.train(model, [batch, turned], rate, sums=_squares)
 
 
 def _squares(model: Any, batch: Any, key: Any, groups: int) -> tuple[jax.Array, jax.Array]:

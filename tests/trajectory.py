@@ -3,6 +3,7 @@
 
 import functools
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,14 @@ UPDATES = 20
 BETAS, EPS, DECAY = (0.9, 0.999), 1e-4, 0.05
 
 Batch = Mapping[str, np.ndarray]
+
+
+def golden_rate(training: Any) -> float:
+    """The rate of a golden training, told of in JSON; all else of it must be as it is here."""
+    told = json.loads(str(training))
+    rate = told.pop("rate")
+    assert told == {"updates": UPDATES, "betas": [*BETAS], "eps": EPS, "decay": DECAY}
+    return rate
 
 
 class Twins(NamedTuple):

@@ -96,10 +96,8 @@ def test_a_training_is_that_of_the_library(family, case):
     losses, trained = oracle.train(model, family, case not in GATED)
     expected = oracle.golden(family)[f"{case}/losses"]
     assert expected[-2:].mean() < FALLS * expected[:2].mean()
-    print(family, case, np.abs(losses / expected - 1).max())
     np.testing.assert_allclose(losses, expected, rtol=LOSSES)
     errors = oracle.trained_errors(trained, family, case, fusion)
-    print(max(errors.values()), max(errors, key=lambda path: errors[path]))
     assert max(errors.values()) < LEAVES, max(errors, key=lambda path: errors[path])
 
 
