@@ -103,6 +103,8 @@ def fused(kind: str, *configs: Any) -> Callable[[Any], None]:
 
 
 PFEIFFER = adapters.SeqBnConfig(reduction_factor=4)
+#: Of BERT alone: where keys have fewer heads than queries, what jpeft and PEFT project is as wide as the keys of all
+#: heads, and here as wide as the model.
 PREFIX = adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=5)
 CASES = {
     "pfeiffer": Case(one(PFEIFFER), trained=""),
@@ -139,8 +141,8 @@ CASES = {
         fused("dynamic", adapters.ParBnConfig(reduction_factor=8), adapters.ParBnConfig()), ("bert",)
     ),
     "prefix": Case(prefixed(adapters.PrefixTuningConfig(flat=True, prefix_length=3)), trained=""),
-    "prefix by a projection": Case(prefixed(PREFIX), trained=""),
-    "mam": Case(prefixed(adapters.MAMConfig(PREFIX, adapters.ParBnConfig(reduction_factor=4))), trained=""),
+    "prefix by a projection": Case(prefixed(PREFIX), ("bert",), trained=""),
+    "mam": Case(prefixed(adapters.MAMConfig(PREFIX, adapters.ParBnConfig(reduction_factor=4))), ("bert",), trained=""),
     "unipelt": Case(
         prefixed(adapters.UniPELTConfig(PREFIX, PFEIFFER, adapters.LoRAConfig(r=2, alpha=2))), ("bert",), False, ""
     ),
