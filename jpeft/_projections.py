@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 
 class Dims(NamedTuple):
@@ -236,10 +237,19 @@ class Lookup(Projection):
         return matrix
 
     def contract(self, module: Any, x: jax.Array, matrix: jax.Array) -> jax.Array:
-        return jnp.take(matrix, x, axis=0)
+        return held(jnp.take(matrix, x, axis=0), x, module)
 
     def emit(self, module: Any, y: jax.Array) -> jax.Array:
         return y
+
+
+def held(rows: Float[Array, "*batch d"], ids: Any, table: Any) -> Float[Array, "*batch d"]:
+    """`rows`, looked up at `ids`, without a gradient at the row that the table does not train, if it names one.
+
+    The row alone: what is the same for all tokens, as a LoRA's B, learns of the places where that token stands.
+    """
+    pad = getattr(table, "untrained_row", None)
+    return rows if pad is None else jnp.where((jnp.asarray(ids) == pad)[..., None], jax.lax.stop_gradient(rows), rows)
 
 
 class Convolution(Projection):

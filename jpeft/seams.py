@@ -14,7 +14,18 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from ._projections import Convolution, Dims, Lookup, Matmul, Projection, projection, register, registered, rows_times
+from ._projections import (
+    Convolution,
+    Dims,
+    Lookup,
+    Matmul,
+    Projection,
+    held,
+    projection,
+    register,
+    registered,
+    rows_times,
+)
 from ._stream import split_embedded, split_rows
 
 __all__ = [
@@ -29,6 +40,7 @@ __all__ = [
     "Projection",
     "Residual",
     "Sizes",
+    "held",
     "kind",
     "projection",
     "register",

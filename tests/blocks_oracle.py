@@ -35,6 +35,40 @@ def same(value: Any) -> Any:
     return value
 
 
+#: By method.
+NAMES: dict[str, Names] = {
+    "loha": {
+        "A1": ("hada_w1_b.default", transposed),
+        "B1": ("hada_w1_a.default", transposed),
+        "A2": ("hada_w2_b.default", transposed),
+        "B2": ("hada_w2_a.default", transposed),
+    },
+    "lokr": {
+        "w1": ("lokr_w1.default", transposed),
+        "w1_in": ("lokr_w1_b.default", transposed),
+        "w1_out": ("lokr_w1_a.default", transposed),
+        "w2": ("lokr_w2.default", transposed),
+        "w2_in": ("lokr_w2_b.default", transposed),
+        "w2_out": ("lokr_w2_a.default", transposed),
+    },
+    "vera": {"d": ("vera_lambda_d.default", same), "b": ("vera_lambda_b.default", same)},
+    "oft": {"Q": ("oft_R.default.weight", same)},
+}
+
+#: VeRA's leaves that all places share -> peft's buffers.
+VERA_SHARED = {f"adapters/vera/{name}": f"vera_{name}" for name in "AB"}
+
+
+def with_pefts_projections(model: Any, other: Any) -> Any:
+    """`model` with VeRA's A and B of peft, which another generator drew."""
+    graphdef, trainable, frozen = jpeft.partition(model)
+    for path, name in VERA_SHARED.items():
+        value = getattr(other.base_model, name)["default"].numpy().T
+        assert frozen[path].shape == value.shape
+        frozen[path] = jnp.asarray(value, frozen[path].dtype)
+    return jpeft.combine(graphdef, trainable, frozen)
+
+
 def stacked() -> Any:
     """Blocks in one scanned stack."""
     return subjects.Stacked(D, LAYERS, nnx.Rngs(0))
@@ -156,15 +190,18 @@ class Both:
         adapters = {p for n, p in self.other.named_parameters() if p.requires_grad and "modules_to_save" not in n}
         assert used == adapters
 
+    def theirs(self, trainable: Mapping[str, Any], attribute: str) -> dict[str, np.ndarray]:
+        """What peft has (`data`) or its gradients (`grad`) in the shapes of jpeft's leaves, zero in the padding."""
+        found = {path: np.zeros(value.shape) for path, value in trainable.items() if "/saved/" not in path}
+        for path, i, parameter, leaf in self.leaves():
+            value = self.names[leaf][1](getattr(parameter, attribute).numpy())
+            found[path][i][tuple(map(slice, value.shape))] = value
+        return found
+
     def assert_gradients(self, gradients: Mapping[str, Any], tolerance: float) -> None:
         """Those of jpeft are peft's, and zero in the padding."""
-        expected = {path: np.zeros(value.shape) for path, value in gradients.items() if "/adapters/" in path}
-        for path, i, parameter, leaf in self.leaves():
-            value = self.names[leaf][1](parameter.grad.numpy())
-            expected[path][i][tuple(map(slice, value.shape))] = value
-        for path, value in expected.items():
-            if "/saved/" not in path:
-                assert subjects.error(gradients[path], value) < tolerance, path
+        for path, value in self.theirs(gradients, "grad").items():
+            assert subjects.error(gradients[path], value) < tolerance, path
 
 
 def against_peft(
@@ -225,10 +262,7 @@ def against_transformers(family: str, method: Any, config: Any, names: Names, pr
     """Outputs and gradients of a whole model of transformers, in float32, padded rows among its input."""
     task = peft_oracle.FAMILIES[family][1]
     model = subjects.fill(jpeft.adapt(peft_oracle.jax_model(family), method, key=KEY), scale=0.1)
-    with peft_oracle.quiet():
-        other = peft.get_peft_model(peft_oracle.torch_model(family), config).eval()
-    both = Both(model if prepare is None else prepare(model, other), other, names)
-    both.copy()
+    both = in_transformers(family, model, config, names, prepare)
     graphdef, trainable, frozen = jpeft.partition(both.model)
 
     def loss(trainable: Any) -> Any:
@@ -240,3 +274,12 @@ def against_transformers(family: str, method: Any, config: Any, names: Names, pr
     assert subjects.error(peft_oracle.seen(out), peft_oracle.seen(expected)) < 4 * subjects.TORCH
     peft_oracle.torch_loss(both.other, family).backward()
     both.assert_gradients(gradients, 10 * subjects.TORCH)
+
+
+def in_transformers(family: str, model: Any, config: Any, names: Names, prepare: Any = None) -> Both:
+    """The adapted `model` beside peft's of a whole model of transformers, with the same numbers."""
+    with peft_oracle.quiet():
+        other = peft.get_peft_model(peft_oracle.torch_model(family), config).eval()
+    both = Both(model if prepare is None else prepare(model, other), other, names)
+    both.copy()
+    return both

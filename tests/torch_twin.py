@@ -11,6 +11,7 @@ import peft
 import peft_oracle as oracle
 import subjects
 import torch
+from flax import nnx
 
 import jpeft
 from jpeft.io._names import names_of
@@ -21,6 +22,7 @@ THROUGH = 1e-5
 
 #: Name of a torch parameter -> its value.
 Values = dict[str, np.ndarray]
+ValuesOf = Callable[[Any, Mapping[str, Any]], Values]
 
 
 def saved_values(model: Any, flat: Mapping[str, Any]) -> Values:
@@ -59,7 +61,61 @@ def plain_name(name: str) -> str:
     return name
 
 
-def assert_same(family: str, method: Any, torch_model: Any, values: Callable[[Any, Mapping[str, Any]], Values]) -> None:
+def trained_in(family: str, which: Callable[[str], bool]) -> Any:
+    """transformers' own model, of which the parameters whose name says so have gradients."""
+    model = oracle.torch_model(family)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = which(name)
+    return model
+
+
+def is_head(name: str) -> bool:
+    """Whether transformers' parameter is one of a classification's output layer."""
+    return name.startswith(("classifier.", "score.", "qa_outputs."))
+
+
+def active_values(model: Any, flat: Mapping[str, Any]) -> Values:
+    """`saved_values`, without the layers that a copy does not stand in for."""
+    acting = {
+        f"{adapter.site.path}/{leaf}": layers
+        for _, module in nnx.iter_modules(model)
+        for adapter in getattr(module, "adapters", {}).values()
+        for leaf, layers in adapter.saved_layers.items()
+    }
+    places = names_of(model).tensors
+    found = saved_values(model, flat)
+    return {k: v for k, v in found.items() if not places[k].index or acting[places[k].path][places[k].index[0]]}
+
+
+def ia3_values(shapes: Mapping[str, Any], model: Any, flat: Mapping[str, Any]) -> Values:
+    """(IA)³'s vectors in the shapes of peft's parameters, which are given by `plain_name`, and the copies."""
+    found = saved_values(model, flat)
+    for path, leaf in flat.items():
+        if path.endswith("/ia3/scale"):
+            layers = per_layer(model, path.split("/adapters/")[0], leaf)
+            named = {f"{name}.ia3_l.default": value for name, value in layers.items()}
+            found |= {name: value.reshape(shapes[name]) for name, value in named.items() if name in shapes}
+    return found
+
+
+def token_values(table: str, model: Any, flat: Mapping[str, Any]) -> Values:
+    """The trained rows of the table that transformers calls so, and the copies."""
+    (rows,) = (np.asarray(value) for path, value in flat.items() if path.endswith("/trainable_tokens/rows"))
+    return saved_values(model, flat) | {f"{table}.trainable_tokens_delta.default": rows}
+
+
+def give(model: Any, torch_model: Any, values: ValuesOf) -> dict[str, torch.nn.Parameter]:
+    """Writes the trained leaves of `model` into the twin's trained parameters, and gives these by `plain_name`."""
+    twins = {plain_name(name): p for name, p in torch_model.named_parameters() if p.requires_grad}
+    numbers = values(model, jpeft.partition(model)[1])
+    assert numbers.keys() == twins.keys()
+    for name, value in numbers.items():
+        assert twins[name].shape == value.shape, name
+        twins[name].data = torch.tensor(value)
+    return twins
+
+
+def assert_same(family: str, method: Any, torch_model: Any, values: ValuesOf) -> None:
     """Outputs at tokens and all gradients, of the filled adapter in both; and the same leaves trained.
 
     Args:
@@ -70,12 +126,7 @@ def assert_same(family: str, method: Any, torch_model: Any, values: Callable[[An
     """
     model = subjects.fill(jpeft.adapt(oracle.jax_model(family), method, key=jax.random.key(0)))
     graphdef, trainable, frozen = jpeft.partition(model)
-    twins = {plain_name(name): p for name, p in torch_model.named_parameters() if p.requires_grad}
-    numbers = values(model, trainable)
-    assert numbers.keys() == twins.keys()
-    for name, value in numbers.items():
-        assert twins[name].shape == value.shape, name
-        twins[name].data = torch.tensor(value)
+    twins = give(model, torch_model, values)
     expected = oracle.torch_outputs(torch_model, oracle.FAMILIES[family][1])
 
     def loss(trainable: Any) -> Any:

@@ -3,6 +3,8 @@
 
 import functools
 import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +45,59 @@ HEADS = {
 }
 
 
+#: Our leaves -> (parameters of peft's encoder, function of them that gives ours): of a prompt; below, of the others.
+PROMPT = {"prompt": (("embedding.weight",), lambda weight: weight)}
+
+
+def transposed(weight):
+    return weight.T
+
+
+def both_directions(one, other):
+    return np.stack([one.T, other.T])
+
+
+def encoder_names(layers=0):
+    """Our leaves -> parameters of peft's encoder."""
+    names = {"embedding": (("embedding.weight",), lambda weight: weight)}
+    for i in range(2 if layers else 3):
+        names[f"linear_{i}_kernel"] = ((f"mlp_head.{2 * i}.weight",), transposed)
+        names[f"linear_{i}_bias"] = ((f"mlp_head.{2 * i}.bias",), transposed)
+    for i in range(layers):
+        kinds = {"input": "weight_ih", "hidden": "weight_hh", "input_bias": "bias_ih", "hidden_bias": "bias_hh"}
+        for ours, theirs in kinds.items():
+            pair = (f"lstm_head.{theirs}_l{i}", f"lstm_head.{theirs}_l{i}_reverse")
+            names[f"lstm_{i}_{ours}"] = (pair, both_directions)
+    return names
+
+
+_P_TUNING = {
+    "num_tokens": "num_virtual_tokens",
+    "hidden_size": "encoder_hidden_size",
+    "num_layers": "encoder_num_layers",
+}
+
+
+def p_tuning_config(task, options, **more):
+    given = {_P_TUNING[key]: value for key, value in options.items() if key in _P_TUNING}
+    kind = options.get("reparam", "mlp").upper()
+    return peft.PromptEncoderConfig(task_type=task, encoder_reparameterization_type=kind, **given, **more)
+
+
+def prefix_names(family):
+    """peft's table in ours: three layers, and as many key heads as the family has."""
+    heads, d_head = {"bert": (4, 4), "qwen3": (2, 6)}.get(family.split()[0], (2, 4))
+    return {"prefix": (("embedding.weight",), lambda weight: weight.reshape(3, 6, heads, d_head))}
+
+
+def projected_names():
+    names = {"embedding": (("embedding.weight",), lambda weight: weight)}
+    for ours, theirs in (("down", "transform.0"), ("up", "transform.2")):
+        names[f"{ours}_kernel"] = ((f"{theirs}.weight",), lambda weight: weight.T)
+        names[f"{ours}_bias"] = ((f"{theirs}.bias",), lambda bias: bias)
+    return names
+
+
 def shapes(build):
     """What `build` would make, in shapes alone."""
     return nnx.eval_shape(build)
@@ -73,6 +128,36 @@ def real(family, config):
     return model
 
 
+class Beside(NamedTuple):
+    """jpeft's model and peft's, with the same numbers.
+
+    Attributes:
+      taken: what peft's parameters (`data`), or their gradients (`grad`), are in the shapes of jpeft's leaves.
+    """
+
+    model: Any
+    other: Any
+    taken: Callable[[str], dict[str, np.ndarray]]
+
+
+def beside(family, method, config, names):
+    """peft's model beside jpeft's, which is given its numbers; `names` as of `compare`."""
+    other = real(family, config)
+    trained = {name: value for name, value in other.named_parameters() if value.requires_grad}
+    model = jpeft.adapt(peft_oracle.jax_model(family), method, key=jax.random.key(0))
+    graphdef, trainable, frozen = jpeft.partition(model)
+    wanted = {path: _theirs(path, names) for path in trainable}
+    assert {name for found, _ in wanted.values() for name in found} == set(trained)
+
+    def taken(attribute):
+        values = {name: getattr(value, attribute) for name, value in trained.items()}
+        return {path: _ours(found, values, back) for path, (found, back) in wanted.items()}
+
+    given = taken("data")
+    assert {p: v.shape for p, v in given.items()} == {p: v.shape for p, v in trainable.items()}
+    return Beside(jpeft.combine(graphdef, {p: jnp.asarray(v) for p, v in given.items()}, frozen), other, taken)
+
+
 def compare(family, method, config, names, position_ids=None, rows=slice(None)):
     """Asserts equal outputs at text tokens and equal gradients.
 
@@ -81,16 +166,9 @@ def compare(family, method, config, names, position_ids=None, rows=slice(None)):
       position_ids: what peft is told of them.
       rows: of the batch, those to compare.
     """
-    model, task = real(family, config), peft_oracle.FAMILIES[family][1]
-    own = dict(model.named_parameters())
-    trained = {name: value for name, value in own.items() if value.requires_grad}
-    graphdef, trainable, frozen = jpeft.partition(
-        jpeft.adapt(peft_oracle.jax_model(family), method, key=jax.random.key(0))
-    )
-    wanted = {path: _theirs(path, names) for path in trainable}
-    assert {name for found, _ in wanted.values() for name in found} == set(trained)
-    given = {path: _ours(found, trained, back) for path, (found, back) in wanted.items()}
-    assert {p: v.shape for p, v in given.items()} == {p: v.shape for p, v in trainable.items()}
+    task = peft_oracle.FAMILIES[family][1]
+    adapted, model, taken = beside(family, method, config, names)
+    graphdef, given, frozen = jpeft.partition(adapted)
     expected = _outputs(model, task, position_ids)
     virtual = expected.shape[1] - peft_oracle.IDS.shape[1] if expected.ndim == 3 else 0
     expected = expected[:, virtual:][rows]
@@ -101,15 +179,12 @@ def compare(family, method, config, names, position_ids=None, rows=slice(None)):
         out = jpeft.combine(graphdef, trainable, frozen)(peft_oracle.IDS, peft_oracle.MASK)[rows]
         return (out * weights.numpy()).sum(), out
 
-    gradients, got = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(
-        {p: jnp.asarray(v) for p, v in given.items()}
-    )
+    gradients, got = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(given)
     seen = np.abs(weights.numpy()) > 0
     assert subjects.error(np.asarray(got)[seen], expected.detach().numpy()[seen]) < TORCH
-    for path, (found, back) in wanted.items():
-        theirs = _ours(found, {name: value.grad for name, value in trained.items()}, back)
+    for path, theirs in taken("grad").items():
         assert subjects.error(gradients[path], theirs) < TORCH, path
-    return jpeft.combine(graphdef, given, frozen), model
+    return adapted, model
 
 
 def _theirs(path, names):

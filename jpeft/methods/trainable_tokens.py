@@ -87,7 +87,7 @@ class TrainableTokens(Method):
         place = jnp.minimum(jnp.searchsorted(tokens[order], ids), len(tokens) - 1)
         trained = (jnp.asarray(tokens[order])[place] == ids)[..., None]
         rows = self._running(adapter, base)[jnp.asarray(order)[place]]
-        return jnp.where(trained, rows.astype(y.dtype), y)
+        return jnp.where(trained, seams.held(rows.astype(y.dtype), ids, base), y)
 
     def attend(self, adapter: Any, base: Any, y: jax.Array, query: jax.Array) -> Float[Array, "..."]:
         rows = self._running(adapter, base)

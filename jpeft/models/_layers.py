@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..seams import EVERY_SEGMENT
+from ..seams import EVERY_SEGMENT, held
 
 
 def _gelu(x: jax.Array) -> jax.Array:
@@ -92,20 +92,25 @@ def positions_of(seq: int, segment_ids: Any, limit: int) -> Int[Array, "rows seq
     return jnp.arange(seq)[None]
 
 
-def token_table(vocab: int, d_model: int, std: float, pad: int | None, *, rngs: nnx.Rngs, dtype: Any) -> nnx.Embed:
+class TokenTable(nnx.Embed):
+    """A table of token vectors. As in torch, the row of the padding token `pad` is not trained by looking it up."""
+
+    def __init__(self, vocab: int, d_model: int, pad: int | None, **options: Any):
+        super().__init__(vocab, d_model, **options)
+        self.untrained_row = pad
+
+    def __call__(self, inputs: Any) -> Float[Array, "*batch d_model"]:
+        return held(super().__call__(inputs), inputs, self)
+
+
+def token_table(vocab: int, d_model: int, std: float, pad: int | None, *, rngs: nnx.Rngs, dtype: Any) -> TokenTable:
     """A table of token vectors: normal, and 0 for the padding token `pad`, where there is one."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         rows = nnx.initializers.normal(std)(key, shape, dtype)
         return rows if pad is None else rows.at[pad].set(0)
 
-    return nnx.Embed(vocab, d_model, dtype=dtype, param_dtype=dtype, embedding_init=init, rngs=rngs)
-
-
-def embed_tokens(table: nnx.Embed, input_ids: Int[Array, "batch seq"], pad: int | None) -> Any:
-    """The tokens' vectors, `[batch seq d_model]`. As in torch, the one of the padding token `pad` is not trained."""
-    e = table(input_ids)
-    return e if pad is None else jnp.where((input_ids == pad)[..., None], jax.lax.stop_gradient(e), e)
+    return TokenTable(vocab, d_model, pad, dtype=dtype, param_dtype=dtype, embedding_init=init, rngs=rngs)
 
 
 def last_token(hidden: Float[Array, "batch seq d_model"], mask: Any) -> Float[Array, "batch d_model"]:

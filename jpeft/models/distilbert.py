@@ -22,7 +22,7 @@ from ..seams import InputEmbedding, KeyValues, Residual
 from . import _config
 from ._attention import attention
 from ._layer_norm import LayerNorm
-from ._layers import ACTIVATIONS, embed_tokens, in_front, positions_of, token_table
+from ._layers import ACTIVATIONS, in_front, positions_of, token_table
 from ._weights import TRANSPOSE, Entry, Ignore, Rule, module_names
 
 TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -95,8 +95,8 @@ class Embeddings(nnx.Module):
         self.LayerNorm = LayerNorm(config.dim, _EPS, dtype=dtype)
 
     def words(self, input_ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq d_model"]:
-        """The tokens' own vectors. As in torch, the padding token's is not trained."""
-        return embed_tokens(self.word_embeddings, input_ids, self.config.pad_token_id)
+        """The tokens' own vectors."""
+        return self.word_embeddings(input_ids)
 
     def __call__(self, e: Float[Array, "batch seq d_model"], positions: Int[Array, "..."]) -> Any:
         return dropout(

@@ -25,7 +25,7 @@ from .._scope import dropout, scope
 from ..seams import InputEmbedding, KeyValues, Residual
 from ._attention import attention
 from ._cache import KV, Cache, check_step, empty, extended, filled, joined, num_slots, or_nan, reach, step_scope
-from ._layers import RMSNorm, embed_tokens, gated, in_front, last_token, segment_positions, token_table
+from ._layers import RMSNorm, gated, in_front, last_token, segment_positions, token_table
 from ._llama_config import PRESETS, Config
 from ._rope import rope_tables, rotate
 from ._weights import TRANSPOSE, Entry, Ignore, Rule, Tied, module_names
@@ -277,12 +277,12 @@ class Llama(nnx.Module):
         return module_names(WEIGHTS(self.config, self.task), self.config.num_hidden_layers)
 
     def _embed(self, input_ids: Any, inputs_embeds: Any) -> Float[Array, "batch seq d_model"]:
-        """The tokens' vectors. As in torch, the padding token's is not trained."""
+        """The tokens' vectors."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if input_ids is None:
             return inputs_embeds.astype(self.dtype)
-        return embed_tokens(self.embed_tokens, input_ids, self.config.pad_token_id)
+        return self.embed_tokens(input_ids)
 
     def _run(
         self,

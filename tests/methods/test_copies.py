@@ -10,22 +10,11 @@ import pytest
 import subjects
 import torch_twin
 from flax import nnx
+from torch_twin import is_head
 
 import jpeft
 
 KEY = jax.random.key(0)
-
-
-def trained_in(family, which):
-    """transformers' own model, of which the parameters whose name says so have gradients."""
-    model = oracle.torch_model(family)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = which(name)
-    return model
-
-
-def is_head(name):
-    return name.startswith(("classifier.", "score.", "qa_outputs."))
 
 
 #: family, jpeft's method, which of transformers' parameters it trains
@@ -66,22 +55,9 @@ AUTOGRAD = {
 }  # fmt: skip
 
 
-def active_values(model, flat):
-    """`torch_twin.saved_values`, without the layers that a copy does not stand in for."""
-    acting = {
-        f"{adapter.site.path}/{leaf}": layers
-        for _, module in nnx.iter_modules(model)
-        for adapter in getattr(module, "adapters", {}).values()
-        for leaf, layers in adapter.saved_layers.items()
-    }
-    places = torch_twin.names_of(model).tensors
-    found = torch_twin.saved_values(model, flat)
-    return {k: v for k, v in found.items() if not places[k].index or acting[places[k].path][places[k].index[0]]}
-
-
 @pytest.mark.parametrize("family, method, which", AUTOGRAD.values(), ids=AUTOGRAD)
 def test_outputs_and_gradients_are_those_of_torch(family, method, which):
-    torch_twin.assert_same(family, method, trained_in(family, which), active_values)
+    torch_twin.assert_same(family, method, torch_twin.trained_in(family, which), torch_twin.active_values)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +67,7 @@ def test_outputs_and_gradients_are_those_of_torch(family, method, which):
 def test_norms_are_those_of_peft(family, targets):
     config = peft.LNTuningConfig(task_type=oracle.FAMILIES[family][1], target_modules=targets)
     method = jpeft.NormTuning(targets=targets)
-    torch_twin.assert_same(family, method, torch_twin.get_peft(family, config), active_values)
+    torch_twin.assert_same(family, method, torch_twin.get_peft(family, config), torch_twin.active_values)
 
 
 BERT_BASE = {"model_type": "bert"}

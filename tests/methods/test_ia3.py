@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """(IA)³ against the real peft, a float64 formula, and its counts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,16 +42,7 @@ def test_outputs_and_gradients_are_those_of_peft(family, options, theirs):
     twin = torch_twin.get_peft(family, peft.IA3Config(task_type=task, **theirs))
     shapes = {torch_twin.plain_name(n): p.shape for n, p in twin.named_parameters()}
 
-    def values(model, flat):
-        found = torch_twin.saved_values(model, flat)
-        for path, leaf in flat.items():
-            if path.endswith("/ia3/scale"):
-                layers = torch_twin.per_layer(model, path.split("/adapters/")[0], leaf)
-                named = {f"{name}.ia3_l.default": value for name, value in layers.items()}
-                found |= {name: value.reshape(shapes[name]) for name, value in named.items() if name in shapes}
-        return found
-
-    torch_twin.assert_same(family, jpeft.IA3(**options), twin, values)
+    torch_twin.assert_same(family, jpeft.IA3(**options), twin, functools.partial(torch_twin.ia3_values, shapes))
 
 
 def numpy_blocks(flat, x, num_layers, scaled, adapted):

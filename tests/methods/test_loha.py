@@ -8,19 +8,14 @@ import numpy as np
 import peft
 import pytest
 import subjects
-from blocks_oracle import against_numpy, against_peft, against_transformers, listed, stacked, transposed
+from blocks_oracle import against_numpy, against_peft, against_transformers, listed, stacked
 from flax import nnx
 
 import jpeft
 from jpeft.models import bert
 
 BASE = bert.PRESETS["bert-base-uncased"]
-NAMES = {
-    "A1": ("hada_w1_b.default", transposed),
-    "B1": ("hada_w1_a.default", transposed),
-    "A2": ("hada_w2_b.default", transposed),
-    "B2": ("hada_w2_a.default", transposed),
-}
+NAMES = blocks_oracle.NAMES["loha"]
 #: PEFT rounds the factor alpha / rank to float32: here all are powers of two times three.
 PATTERNS = {"rank_pattern": {"blocks.1.up": 8, "blocks.2.up": 1}, "alpha_pattern": {"blocks.0.down": 2.0}}
 

@@ -3,13 +3,14 @@
 
 from typing import Any
 
+import blocks_oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
 import subjects
-from blocks_oracle import against_numpy, against_peft, against_transformers, listed, stacked, transposed
+from blocks_oracle import against_numpy, against_peft, against_transformers, listed, stacked
 from flax import nnx
 from peft.tuners.lokr.layer import factorization as pefts_factorization
 
@@ -18,14 +19,7 @@ from jpeft.methods.lokr import factorization
 from jpeft.models import bert
 
 BASE = bert.PRESETS["bert-base-uncased"]
-NAMES = {
-    "w1": ("lokr_w1.default", transposed),
-    "w1_in": ("lokr_w1_b.default", transposed),
-    "w1_out": ("lokr_w1_a.default", transposed),
-    "w2": ("lokr_w2.default", transposed),
-    "w2_in": ("lokr_w2_b.default", transposed),
-    "w2_out": ("lokr_w2_a.default", transposed),
-}
+NAMES = blocks_oracle.NAMES["lokr"]
 TARGETS = ["up", "down"]
 #: up is 6 x 12 and down 12 x 6: parted into 2 * 3 and 3 * 4, with a factor of 6 into 6 * 1 and 6 * 2 (where w2 is one
 #: row, which torch.kron cannot multiply with a product, and so peft cannot either).

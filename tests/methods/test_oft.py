@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """OFT against NumPy and peft, the orthogonality of its maps, its start, counts and errors."""
 
+import blocks_oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ import peft
 import pytest
 import subjects
 import torch
-from blocks_oracle import against_numpy, against_peft, against_transformers, listed, same, stacked
+from blocks_oracle import against_numpy, against_peft, against_transformers, listed, stacked
 from flax import nnx
 
 import jpeft
@@ -18,7 +19,7 @@ from jpeft.models import bert
 BASE = bert.PRESETS["bert-base-uncased"]
 KEY = jax.random.key(0)
 TARGETS = ["up", "down"]
-NAMES = {"Q": ("oft_R.default.weight", same)}
+NAMES = blocks_oracle.NAMES["oft"]
 #: PEFT's exact quotient is the inverse of the paper's.
 INVERSE = {"Q": ("oft_R.default.weight", np.negative)}
 

@@ -28,37 +28,6 @@ def leaves_of(model):
     return {p.split("/")[-1]: np.asarray(v) for p, v in jpeft.partition(model)[1].items() if p.startswith("adapters/")}
 
 
-def transposed(weight):
-    return weight.T
-
-
-def both_directions(one, other):
-    return np.stack([one.T, other.T])
-
-
-def encoder_names(layers=0):
-    """Our leaves -> parameters of peft's encoder."""
-    names = {"embedding": (("embedding.weight",), lambda weight: weight)}
-    for i in range(2 if layers else 3):
-        names[f"linear_{i}_kernel"] = ((f"mlp_head.{2 * i}.weight",), transposed)
-        names[f"linear_{i}_bias"] = ((f"mlp_head.{2 * i}.bias",), transposed)
-    for i in range(layers):
-        kinds = {"input": "weight_ih", "hidden": "weight_hh", "input_bias": "bias_ih", "hidden_bias": "bias_hh"}
-        for ours, theirs in kinds.items():
-            pair = (f"lstm_head.{theirs}_l{i}", f"lstm_head.{theirs}_l{i}_reverse")
-            names[f"lstm_{i}_{ours}"] = (pair, both_directions)
-    return names
-
-
-PEFT = {"num_tokens": "num_virtual_tokens", "hidden_size": "encoder_hidden_size", "num_layers": "encoder_num_layers"}
-
-
-def real_config(task, options, **more):
-    given = {PEFT[key]: value for key, value in options.items() if key in PEFT}
-    kind = options.get("reparam", "mlp").upper()
-    return peft.PromptEncoderConfig(task_type=task, encoder_reparameterization_type=kind, **given, **more)
-
-
 CASES = [
     ("bert cls", {"num_tokens": 3, "hidden_size": 5}),
     ("llama", {"num_tokens": 4}),
@@ -69,8 +38,8 @@ CASES = [
 
 @pytest.mark.parametrize("family, options", CASES, ids=["mlp bert", "mlp llama", "lstm bert", "lstm llama"])
 def test_outputs_and_gradients_are_those_of_peft(family, options):
-    names = encoder_names(options.get("num_layers", 0))
-    config = real_config(peft_oracle.FAMILIES[family][1], options)
+    names = virtual_oracle.encoder_names(options.get("num_layers", 0))
+    config = virtual_oracle.p_tuning_config(peft_oracle.FAMILIES[family][1], options)
     virtual_oracle.compare(family, jpeft.PTuning(**options), config, names)
 
 
@@ -80,11 +49,13 @@ STARTS = [{"num_tokens": 20, "hidden_size": 24}, LSTM | {"num_tokens": 20}]
 @pytest.mark.parametrize("options", STARTS, ids=["mlp", "lstm"])
 def test_it_starts_as_pefts(options):
     """The same sizes, and the same spread of every tensor."""
-    other = peft.PromptEncoder(real_config("CAUSAL_LM", options, token_dim=16, num_transformer_submodules=1))
+    other = peft.PromptEncoder(
+        virtual_oracle.p_tuning_config("CAUSAL_LM", options, token_dim=16, num_transformer_submodules=1)
+    )
     theirs = {name: value.detach().numpy() for name, value in other.named_parameters()}
     ours = leaves_of(jpeft.adapt(peft_oracle.jax_model("llama"), jpeft.PTuning(**options), key=KEY))
     assert sum(v.size for v in ours.values()) == sum(v.size for v in theirs.values())
-    for name, (found, back) in encoder_names(options.get("num_layers", 0)).items():
+    for name, (found, back) in virtual_oracle.encoder_names(options.get("num_layers", 0)).items():
         expected = back(*(theirs[part] for part in found))
         assert ours[name].shape == expected.shape
         if name == "embedding":

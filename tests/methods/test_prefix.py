@@ -31,26 +31,14 @@ def real(family, **options):
     return peft.PrefixTuningConfig(task_type=peft_oracle.FAMILIES[family][1], num_virtual_tokens=3, **options)
 
 
-def plain(family):
-    """peft's table in ours: three layers, and as many key heads as the family has."""
-    heads, d_head = {"bert": (4, 4), "qwen3": (2, 6)}.get(family.split()[0], (2, 4))
-    return {"prefix": (("embedding.weight",), lambda weight: weight.reshape(3, 6, heads, d_head))}
-
-
-def projected():
-    names = {"embedding": (("embedding.weight",), lambda weight: weight)}
-    for ours, theirs in (("down", "transform.0"), ("up", "transform.2")):
-        names[f"{ours}_kernel"] = ((f"{theirs}.weight",), lambda weight: weight.T)
-        names[f"{ours}_bias"] = ((f"{theirs}.bias",), lambda bias: bias)
-    return names
-
-
 @pytest.mark.parametrize("family", ["bert cls", "bert tokens", "llama", "llama cls", "qwen3"])
 def test_outputs_and_gradients_are_those_of_peft(family):
     """With shifted positions as they come out of peft; by default as when peft is told the text's own."""
     moved = jpeft.PrefixTuning(num_tokens=3, shift_positions=True)
-    virtual_oracle.compare(family, moved, real(family), plain(family))
-    virtual_oracle.compare(family, jpeft.PrefixTuning(num_tokens=3), real(family), plain(family), UNMOVED)
+    virtual_oracle.compare(family, moved, real(family), virtual_oracle.prefix_names(family))
+    virtual_oracle.compare(
+        family, jpeft.PrefixTuning(num_tokens=3), real(family), virtual_oracle.prefix_names(family), UNMOVED
+    )
 
 
 @pytest.mark.parametrize("family, hidden", [("bert cls", 5), ("llama", 7), ("llama tied", None)])
@@ -58,12 +46,14 @@ def test_a_projection_is_that_of_peft(family, hidden):
     """Its width is that of the keys, all heads together, also where those are fewer than the queries'."""
     options = {} if hidden is None else {"encoder_hidden_size": hidden}
     method = jpeft.PrefixTuning(num_tokens=3, projection=True, hidden_size=hidden, shift_positions=True)
-    virtual_oracle.compare(family, method, real(family, prefix_projection=True, **options), projected())
+    virtual_oracle.compare(
+        family, method, real(family, prefix_projection=True, **options), virtual_oracle.projected_names()
+    )
 
 
 def test_a_window_hides_no_prefix_where_peft_counts_it_as_past_tokens():
     """In peft the window of a sliding attention slides off the prefix; up to its length both are the same."""
-    config, names = real("mistral"), plain("mistral")
+    config, names = real("mistral"), virtual_oracle.prefix_names("mistral")
     method = jpeft.PrefixTuning(num_tokens=3, shift_positions=True)
     with pytest.raises(AssertionError):
         virtual_oracle.compare("mistral", method, config, names)

@@ -18,7 +18,6 @@ from virtual_oracle import run
 import jpeft
 
 KEY = jax.random.key(0)
-PROMPT = {"prompt": (("embedding.weight",), lambda weight: weight)}
 
 
 def adapted(model, **options):
@@ -33,14 +32,14 @@ def prompt_of(model):
 def test_outputs_and_gradients_are_those_of_peft(family):
     """Rows padded on either side; BERT's classes are read off the first virtual token, the prompt learns of both."""
     config = peft.PromptTuningConfig(task_type=peft_oracle.FAMILIES[family][1], num_virtual_tokens=3)
-    virtual_oracle.compare(family, jpeft.PromptTuning(num_tokens=3), config, PROMPT)
+    virtual_oracle.compare(family, jpeft.PromptTuning(num_tokens=3), config, virtual_oracle.PROMPT)
 
 
 def test_llamas_classes_are_read_off_the_last_token_where_peft_reads_padding():
     """peft gives transformers embeddings in the place of tokens, which then takes the last place, padding or not."""
     config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
     method = jpeft.PromptTuning(num_tokens=3)
-    model, other = virtual_oracle.compare("llama cls", method, config, PROMPT, rows=slice(1, None))
+    model, other = virtual_oracle.compare("llama cls", method, config, virtual_oracle.PROMPT, rows=slice(1, None))
     ids, mask = peft_oracle.IDS[:1], peft_oracle.MASK[:1]
     with torch.no_grad():
         padded = other(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainable tokens against the real peft, a float64 formula, tied heads, and what they stand beside."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,11 +30,6 @@ REAL = {
 }
 
 
-def rows_of(model, flat):
-    (rows,) = (np.asarray(value) for path, value in flat.items() if path.endswith("/trainable_tokens/rows"))
-    return rows
-
-
 @pytest.mark.parametrize("tokens", CHOICES.values(), ids=CHOICES)
 @pytest.mark.parametrize("family, table", REAL.values(), ids=REAL)
 def test_outputs_and_gradients_are_those_of_peft(family, table, tokens):
@@ -44,11 +41,8 @@ def test_outputs_and_gradients_are_those_of_peft(family, table, tokens):
         task_type=oracle.FAMILIES[family][1], token_indices=[*tokens], target_modules=[table.rpartition(".")[2]]
     )
 
-    def values(model, flat):
-        name = f"{table}.trainable_tokens_delta.default"
-        return torch_twin.saved_values(model, flat) | {name: rows_of(model, flat)}
-
     method = jpeft.TrainableTokens(tokens, modules_to_save=())
+    values = functools.partial(torch_twin.token_values, table)
     torch_twin.assert_same(family, method, torch_twin.get_peft(family, config), values)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """VeRA against NumPy and peft, its shared projections, start, counts and errors."""
 
+import blocks_oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ import optax
 import peft
 import pytest
 import subjects
-from blocks_oracle import LAYERS, D, X, against_numpy, against_peft, against_transformers, listed, same, stacked
+from blocks_oracle import LAYERS, D, X, against_numpy, against_peft, against_transformers, listed, stacked
 from flax import nnx
 
 import jpeft
@@ -17,8 +18,7 @@ from jpeft.models import bert
 BASE = bert.PRESETS["bert-base-uncased"]
 KEY = jax.random.key(0)
 TARGETS = ["up", "down"]
-NAMES = {"d": ("vera_lambda_d.default", same), "b": ("vera_lambda_b.default", same)}
-SHARED = {f"adapters/vera/{name}": f"vera_{name}" for name in "AB"}
+NAMES = blocks_oracle.NAMES["vera"]
 
 
 @pytest.mark.parametrize("make", [stacked, listed])
@@ -34,26 +34,16 @@ def test_it_is_the_formula(make):
     against_numpy(make, jpeft.VeRA(rank=5, targets=TARGETS, layers=[1, 2]), change)
 
 
-def with_pefts_projections(model, other):
-    """`model` with peft's A and B, which another generator drew."""
-    graphdef, trainable, frozen = jpeft.partition(model)
-    for path, name in SHARED.items():
-        value = getattr(other.base_model, name)["default"].numpy().T
-        assert frozen[path].shape == value.shape
-        frozen[path] = jnp.asarray(value, frozen[path].dtype)
-    return jpeft.combine(graphdef, trainable, frozen)
-
-
 @pytest.mark.parametrize("make", [stacked, listed])
 def test_it_is_pefts(make):
     config = peft.VeraConfig(r=5)
-    prepare = lambda model, other: with_pefts_projections(model, _double(other))  # noqa: E731
+    prepare = lambda model, other: blocks_oracle.with_pefts_projections(model, _double(other))  # noqa: E731
     against_peft(make, jpeft.VeRA(rank=5, targets=TARGETS), config, NAMES, prepare)
 
 
 def _double(other):
     """peft draws its projections in float32 and keeps them so."""
-    for name in SHARED.values():
+    for name in blocks_oracle.VERA_SHARED.values():
         buffer = getattr(other.base_model, name)
         buffer["default"] = buffer["default"].double()
     return other
@@ -62,7 +52,7 @@ def _double(other):
 @pytest.mark.parametrize("family", ["bert tokens", "llama"])
 def test_on_a_model_of_transformers_it_is_pefts(family):
     method = jpeft.VeRA(rank=7, modules_to_save=())
-    against_transformers(family, method, peft.VeraConfig(r=7), NAMES, with_pefts_projections)
+    against_transformers(family, method, peft.VeraConfig(r=7), NAMES, blocks_oracle.with_pefts_projections)
 
 
 @pytest.mark.parametrize(
