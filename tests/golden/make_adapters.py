@@ -42,8 +42,8 @@ LLAMA = {**SMALL, "model_type": "llama", "num_key_value_heads": 2, "max_position
 #: Of AdamW, on two batches in turn: the inputs, and these with each row backwards.
 TRAINING: dict[str, Any] = {"updates": 20, "rate": 0.01, "betas": (0.9, 0.999), "eps": 1e-4, "decay": 0.05}
 
-#: What a fusion's weights are times, to begin with. Else its scores, which nothing divides by the root of the width, are
-#: so large that rounding grows a hundredfold in a few updates; on Llama, whose stream has no norm, they always are.
+#: What a fusion's weights are times, to begin with. Else its scores, which nothing divides by the root of the width,
+#: are so large that rounding grows a hundredfold in a few updates; on Llama, whose stream has no norm, they always are.
 SHRUNK = 0.125
 
 MODELS: dict[str, Any] = {
