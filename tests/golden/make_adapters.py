@@ -215,10 +215,10 @@ def training(model: Any, weights: dict[str, Any], batch: dict[str, np.ndarray], 
     optimizer = torch.optim.AdamW(weights.values(), rate, betas, eps, decay)
     losses = []
     for number in range(TRAINING["updates"]):
-        ids, mask, target = (torch.tensor(value) for value in (turned if number % 2 else inputs).values())
+        ids, seen, target = (torch.tensor(value) for value in (turned if number % 2 else inputs).values())
         optimizer.zero_grad()
-        output = model(ids, attention_mask=mask).last_hidden_state
-        loss = ((output - target) ** 2)[mask == 1].mean()
+        output = model(ids, attention_mask=seen).last_hidden_state
+        loss = ((output - target) ** 2)[seen == 1].mean()
         regularizer = model.get_fusion_regularization_loss()
         loss = loss if regularizer is None else loss + regularizer
         loss.backward()

@@ -177,7 +177,7 @@ CASES = {
     "norms": Case(lambda f: norms(f, ["LayerNorm"] if "bert" in f else None), rate=3e-2),
     "tokens": Case(tokens, rate=5e-2),
     "prompt": Case(prompt, rate=0.1),
-    "prompt of an encoder, which its decoder hears little of": Case(prompt, ("t5",), rate=0.3, falls=0.985),
+    "prompt of an encoder, which its decoder hears little of": Case(prompt, ("t5",), rate=0.1, falls=0.985),
     "p-tuning": Case(p_tuning, rate=5e-2),
     "p-tuning by lstm": Case(lambda f: p_tuning(f, **LSTM), rate=5e-2),
     "prefix": Case(prefix, rate=5e-2),
