@@ -180,6 +180,12 @@ def run(model: Any, family: str, padded: bool = True) -> tuple[np.ndarray, dict[
     return np.asarray(out)[mask == 1], gradients
 
 
+def shrunk(model: Any) -> Any:
+    """`model` with the leaves that a fusion's golden training starts from (`SHRUNK` of make_adapters.py)."""
+    graphdef, trainable, frozen = jpeft.partition(model)
+    return jpeft.combine(graphdef, {path: 0.125 * value for path, value in trainable.items()}, frozen)
+
+
 def train(model: Any, family: str, padded: bool = True) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(losses, leaves after the last update) of the training that the golden one is."""
     arrays, rate = golden(family), trajectory.golden_rate(golden(family)["training"])

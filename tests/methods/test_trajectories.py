@@ -27,8 +27,6 @@ import jpeft
 KEY = jax.random.key(0)
 #: Of a loss, and of a leaf's norm: float32 through three layers in another order of sums, 20 times over.
 LOSSES, LEAVES = 1e-4, 1e-4
-#: To what part of its start a loss must fall, for a training to tell of its updates.
-FALLS = 0.95
 
 
 def low_rank(family: str, config: dict[str, Any], method: Any) -> Twins:
@@ -156,11 +154,13 @@ class Case(NamedTuple):
       make: family -> the twins.
       families: of `peft_oracle`.
       rate: of learning.
+      falls: to what part of its start the loss must fall, for a training to tell of its updates.
     """
 
     make: Callable[[str], Twins]
     families: tuple[str, ...] = ("bert cls", "llama")
     rate: float = 1e-2
+    falls: float = 0.95
 
 
 LSTM = {"reparam": "lstm", "num_layers": 2}
@@ -176,7 +176,8 @@ CASES = {
     "ia3": Case(ia3, rate=5e-2),
     "norms": Case(lambda f: norms(f, ["LayerNorm"] if "bert" in f else None), rate=3e-2),
     "tokens": Case(tokens, rate=5e-2),
-    "prompt": Case(prompt, ("bert cls", "llama", "t5"), rate=0.1),
+    "prompt": Case(prompt, rate=0.1),
+    "prompt of an encoder, which its decoder hears little of": Case(prompt, ("t5",), rate=0.1, falls=0.985),
     "p-tuning": Case(p_tuning, rate=5e-2),
     "p-tuning by lstm": Case(lambda f: p_tuning(f, **LSTM), rate=5e-2),
     "prefix": Case(prefix, rate=5e-2),
@@ -204,7 +205,7 @@ def test_a_training_is_that_of_torch(name, family):
     start = jpeft.partition(twins.model)[1]
     losses, trained = trajectory.train(twins.model, rows, case.rate)
     expected = trajectory.train_torch(twins.other, rows, case.rate)
-    assert expected[-2:].mean() < FALLS * expected[:2].mean()
+    assert expected[-2:].mean() < case.falls * expected[:2].mean()
     np.testing.assert_allclose(losses, expected, rtol=LOSSES)
     errors = twins.errors(trained)
     assert max(errors.values()) < LEAVES, max(errors, key=lambda path: errors[path])
