@@ -77,7 +77,7 @@ METHODS = {
     "prefix": jpeft.PrefixTuning(num_tokens=3, shift_positions=True),
     "prompt and prefix": jpeft.PromptTuning(num_tokens=2) | jpeft.PrefixTuning(num_tokens=3, layers=[1]),
     "loreft": jpeft.LoReFT(rank=2, first=2, last=2) | jpeft.PromptTuning(num_tokens=2),
-    "nice": jpeft.Pfeiffer(reduction_factor=2, invertible="nice"),
+    "nice": jpeft.Pfeiffer(reduction_factor=2.0, invertible="nice"),
 }
 
 

@@ -196,7 +196,7 @@ RULES = {
     "min_p=0.05": (functools.partial(_sampling.min_p, p=0.05), logits_process.MinPLogitsWarper(0.05)),
     "min_p=1": (functools.partial(_sampling.min_p, p=1.0), logits_process.MinPLogitsWarper(1.0)),
     "repetition_penalty=2": (  # of a power of two the quotients are exact
-        lambda logits: _sampling.penalised(logits, _sampling.held(HELD, np.ones_like(HELD), 40), 2.0),
+        lambda logits: _sampling.penalised(logits, _sampling.held(jnp.asarray(HELD), jnp.ones_like(HELD), 40), 2.0),
         logits_process.RepetitionPenaltyLogitsProcessor(2.0),
     ),
 }
@@ -222,7 +222,7 @@ def test_rules_follow_each_other_as_in_transformers():
         ]
     )
     left = np.isfinite(processors(torch.tensor(HELD), torch.tensor(LOGITS)).numpy())
-    rules, seen = _sampling.rules(**config), _sampling.held(HELD, np.ones_like(HELD), 40)
+    rules, seen = _sampling.rules(**config), _sampling.held(jnp.asarray(HELD), jnp.ones_like(HELD), 40)
     draw = jax.vmap(lambda key: _sampling.choose(jnp.asarray(LOGITS), seen, rules, jax.random.split(key, 8), 0))
     drawn = np.asarray(draw(jax.random.split(KEY, 2000)))
     for row in range(8):
