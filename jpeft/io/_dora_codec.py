@@ -41,7 +41,8 @@ def _write(method: Any, adapters: Sequence[Adapter], names: Names) -> dict[str, 
 
 def _read(config: dict[str, Any], names: Names) -> Any:
     lora: Any = LORA.read({**config, "use_dora": False}, names)
-    return METHODS["dora"](**{field.name: getattr(lora, field.name) for field in dataclasses.fields(METHODS["dora"])})
+    dora: Any = METHODS["dora"]
+    return dora(**{field.name: getattr(lora, field.name) for field in dataclasses.fields(dora)})
 
 
 DORA = Codec("dora", "LORA", _portable, _slots, _write, _read, flag="use_dora")
