@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from ._mesh import gather, local_rows, mesh, shard_batch
     from ._method import AdapterConstant, AdapterParam, Method
     from ._partition import GraphDef, combine, partition
+    from ._quantize import dequantize, quantize
     from ._scale import disable, scale
     from ._scope import dropout_key, prompt_tokens
     from ._sharding import SHARDING_RULES, optimizer_state, placement, shard, shardings
@@ -70,6 +71,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "_algebra": ("combine_adapters", "average", "as_lora"),
     "train.many": ("train_many",),
     "_partition": ("partition", "combine", "GraphDef"),
+    "_quantize": ("quantize", "dequantize"),
     "_walk": ("sites",),
     "_summary": ("summary",),
     "_masks": ("mask", "labels", "optimizer"),
@@ -151,6 +153,7 @@ __all__ = [
     "bank",
     "combine",
     "combine_adapters",
+    "dequantize",
     "disable",
     "dropout_key",
     "export_merged",
@@ -171,6 +174,7 @@ __all__ = [
     "penalty",
     "placement",
     "prompt_tokens",
+    "quantize",
     "register",
     "scale",
     "seams",

@@ -56,7 +56,7 @@ def change(model: nnx.Module) -> Change:
     """
     found = Change({}, {})
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        model = nnx.clone(model)
+        model = dequantize(model)
         for _, module in grafts(model):
             _widen(module.adapters)
         with sharing(model) if adapters(model) else contextlib.nullcontext():
