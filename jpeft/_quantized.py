@@ -114,6 +114,16 @@ def check_scheme(scheme: Any) -> None:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}; got {scheme!r}")
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _dequantized(leaves: Leaves, scheme: str, d_in: int, d_out: int, dtype: Any) -> jax.Array:
+    return jax.lax.stop_gradient(SCHEMES[scheme].dequantize(leaves, d_in, d_out).astype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _codes(matrix: jax.Array, scheme: str) -> Leaves:
+    return SCHEMES[scheme].quantize(matrix)
+
+
 @functools.partial(jax.jit, static_argnames="scheme")
 def rounded(matrix: jax.Array, scheme: str) -> jax.Array:
     """`matrix` `[*lead, d_in, d_out]` quantized and back again, in float32."""
@@ -133,7 +143,7 @@ class QuantizedKernel(nnx.Module):
     def __init__(self, matrix: jax.Array, scheme: str, layout: tuple[tuple[int, ...], tuple[int, ...], int]):
         self.scheme, self.dtype = scheme, matrix.dtype
         self.sizes, self.order, self.inputs = layout
-        for name, leaf in jax.jit(SCHEMES[scheme].quantize)(matrix).items():
+        for name, leaf in _codes(matrix, scheme).items():
             setattr(self, name, Quantized(leaf))
 
     @property
@@ -156,10 +166,10 @@ class QuantizedKernel(nnx.Module):
 
     def __getitem__(self, index: Any) -> jax.Array:
         d_in, d_out = math.prod(self.sizes[: self.inputs]), math.prod(self.sizes[self.inputs :])
-        matrix = SCHEMES[self.scheme].dequantize(self.leaves, d_in, d_out).astype(self.dtype)
+        matrix = _dequantized(self.leaves, self.scheme, d_in, d_out, jnp.dtype(self.dtype))
         lead = len(self.lead)
         kernel = matrix.reshape(*self.lead, *self.sizes).transpose(*range(lead), *(lead + i for i in self.order))
-        return jax.lax.stop_gradient(kernel)[index]
+        return kernel[index]
 
 
 #: The class attribute by which a quantized class remembers what it was.
