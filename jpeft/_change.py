@@ -18,6 +18,7 @@ from flax import nnx
 from . import seams
 from ._adapt import _merging_order
 from ._graft import adapters, grafts, saved_leaves, sharing, ungraft
+from ._quantize import dequantize
 from ._walk import own_leaves
 
 #: Of singular values below this part of the largest nothing is left in float32.

@@ -3,8 +3,8 @@
 
 Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, bit for bit as bitsandbytes computes it: blocks of 64
 consecutive weights of torch's `[d_out, d_in]`, the last one as short as it comes. With double quantization the
-magnitudes themselves, less their mean, are codes of 8 bits in blocks of 256 (`CODE_BOOK`). Everything here is about flat
-rows of numbers, `[*lead, n]`, in that order.
+magnitudes themselves, less their mean, are codes of 8 bits in blocks of 256 (`CODE_BOOK`). Everything here is about
+flat rows of numbers, `[*lead, n]`, in that order.
 """
 
 import math

@@ -3,9 +3,9 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from . import seams
 from ._fields import names
@@ -86,5 +86,5 @@ def _check(found: Found, everything: list[Found]) -> None:
     if len(sharing) > 1:
         raise ValueError(f"{' and '.join(sharing)} share one kernel, which cannot be quantized for one; exclude= it")
     value = kernel[...]
-    if not isinstance(value, jax.core.Tracer) and not jnp.isfinite(value).all():
+    if not isinstance(value, Tracer) and not jnp.isfinite(value).all():
         raise ValueError(f"the kernel of {what} has entries that are not finite, of which there are no codes")

@@ -12,8 +12,8 @@ The leaves of a kernel seen as a matrix `[d_in, d_out]`, below its own path, aft
                    scales [d_in / 64, d_out] float32. Transposed they are bitsandbytes' bytes of torch's [d_out, d_in].
                    Where 64 does not divide d_in a block runs from one column into the next, so both are left as they
                    are there: flat_codes [ceil(d_in d_out / 2)], flat_scales [ceil(d_in d_out / 64)].
-  nf4_double       the same, with scales or flat_scales as uint8 codes; scale_largest [ceil(blocks / 256)] and scale_mean
-                   [] float32 give their values.
+  nf4_double       the same, with scales or flat_scales as uint8 codes, whose values scale_largest
+                   [ceil(blocks / 256)] and scale_mean [], both float32, give.
 """
 
 import functools
@@ -37,7 +37,7 @@ class Quantized(nnx.Variable):
 
 
 class Scheme(NamedTuple):
-    """`quantize`: a matrix `[*lead, d_in, d_out]` -> leaves by name; `dequantize`: leaves, d_in, d_out -> the matrix."""
+    """`quantize`: a matrix `[*lead, d_in, d_out]` -> leaves by name; `dequantize`: they, d_in, d_out -> the matrix."""
 
     quantize: Callable[[jax.Array], Leaves]
     dequantize: Callable[[Mapping[str, jax.Array], int, int], jax.Array]

@@ -95,7 +95,7 @@ def shardings(leaves: Any, mesh: Mesh, rules: Rules = SHARDING_RULES) -> dict[st
     leaves = _flat(leaves)
     base = {path: leaf for path, leaf in leaves.items() if ADAPTERS not in path.split("/")}
     for pattern, _ in (rule for rule in rules if rule not in SHARDING_RULES):
-        mask({**base, **{_kernel_of(path): leaf for path, leaf in base.items()}}, pattern)  # an error where none matches
+        mask({**base, **{_kernel_of(path): leaf for path, leaf in base.items()}}, pattern)  # an error if it has none
     specs = {path: _ruled(path, leaf, rules) for path, leaf in base.items()}
     if mesh.size > mesh.shape.get("data", 1) and not any(map(any, specs.values())):
         raise ValueError(

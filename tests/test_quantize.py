@@ -64,7 +64,7 @@ def test_nf4_is_that_of_bitsandbytes_bit_for_bit(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_double_quantization_is_that_of_bitsandbytes_bit_for_bit_around_its_mean(case):
-    """The mean itself, which bitsandbytes sums as each device likes, is the same to an ulp; the rest follows from it."""
+    """The mean itself, which bitsandbytes sums as each device likes, is the same to an ulp; from it all follows."""
     kernel = quantized(case, "nf4_double")
     np.testing.assert_array_equal(in_torchs_order(kernel.leaves, "codes"), GOLDEN[f"{case}/double/packed"][:, 0])
     mean = GOLDEN[f"{case}/double/mean"]
@@ -159,11 +159,14 @@ def wide_llama(**options) -> Any:
 
 def test_all_linear_layers_but_the_head_are_quantized():
     model = jpeft.quantize(MODELS["llama"].build())
-    kernels = {"/".join(path) for path, module in nnx.iter_modules(model) if isinstance(module, QuantizedKernel)}
+    kernels = {
+        "/".join(map(str, path)) for path, module in nnx.iter_modules(model) if isinstance(module, QuantizedKernel)
+    }
     assert len(kernels) == 7
     assert not any("lm_head" in path or "embed" in path for path in kernels)
     some = jpeft.quantize(MODELS["llama"].build(), targets=["q_proj", "lm_head"], exclude="lm_head")
-    assert [path for path in jpeft.partition(some)[2] if "codes" in path] == ["layers/self_attn/q_proj/kernel/flat_codes"]
+    codes = [path for path in jpeft.partition(some)[2] if "codes" in path]
+    assert codes == ["layers/self_attn/q_proj/kernel/flat_codes"]
 
 
 def test_the_given_model_is_untouched():

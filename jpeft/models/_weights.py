@@ -300,7 +300,8 @@ def save_leaves(
     how = {rule.path: rule for rule in rules(entries)}
     if {*how} != {*leaves}:
         raise CheckpointError(
-            f"the table and the model disagree about {names({*how} ^ {*leaves})}; merge or strip adapters, and dequantize, before saving"
+            f"the table and the model disagree about {names({*how} ^ {*leaves})}; merge or strip adapters, and "
+            "dequantize, before saving"
         )
     sources = {key: source for path, leaf in leaves.items() for key, source in _sources(how[path], leaf).items()}
     write_checkpoint(folder, sources, shard_bytes)
