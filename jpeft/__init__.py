@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from ._bank import Bank, apply_bank, bank, select, vote
     from ._fold import fold
     from ._hybrids import MAM, UniPELT
+    from ._loftq import loftq
     from ._masks import labels, mask, optimizer
     from ._mesh import gather, local_rows, mesh, shard_batch
     from ._method import AdapterConstant, AdapterParam, Method
@@ -72,6 +73,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "train.many": ("train_many",),
     "_partition": ("partition", "combine", "GraphDef"),
     "_quantize": ("quantize", "dequantize"),
+    "_loftq": ("loftq",),
     "_walk": ("sites",),
     "_summary": ("summary",),
     "_masks": ("mask", "labels", "optimizer"),
@@ -164,6 +166,7 @@ __all__ = [
     "io",
     "labels",
     "local_rows",
+    "loftq",
     "mask",
     "merge",
     "mesh",

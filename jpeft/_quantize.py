@@ -38,8 +38,15 @@ def quantize(model: nnx.Module, scheme: str = "nf4", targets: Any = None, exclud
       >>> model = jpeft.quantize(model, "nf4_double")
       >>> model = jpeft.adapt(model, jpeft.LoRA(rank=16, targets="all-linear"), key=key)
     """
-    check_scheme(scheme)
     model = nnx.clone(model)
+    for found in to_quantize(model, scheme, targets, exclude):
+        quantize_module(found.module, seams.projection(found.module), scheme)  # type: ignore[arg-type]
+    return model
+
+
+def to_quantize(model: nnx.Module, scheme: str, targets: Any, exclude: Any) -> list[Found]:
+    """The modules of `model` of which `quantize` quantizes the kernels; its errors."""
+    check_scheme(scheme)
     carrying = next((path for path, module in grafts(model) if adapters(module)), None)
     if carrying is not None:
         raise ValueError(
@@ -48,10 +55,10 @@ def quantize(model: nnx.Module, scheme: str = "nf4", targets: Any = None, exclud
         )
     asked = Targets(ALL_LINEAR if targets is None else names("targets", targets), names("exclude", exclude))
     everything = modules(model)
-    for found in chosen(model, asked):
-        _check(found, everything)
-        quantize_module(found.module, seams.projection(found.module), scheme)  # type: ignore[arg-type]
-    return model
+    found = chosen(model, asked)
+    for one in found:
+        _check(one, everything)
+    return found
 
 
 def dequantize(model: nnx.Module) -> Any:

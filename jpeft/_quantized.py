@@ -138,10 +138,13 @@ class QuantizedKernel(nnx.Module):
       matrix: the kernel as `[*lead, d_in, d_out]`.
       scheme: one of `SCHEMES`.
       layout: of the kernel, as `Matmul.layout` gives it.
+      dtype: of the array that it stands for.
     """
 
-    def __init__(self, matrix: jax.Array, scheme: str, layout: tuple[tuple[int, ...], tuple[int, ...], int]):
-        self.scheme, self.dtype = scheme, matrix.dtype
+    def __init__(
+        self, matrix: jax.Array, scheme: str, layout: tuple[tuple[int, ...], tuple[int, ...], int], dtype: Any
+    ):
+        self.scheme, self.dtype = scheme, dtype
         self.sizes, self.order, self.inputs = layout
         for name, leaf in _codes(matrix, scheme).items():
             setattr(self, name, Quantized(leaf))
@@ -177,7 +180,7 @@ _ORIGIN = "__quantized_from__"
 
 
 @functools.cache
-def _quantized_type(base: type, kernel: str) -> type:
+def quantized_type(base: type, kernel: str) -> type:
     """The subclass of `base` that builds its array for as long as a call takes."""
 
     def __call__(self: Any, *inputs: Any, **options: Any) -> Any:
@@ -197,7 +200,7 @@ def _quantized_type(base: type, kernel: str) -> type:
 
 
 def _rebuild(base: type, kernel: str, attributes: dict[str, Any]) -> Any:
-    module = object.__new__(_quantized_type(base, kernel))
+    module = object.__new__(quantized_type(base, kernel))
     vars(module).update(attributes)
     return module
 
@@ -209,6 +212,11 @@ def origin(module_type: type) -> type:
 
 def quantize_module(module: Any, projection: Matmul, scheme: str) -> None:
     """Puts codes and scales in the place of `module`'s kernel, in place."""
-    kernel = QuantizedKernel(projection.read(module), scheme, projection.layout(module))
+    put_codes(module, projection, projection.read(module), scheme)
+    object.__setattr__(module, "__class__", quantized_type(type(module), projection.kernel))
+
+
+def put_codes(module: Any, projection: Matmul, matrix: jax.Array, scheme: str) -> None:
+    """Puts the codes of `matrix` in the place of `module`'s kernel, in place; they stand for an array of its dtype."""
+    kernel = QuantizedKernel(matrix, scheme, projection.layout(module), getattr(module, projection.kernel).dtype)
     setattr(module, projection.kernel, kernel)
-    object.__setattr__(module, "__class__", _quantized_type(type(module), projection.kernel))
