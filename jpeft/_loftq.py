@@ -60,9 +60,7 @@ def loftq(
     """
     whole("loftq", "iterations", iterations)
     if not isinstance(method, Method):
-        raise TypeError(
-            f"loftq takes one jpeft method, a LoRA, got {type(method).__name__}; adapt with the others after"
-        )
+        raise TypeError(f"loftq takes one jpeft method, a LoRA, got {type(method).__name__}; adapt with others later")
     chosen = {found.path for found in to_quantize(model, scheme, targets, exclude)}
     started = adapt(model, method, key=key, name=name)
     name, together = name or method.kind, 0
