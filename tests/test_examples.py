@@ -46,7 +46,7 @@ def test_many_adapters_page(tmp_path, monkeypatch):
 def test_quantization_page():
     names: dict = {}
     exec(code_blocks("docs/quantization.md")[0], names)
-    assert names["summary"].base_bytes < jpeft.summary(names["base"]).base_bytes / 2
+    assert names["summary"].base_bytes < 0.6 * jpeft.summary(names["base"]).base_bytes  # the embeddings stay
     ids = jnp.arange(6)[None]
     assert jnp.abs(names["merged"](ids) - names["better"](ids)).max() < 1e-5
 
