@@ -18,10 +18,12 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from ._bank import Bank, apply_bank, bank, select, vote
     from ._fold import fold
     from ._hybrids import MAM, UniPELT
+    from ._loftq import loftq
     from ._masks import labels, mask, optimizer
     from ._mesh import gather, local_rows, mesh, shard_batch
     from ._method import AdapterConstant, AdapterParam, Method
     from ._partition import GraphDef, combine, partition
+    from ._quantize import dequantize, quantize
     from ._scale import disable, scale
     from ._scope import dropout_key, prompt_tokens
     from ._sharding import SHARDING_RULES, optimizer_state, placement, shard, shardings
@@ -44,6 +46,8 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "_algebra": ("combine_adapters", "average", "as_lora"),
     "train.many": ("train_many",),
     "_partition": ("partition", "combine", "GraphDef"),
+    "_quantize": ("quantize", "dequantize"),
+    "_loftq": ("loftq",),
     "_walk": ("sites",),
     "_summary": ("summary",),
     "_masks": ("mask", "labels", "optimizer"),
@@ -99,6 +103,7 @@ __all__ = [
     "bank",
     "combine",
     "combine_adapters",
+    "dequantize",
     "disable",
     "dropout_key",
     "export_merged",
@@ -109,6 +114,7 @@ __all__ = [
     "io",
     "labels",
     "local_rows",
+    "loftq",
     "mask",
     "merge",
     "mesh",
@@ -119,6 +125,7 @@ __all__ = [
     "penalty",
     "placement",
     "prompt_tokens",
+    "quantize",
     "register",
     "scale",
     "seams",

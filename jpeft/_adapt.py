@@ -12,6 +12,7 @@ from flax import nnx
 from . import seams
 from ._graft import adapters, graft, grafts, is_grafted, saved_leaves, sharing, ungraft
 from ._method import Adapter, AdapterConstant, Hybrid, Method, Site, Start, wide
+from ._quantize import dequantize
 from ._scope import fold_path
 from ._targets import Planned, plan
 from ._walk import seam_sizes
@@ -93,12 +94,13 @@ def _check_company(module: Any) -> None:
 def merge(model: nnx.Module) -> Any:
     """The plain model that computes what the adapted one does, with no trace of jpeft left in it.
 
-    Kernels are summed in float32 and keep the base's dtype: a bfloat16 base rounds the change to its own 8 bits.
+    Kernels are summed in float32 and keep the base's dtype: a bfloat16 base rounds the change to its own 8 bits. A
+    quantized base is dequantized, with no code left: what the adapters were trained beside, not what it was before.
 
     Raises:
       ValueError: a method on the model has no merged form.
     """
-    model = nnx.clone(model)
+    model = dequantize(model)
     with sharing(model) if is_grafted(model) else contextlib.nullcontext():
         for _, module in grafts(model):
             for name, value in saved_leaves(module, running=False).items():

@@ -18,6 +18,7 @@ from flax import nnx
 from . import seams
 from ._adapt import _merging_order
 from ._graft import adapters, grafts, saved_leaves, sharing, ungraft
+from ._quantize import dequantize
 from ._walk import own_leaves
 
 #: Of singular values below this part of the largest nothing is left in float32.
@@ -56,7 +57,7 @@ def change(model: nnx.Module) -> Change:
     """
     found = Change({}, {})
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        model = nnx.clone(model)
+        model = dequantize(model)
         for _, module in grafts(model):
             _widen(module.adapters)
         with sharing(model) if adapters(model) else contextlib.nullcontext():

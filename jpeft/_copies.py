@@ -11,6 +11,7 @@ from flax import nnx
 from . import seams
 from ._graft import adapters
 from ._method import AdapterParam
+from ._quantized import QuantizedKernel
 from ._walk import Found, own_leaves
 
 #: What `Targets.seam` may say beside the kinds of seams: leaves of which copies are trained.
@@ -54,6 +55,12 @@ def saved_leaves(found: Found, acts: tuple[bool, ...], copied: Layers, whole: bo
     wanted = {leaf: layers for leaf, layers in wanted.items() if any(layers)}
     if wanted and not callable(found.module):
         raise ValueError(f"{found.path} holds parameters but cannot be called, so a copy of them cannot stand in")
+    codes = [leaf for leaf in wanted if isinstance(leaves[leaf], QuantizedKernel)]
+    if codes:
+        raise ValueError(
+            f"{found.path}/{codes[0]} is quantized ({leaves[codes[0]].scheme}), and codes cannot be trained; leave the "
+            "module out by exclude=, or take it out of what jpeft.quantize is given"
+        )
     whole_numbers = [leaf for leaf in wanted if not jnp.issubdtype(leaves[leaf].dtype, jnp.floating)]
     if whole_numbers:
         raise ValueError(

@@ -147,6 +147,11 @@ def ungraft(module: Any) -> None:
     attributes["_pytree__nodes"] = type(nodes)({name: node for name, node in nodes.items() if name != ADAPTERS})
 
 
+def rebase(module: Any, new: type) -> None:
+    """Gives `module` another class below its adapters, in place."""
+    _become(module, _grafted_type(new) if is_grafted(module) else new)
+
+
 def grafts(model: nnx.Module) -> Iterator[tuple[str, Any]]:
     """(path, module) of every grafted module."""
     for path, module in list(nnx.iter_modules(model)):

@@ -154,6 +154,12 @@ class Matmul(Projection):
         matrix = matrix.reshape(*lead, *(sizes[c] for c in d_in + d_out))
         return jnp.einsum(f"...{d_in}{d_out}->...{w}", matrix)
 
+    def layout(self, module: Any) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """Sizes of the matrix's axes, d_in's first; which of them each axis of the kernel is; how many are d_in's."""
+        _, d_in, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
+        _, w, _ = self._terms(module)
+        return tuple(sizes[c] for c in d_in + d_out), tuple((d_in + d_out).index(c) for c in w), len(d_in)
+
     def contract(self, module: Any, x: jax.Array, matrix: jax.Array) -> jax.Array:
         x_axes, kept, d_in, sizes = self._input(module)
         if x_axes == kept + d_in:

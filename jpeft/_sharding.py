@@ -61,6 +61,11 @@ _SIDES: Mapping[str, tuple[str | None, ...]] = {
 }
 
 
+#: Leaves of a quantized kernel that lie as it does, d_in before d_out. The others are replicated: magnitudes of
+#: magnitudes are small, and flat codes run across columns, so that no cut of them is one of the kernel.
+_AS_KERNEL = ("codes", "scales")
+
+
 def placement(mesh: Mesh, rules: Rules = SHARDING_RULES) -> Callable[[str, Any], NamedSharding]:
     """(path, leaf or its shape) -> where a base model's leaf lives: what `jpeft.models.load(..., sharding=)` takes."""
     return lambda path, leaf: _fit({path: _ruled(path, leaf, rules)}, {path: leaf}, mesh)[path]
@@ -90,7 +95,7 @@ def shardings(leaves: Any, mesh: Mesh, rules: Rules = SHARDING_RULES) -> dict[st
     leaves = _flat(leaves)
     base = {path: leaf for path, leaf in leaves.items() if ADAPTERS not in path.split("/")}
     for pattern, _ in (rule for rule in rules if rule not in SHARDING_RULES):
-        mask(base, pattern)  # an error where it selects nothing
+        mask({**base, **{_kernel_of(path): leaf for path, leaf in base.items()}}, pattern)  # an error if it has none
     specs = {path: _ruled(path, leaf, rules) for path, leaf in base.items()}
     if mesh.size > mesh.shape.get("data", 1) and not any(map(any, specs.values())):
         raise ValueError(
@@ -158,18 +163,42 @@ def _put(leaf: Any, place: NamedSharding) -> jax.Array:
 
 
 def _ruled(path: str, leaf: Any, rules: Rules) -> Spec:
-    """What the first rule that matches says, one entry per axis of the leaf."""
+    """What the first rule that matches says, one entry per axis of the leaf; of codes, what it says of their kernel."""
     pattern, spec = next((rule for rule in rules if _pattern(rule[0]).fullmatch(path)), ("", P()))
+    if not pattern and _kernel_of(path) != path:
+        return _of_codes(leaf, next((spec for rule, spec in rules if _pattern(rule).fullmatch(_kernel_of(path))), P()))
     if len(spec) > leaf.ndim:
         raise ValueError(f"the rule {pattern!r} has {spec}, of {len(spec)} axes; {path} is {list(leaf.shape)}")
     return (None,) * (leaf.ndim - len(spec)) + tuple(spec)
+
+
+def _kernel_of(path: str) -> str:
+    """The path of the kernel that a leaf of codes or scales belongs to; any other path as it is."""
+    kernel, _, name = path.rpartition("/")
+    return kernel if name in _AS_KERNEL else path
+
+
+def _of_codes(leaf: Any, spec: P) -> Spec:
+    """The spec of codes or scales whose last axes are the kernel's d_in and d_out, packed; a scale may have one d_in.
+
+    A kernel of more axes than two has no axis of the codes to itself, and is replicated.
+    """
+    if len(spec) != 2:
+        return (None,) * leaf.ndim
+    return (None,) * (leaf.ndim - 2) + tuple(None if n == 1 else s for n, s in zip(leaf.shape[-2:], spec, strict=True))
+
+
+def _unpacked(path: str, leaf: Any) -> tuple[int, ...]:
+    """The shape of the kernel's matrix that these codes stand for, or of the leaf itself."""
+    packed = _kernel_of(path) != path and leaf.dtype == jnp.uint8
+    return (*leaf.shape[:-2], 2 * leaf.shape[-2], leaf.shape[-1]) if packed else leaf.shape
 
 
 def _derived(path: str, leaf: Any, leaves: Mapping[str, Any], specs: Mapping[str, Spec]) -> Spec:
     """An adapter leaf's spec, by its address `<module>/adapters/<name>/<leaf>`."""
     parts = path.split("/")
     at = parts.index(ADAPTERS)
-    own = [p for p in specs if p.split("/")[:-1] == parts[:at]]
+    own = [p for p in specs if parts[:at] in (p.split("/")[:-1], _kernel_of(p).split("/")[:-1])]
     if not own and (at == 0 or (parts[at + 2] not in _SIDES and parts[at + 2] != "saved")):
         return (None,) * leaf.ndim  # at a seam without leaves of its own, or shared by the whole model
     if not own:
@@ -178,7 +207,7 @@ def _derived(path: str, leaf: Any, leaves: Mapping[str, Any], specs: Mapping[str
         return specs["/".join(parts[:at] + parts[at + 3 :])]
     sides = _SIDES.get(parts[-1], (None,) * leaf.ndim)
     lead = leaf.ndim - len(sides)
-    kernels = [(leaves[p].shape[lead:], specs[p][lead:]) for p in own if leaves[p].ndim >= leaf.ndim]
+    kernels = [(_unpacked(p, leaves[p])[lead:], specs[p][lead:]) for p in own if leaves[p].ndim >= leaf.ndim]
     sizes = zip(sides, leaf.shape[lead:], strict=True)
     return (None,) * lead + tuple(_side(side, size, kernels) for side, size in sizes)
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 from ._graft import grafts
 from ._method import Adapter, AdapterParam
+from ._quantized import Quantized, QuantizedKernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Summary:
 
     Attributes:
       rows: one per adapter.
-      base: parameters (`nnx.Param`) of the base model, not its statistics or caches; the denominator of `percent`.
-      base_bytes: their memory.
+      base: parameters (`nnx.Param`) of the base model, not its statistics or caches; the denominator of `percent`. A
+        quantized kernel counts as the weights that it stands for.
+      base_bytes: their memory, of codes and scales where they are quantized.
       trainable, changed, bytes: sums over the rows; what two adapters change counts for each of them.
       percent: 100 * trainable / base.
     """
@@ -90,7 +92,10 @@ def summary(model: nnx.Module) -> Summary:
             row, more = rows.get(name), _row(name, adapter)
             rows[name] = more if row is None else _sum(row, more)
     base = [leaf for leaf in _leaves(model) if isinstance(leaf, nnx.Param) and not isinstance(leaf, AdapterParam)]
-    return Summary(tuple(rows.values()), sum(_size(leaf) for leaf in base), sum(_bytes(leaf) for leaf in base))
+    codes = [leaf for leaf in _leaves(model) if isinstance(leaf, Quantized)]
+    unpacked = [module for _, module in nnx.iter_modules(model) if isinstance(module, QuantizedKernel)]
+    size, memory = sum(map(_size, [*base, *unpacked])), sum(map(_bytes, [*base, *codes]))
+    return Summary(tuple(rows.values()), size, memory)
 
 
 def _row(name: str, adapter: Adapter) -> Row:

@@ -71,6 +71,21 @@ def plan(model: nnx.Module, method: Method) -> list[Planned]:
     return planned
 
 
+def chosen(model: nnx.Module, asked: Targets) -> list[Found]:
+    """The modules that a selection means, by the rules of methods, where it cannot mean some layers of a stack alone.
+
+    Raises:
+      ValueError: the selection is wrong, or it means some layers alone.
+    """
+    everything = modules(model)
+    _check_expressions(asked)
+    active = _active(everything, asked, _heads(model), frozenset())
+    for path, layers in active.items():
+        if not all(layers):
+            raise ValueError(f"targets={asked.targets!r} matches some layers of the stack {path} alone; name them all")
+    return [found for found in everything if found.path in active]
+
+
 def _heads(model: Any) -> tuple[str, ...]:
     """Paths of the task's output layers, where the model tells: `head` may as well be a module of somebody's own."""
     heads = getattr(model, "head", ())

@@ -10,6 +10,7 @@ from flax import nnx
 
 from . import seams
 from ._graft import ADAPTERS, adapters, base_type, is_grafted
+from ._quantized import QuantizedKernel
 
 #: The stacks around a module: of each, how many parts its own path has, and how many layers it holds.
 Stacks = tuple[tuple[int, int], ...]
@@ -125,15 +126,17 @@ def seam_sizes(found: Found) -> seams.Sizes:
         raise ValueError(f"{found.path}: {error}") from error
 
 
-def own_leaves(module: Any) -> dict[str, nnx.Variable]:
-    """The parameters that `module` itself owns, by attribute."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param)}
+def own_leaves(module: Any) -> dict[str, Any]:
+    """The parameters that `module` itself owns, by attribute; a quantized kernel is one of them."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param | QuantizedKernel)}
 
 
 def _walk(
     node: Any, path: tuple[Any, ...], stacks: Stacks, parents: tuple[int, ...]
 ) -> Iterator[tuple[tuple[Any, ...], Any, Stacks]]:
     """(path, module, scanned stacks around it) at every path, shared modules more than once."""
+    if isinstance(node, QuantizedKernel):
+        return  # a leaf of the module around it
     if isinstance(node, nnx.Module):
         size = vars(node).get("stack_size")
         stacks = stacks if size is None else (*stacks, (len(path), size))

@@ -52,6 +52,14 @@ def test_generation_page():
     assert (names["mixed"][0] == alone[0]).all()
 
 
+def test_quantization_page():
+    names: dict = {}
+    exec(code_blocks("docs/quantization.md")[0], names)
+    assert names["summary"].base_bytes < 0.6 * jpeft.summary(names["base"]).base_bytes  # the embeddings stay
+    ids = jnp.arange(6)[None]
+    assert jnp.abs(names["merged"](ids) - names["better"](ids)).max() < 1e-5
+
+
 @jax.numpy_rank_promotion("allow")  # the page's formula broadcasts, for brevity
 def test_method_page_example():
     """The method on the page about adding one: starts as the base, merges to itself."""

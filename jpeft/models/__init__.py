@@ -28,6 +28,7 @@ from flax import nnx
 from .._stack import REMAT_POLICIES
 from ._checkpoint import common_dtype, open_checkpoint
 from ._folder import replacing
+from ._quantizing import reading
 from ._safetensors import CheckpointError, Tensor, names
 from ._weights import Entry, Sharding, load_leaves, save_leaves
 from .generate import generate
@@ -114,6 +115,7 @@ def load(
     remat: str = "none",
     unroll: bool = False,
     sharding: Sharding | None = None,
+    quantize: str | None = None,
 ) -> Any:
     """A model from a Hugging Face folder: config.json and model.safetensors, or its shards.
 
@@ -129,6 +131,8 @@ def load(
       unroll: compile a loop over the layers in the scan's place.
       sharding: (path, shape) -> `jax.sharding.Sharding`; each device's slice is read straight to its place. None
         puts all on the default device.
+      quantize: a scheme of `jpeft.quantize`, for all linear layers but the head; each leaf is quantized as it is read,
+        so that the whole model is never there in floats.
 
     Raises:
       FileNotFoundError: no folder, no config.json, no safetensors, or a missing shard.
@@ -146,9 +150,10 @@ def load(
     tensors = open_checkpoint(folder)
     options = _options(common_dtype(tensors) if dtype is None else dtype, remat, unroll)
     abstract = family.abstract(config, task, options)
-    graphdef, shapes = _flatten(abstract)
+    _, shapes = _flatten(abstract)
     changed = asked not in (None, saved) or num_labels not in (None, family.module.Config.from_hf(hf).num_labels)
     heads = family.module.HEADS if changed else ()
+    codes, kernels, convert = reading(abstract, quantize, sharding)
     leaves = load_leaves(
         _without(tensors, abstract.head) if changed and saved else tensors,
         family.module.WEIGHTS(config, task),
@@ -157,13 +162,15 @@ def load(
         prefixes=family.module.PREFIXES,
         droppable=[f"{head}." for head in heads],
         fresh=[f"{head}/" for head in heads],
+        convert=convert,
     )
-    fresh = sorted({*shapes} - {*leaves})
+    fresh = sorted({*shapes} - {*leaves} - {*kernels})
     if fresh:
         _LOG.warning("initialised anew, to be trained: %s", ", ".join(fresh))
         leaves |= _first_values(
             family, config, task, options, jax.random.key(0) if key is None else key, fresh, sharding
         )
+    graphdef, shapes = _flatten(codes)
     return nnx.graph.unflatten(graphdef, [leaves[path] for path in shapes])
 
 

@@ -124,6 +124,7 @@ def load_leaves(
     prefixes: Sequence[str] = (),
     droppable: Sequence[str] = (),
     fresh: Sequence[str] = (),
+    convert: Callable[[str, jax.Array], Mapping[str, jax.Array]] = lambda path, leaf: {path: leaf},
 ) -> dict[str, jax.Array]:
     """Reads every leaf, each device's slice straight to its dtype and place.
 
@@ -136,6 +137,7 @@ def load_leaves(
         names, taken off them or exchanged to fit the checkpoint.
       droppable: starts of names (after the prefix) that another task's checkpoint may hold; dropped and logged.
       fresh: starts of paths that may be absent from the checkpoint; they are then absent from the result.
+      convert: (path, leaf) -> what is kept of it, by path; a leaf is read when the one before is converted.
 
     Raises:
       CheckpointError: naming every unmapped key, missing key, leaf without a rule, wrong shape and wrong dtype.
@@ -163,7 +165,10 @@ def load_leaves(
         raise CheckpointError("the checkpoint does not fit the model\n  " + "\n  ".join(problems))
     if dropped:
         _LOG.warning("dropped weights of another task: %s", names(dropped, len(dropped)))
-    return {path: _leaf(path, parts[path], tensors, shapes[path], sharding) for path in parts}
+    kept: dict[str, jax.Array] = {}
+    for path in parts:
+        kept |= convert(path, _leaf(path, parts[path], tensors, shapes[path], sharding))
+    return kept
 
 
 class _Part(NamedTuple):
@@ -295,7 +300,8 @@ def save_leaves(
     how = {rule.path: rule for rule in rules(entries)}
     if {*how} != {*leaves}:
         raise CheckpointError(
-            f"the table and the model disagree about {names({*how} ^ {*leaves})}; merge or strip adapters before saving"
+            f"the table and the model disagree about {names({*how} ^ {*leaves})}; merge or strip adapters, and "
+            "dequantize, before saving"
         )
     sources = {key: source for path, leaf in leaves.items() for key, source in _sources(how[path], leaf).items()}
     write_checkpoint(folder, sources, shard_bytes)

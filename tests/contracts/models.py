@@ -152,5 +152,11 @@ MODELS = {
     "bert": Model(_zoo(BERT, "TOKEN_CLS"), ("query", "output.dense", "word_embeddings"), ("query",), causal=False),
     "llama": Model(_zoo(LLAMA, "CAUSAL_LM"), ("q_proj", "down_proj", "lm_head"), ("q_proj",), caches=True),
     "t5": Model(_zoo(T5, "SEQ_2_SEQ_LM"), ("q", "wo", "shared"), ("q",), causal=False, decodes=True, caches=True),
+    "quantized llama": Model(
+        lambda: jpeft.quantize(_zoo(LLAMA, "CAUSAL_LM")(), "nf4_double"),
+        ("q_proj", "down_proj", "lm_head"),
+        ("q_proj",),
+        caches=True,
+    ),
     "tied llama": Model(_zoo(TIED, "CAUSAL_LM"), ("v_proj", "gate_proj", "embed_tokens"), ("v_proj",), caches=True),
 }

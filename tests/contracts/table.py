@@ -40,7 +40,7 @@ class Line:
     identity: bool = True
     merges: bool = True
     drawn: bool = True
-    on: tuple[str, ...] = ("foreign", "bert", "llama", "t5")
+    on: tuple[str, ...] = ("foreign", "bert", "llama", "quantized llama", "t5")
     fast: tuple[str, ...] = ("foreign",)
     exact: bool = True
 
@@ -50,7 +50,8 @@ def tables_aside(targets: Any) -> Any:
     return [target for target in targets if "embed" not in target and target != "shared"]
 
 
-EVERY = ("foreign", "bert", "llama", "tied llama", "t5")
+FLOAT = ("foreign", "bert", "llama", "tied llama", "t5")
+EVERY = (*FLOAT, "quantized llama")
 FEEDFORWARD = {"up", "output.dense", "down_proj", "gate_proj", "wo"}
 
 #: Methods by a name for the test. A new method needs one line.
@@ -94,7 +95,7 @@ METHODS: dict[str, Line] = {
         lambda targets: jpeft.FullFineTune(),
         targeted=False,
         drawn=False,
-        on=EVERY,
+        on=FLOAT,
         fast=("tied llama",),
     ),
     "the last layer": Line(
@@ -105,10 +106,15 @@ METHODS: dict[str, Line] = {
         ),
         targeted=False,
         drawn=False,
-        on=EVERY,
+        on=FLOAT,
         fast=("llama",),
     ),
-    "dora": Line(lambda targets: jpeft.DoRA(rank=2, alpha=3.0, targets=targets), on=EVERY, exact=False),
+    "dora": Line(
+        lambda targets: jpeft.DoRA(rank=2, alpha=3.0, targets=targets),
+        on=EVERY,
+        fast=("foreign", "quantized llama"),
+        exact=False,
+    ),
     "dora of several ranks from the kernel, with biases and dropout": Line(
         lambda targets: jpeft.DoRA(
             rank=2,

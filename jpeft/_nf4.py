@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NF4: a weight as one of 16 quantiles of a normal distribution, times its block's largest magnitude.
+
+Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, bit for bit as bitsandbytes computes it: blocks of 64
+consecutive weights of torch's `[d_out, d_in]`, the last one as short as it comes. With double quantization the
+magnitudes themselves, less their mean, are codes of 8 bits in blocks of 256 (`CODE_BOOK`). Everything here is about
+flat rows of numbers, `[*lead, n]`, in that order.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+#: How many weights share one magnitude, and how many magnitudes one of their own.
+BLOCK, SCALE_BLOCK = 64, 256
+
+#: The 16 values, from bitsandbytes (`create_normal_map(offset=0.9677083)`).
+NF4 = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+
+
+def _dynamic_map() -> np.ndarray:
+    """256 values of which each has an exponent of 0 to 6 bits and, in what is left, a linear fraction."""
+    values = [0.0, 1.0]
+    for bits in range(7):
+        bounds = _between(np.float32(0.1), np.float32(1), 2**bits + 1)
+        means = np.float32(10.0 ** (bits - 6)) * ((bounds[:-1] + bounds[1:]) / np.float32(2))
+        values += [*means, *-means]
+    return np.sort(np.array(values, np.float32))
+
+
+def _between(start: np.float32, end: np.float32, count: int) -> np.ndarray:
+    """`torch.linspace`: in float32, rounded once, from both ends to the middle."""
+    step, index = np.float64((end - start) / np.float32(count - 1)), np.arange(count)
+    return np.where(index < count // 2, start + step * index, end - step * index[::-1]).astype(np.float32)
+
+
+#: The 8-bit code book of the magnitudes (Dettmers et al. 2021, https://arxiv.org/abs/2110.02861).
+CODE_BOOK = _dynamic_map()
+
+
+def quantize(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`[*lead, n]` as packed codes `[*lead, ceil(n / 2)]`, the first of two in the high half, and magnitudes.
+
+    The magnitudes are `[*lead, ceil(n / 64)]`, float32.
+    """
+    blocks = _blocks(weights.astype(jnp.float32), BLOCK)
+    absmax, scaled = _scaled(blocks, short=weights.shape[-1] % BLOCK > 0)
+    codes = _nearest(scaled, NF4).reshape(*weights.shape[:-1], -1)[..., : 2 * math.ceil(weights.shape[-1] / 2)]
+    return codes[..., ::2] << 4 | codes[..., 1::2], absmax
+
+
+def dequantize(packed: jax.Array, absmax: jax.Array, n: int) -> jax.Array:
+    """The inverse of `quantize`, as far as there is one: `[*lead, n]`, float32 (float64 of such magnitudes)."""
+    codes = jnp.stack([packed >> 4, packed & 15], -1).reshape(*packed.shape[:-1], -1)[..., :n]
+    return (_blocks(values(codes), BLOCK) * absmax[..., None]).reshape(*packed.shape[:-1], -1)[..., :n]
+
+
+def values(codes: jax.Array) -> jax.Array:
+    """The value of every code, by selections alone: accelerators are slow to look up."""
+
+    def among(table: np.ndarray) -> jax.Array:
+        if len(table) == 1:
+            return jnp.asarray(table[0])
+        half = len(table) // 2
+        return jnp.where(codes & half > 0, among(table[half:]), among(table[:half]))
+
+    return among(NF4)
+
+
+def quantize_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`[*lead, blocks]` as 8-bit codes of the same shape, magnitudes `[*lead, ceil(blocks / 256)]`, mean `[*lead]`."""
+    count = absmax.shape[-1]
+    mean = _sum(absmax) / count
+    largest, scaled = _scaled(_blocks(absmax - mean[..., None], SCALE_BLOCK), short=False)
+    return _nearest(scaled, CODE_BOOK).reshape(*absmax.shape[:-1], -1)[..., :count], largest, mean
+
+
+def dequantize_scales(codes: jax.Array, largest: jax.Array, mean: jax.Array) -> jax.Array:
+    """The inverse of `quantize_scales`, as far as there is one."""
+    largest, found = largest[..., None], _blocks(jnp.asarray(CODE_BOOK)[codes.astype(jnp.int32)], SCALE_BLOCK)
+    # No code exceeds one, so the clip changes nothing, but it keeps compilers from rounding product and sum as one.
+    found = jnp.clip(found * largest, -largest, largest).reshape(*codes.shape[:-1], -1)
+    return found[..., : codes.shape[-1]] + mean[..., None]
+
+
+def _blocks(flat: jax.Array, size: int) -> jax.Array:
+    """`[*lead, n]` as `[*lead, ceil(n / size), size]`, zeros at the end."""
+    padding = [(0, 0)] * (flat.ndim - 1) + [(0, -flat.shape[-1] % size)]
+    return jnp.pad(flat, padding).reshape(*flat.shape[:-1], -1, size)
+
+
+def _sum(flat: jax.Array) -> jax.Array:
+    """`[*lead, n]` as `[*lead]`, in pairs of pairs: as many digits as there are, and the same ones on every device."""
+    while flat.shape[-1] > 1:
+        flat = _blocks(flat, 2).sum(-1)
+    return flat[..., 0]
+
+
+def _scaled(blocks: jax.Array, short: bool) -> tuple[jax.Array, jax.Array]:
+    """Every block's largest magnitude, and the block over it; zeros stay zeros.
+
+    bitsandbytes multiplies by the inverse, but divides a `short` last block of 4-bit codes, which can round apart.
+    """
+    absmax = jnp.abs(blocks).max(-1)
+    safe = jnp.where(absmax > 0, absmax, 1)[..., None]
+    scaled = blocks * (1 / safe)
+    if short:
+        scaled = scaled.at[..., -1, :].set(blocks[..., -1, :] / safe[..., -1, :])
+    return absmax, jnp.clip(scaled, -1, 1)
+
+
+def _nearest(scaled: jax.Array, table: np.ndarray) -> jax.Array:
+    """The code of the nearest value, of two as near the lower."""
+    bounds = (table[:-1] + table[1:]) / np.float32(2)
+    return jnp.searchsorted(jnp.asarray(bounds), scaled).astype(jnp.uint8)

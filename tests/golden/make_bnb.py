@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes bnb.npz: what bitsandbytes 0.50.2 makes of some weights, in 4 bits (NF4) and in 8, on a CPU.
+
+It needs an environment of its own:
+
+  python3.11 -m venv env && env/bin/pip install torch==2.13.0 && env/bin/pip install bitsandbytes==0.50.2 numpy
+  env/bin/python tests/golden/make_bnb.py
+
+The file holds the code book of the scales (`map`) and for every case the weight `[d_out, d_in]` (bfloat16 ones as
+float32), the packed codes, the largest magnitude of every block and the dequantized weight; under `double/` the codes
+of these magnitudes, their own blocks' magnitudes, their mean and the weight that results; under `int8/` the codes and
+the largest magnitude of every row.
+"""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+bnb = importlib.import_module("bitsandbytes.functional")
+
+#: Whole blocks in a row; blocks across rows, the last one short; an odd number of weights; more than 256 blocks.
+CASES = {
+    "rows": ((6, 128), torch.float32),
+    "across": ((10, 24), torch.float32),
+    "odd": ((5, 13), torch.float32),
+    "many": ((270, 64), torch.float32),
+    "half": ((6, 128), torch.bfloat16),
+}
+
+
+def main() -> None:
+    saved = {"map": bnb.create_dynamic_map().numpy()}
+    for seed, (name, (shape, dtype)) in enumerate(CASES.items()):
+        weight = torch.tensor(draw(seed, shape)).to(dtype)
+        saved[f"{name}/weight"] = weight.float().numpy()
+        saved |= {f"{name}/{key}": value for key, value in results(weight).items()}
+    np.savez_compressed(Path(__file__).with_name("bnb.npz"), **saved)
+
+
+def draw(seed: int, shape: tuple[int, int]) -> np.ndarray:
+    """Rows of several scales, an outlier, and zeros where a block lies."""
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal(shape) * np.exp(rng.standard_normal((shape[0], 1)))
+    weight[0, 0] = 9.0
+    if weight.size > 128:
+        weight.reshape(-1)[64:128] = 0
+    return weight.astype(np.float32)
+
+
+def results(weight: torch.Tensor) -> dict[str, np.ndarray]:
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64)
+    found = {"packed": packed, "absmax": state.absmax, "dequantized": bnb.dequantize_4bit(packed, state)}
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=True)
+    found |= {
+        "double/packed": packed,
+        "double/absmax": state.absmax,
+        "double/absmax2": state.state2.absmax,
+        "double/mean": state.offset,
+        "double/dequantized": bnb.dequantize_4bit(packed, state),
+    }
+    codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(weight.float())
+    found |= {"int8/codes": codes, "int8/absmax": absmax}
+    whole = (torch.uint8, torch.int8)
+    return {key: (value if value.dtype in whole else value.float()).numpy() for key, value in found.items()}
+
+
+if __name__ == "__main__":
+    main()
