@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from ._adapt import adapt, merge, penalty, strip
     from ._algebra import as_lora, average, combine_adapters
     from ._bank import Bank, apply_bank, bank, select, vote
+    from ._eva import eva
     from ._fold import fold
     from ._hybrids import MAM, UniPELT
     from ._loftq import loftq
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 #: Module -> public names in it; those of `__all__` that are in none of these are methods.
 _WHERE: dict[str, tuple[str, ...]] = {
     "_adapt": ("adapt", "merge", "penalty", "strip"),
+    "_eva": ("eva",),
     "_fold": ("fold",),
     "_hybrids": ("MAM", "UniPELT"),
     "_scale": ("disable", "scale"),
@@ -106,6 +108,7 @@ __all__ = [
     "dequantize",
     "disable",
     "dropout_key",
+    "eva",
     "export_merged",
     "export_peft",
     "fold",

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EVA: LoRA that starts in the directions in which the data varies most (Paischer et al. 2024,
+https://arxiv.org/abs/2410.07170).
+
+A place reads rows x. Their first principal components become the columns of its A, and every place gets as many of them
+as say more than what others would get for the same rank: the share of the variance that a component explains decides.
+
+The rows' moments are gathered by a gradient. A method that computes nothing stands at every place, and has a leaf
+`sums` whose cotangent is `Σ [x, 1] [x, 1]ᵀ` whatever the loss is: so the model runs as it always does, stacked, scanned
+and rematerialised, and the sums of all layers come out where a training's gradients would.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from . import seams
+from ._adapt import adapt
+from ._graft import adapters
+from ._method import Adapter, Method, Site, Start, Targets
+from ._partition import combine, partition
+from ._scope import current
+from ._walk import modules
+
+#: Shares of variance below this are rounding: such a direction is in no data.
+_NOTHING = 1e-6
+
+
+def eva(
+    model: nnx.Module,
+    method: Any,
+    batches: Iterable[Any],
+    *,
+    key: jax.Array,
+    rho: float = 2.0,
+    whiten: bool = False,
+    run: Callable[[Any, Any], Any] | None = None,
+    name: str | None = None,
+) -> Any:
+    """`model` adapted by a LoRA whose A, and whose ranks, follow the data.
+
+    A new model, which computes what the given one does: B starts at zero. Over all places as many ranks are given away
+    as the method asks for. The factor s stays what it is at the method's own rank, and places that get nothing are left
+    out. (PEFT multiplies alpha by the ratio of the ranks, which with rslora is another factor.)
+
+    Every place holds a matrix of `d_in²` numbers per layer while the data runs. What the running call says is padding
+    does not count.
+
+    Args:
+      method: `jpeft.LoRA`, or `jpeft.DoRA`, with the default `init`; on projections that read vectors.
+      batches: what `run` takes; all of them are read.
+      key: as of `jpeft.adapt`.
+      rho: a place gets at most `rho * rank`; 1 leaves all ranks as they are.
+      whiten: divide each component by the root of its singular value.
+      run: (model, batch) -> outputs; by default the batch is the model's only argument, or holds it by name.
+      name: as of `jpeft.adapt`.
+
+    Raises:
+      TypeError, ValueError: another method; no batch; a place that reads no vectors; too few different rows for the
+        rank.
+
+    Example:
+      >>> model = jpeft.eva(model, jpeft.LoRA(rank=16, targets=["q_proj"]), [{"input_ids": ids}], key=key)
+    """
+    _check(method, rho)
+    probed = adapt(model, _Moments(method), key=key)
+    places = _places(probed, method)
+    sums = _gathered(probed, batches, run or _called)
+    found = {name: _components(sums[place.path][place.at], name, place.rank, rho) for name, place in places.items()}
+    ranks = _given({name: own.shares for name, own in found.items()}, sum(place.rank for place in places.values()))
+    spread = _with_ranks(method, ranks, {name: place.factor for name, place in places.items()})
+    adapted = adapt(model, spread, key=key, name=name)
+    for module in modules(adapted):
+        adapter = adapters(module.module).get(name or method.kind)
+        if adapter is not None and adapter.acts:
+            _start(adapter, {place: own.vectors(whiten) for place, own in found.items()})
+    return adapted
+
+
+class _Place(NamedTuple):
+    """One adapted projection in one layer."""
+
+    path: str  # of the sums
+    at: tuple[Any, ...]  # its layer in them
+    rank: int
+    factor: float
+
+
+class _Principal(NamedTuple):
+    """Principal components of a place's rows, the first one first: `[n, d_in]`, and what they explain."""
+
+    components: np.ndarray
+    shares: np.ndarray  # of the variance
+    singular: np.ndarray  # values of the centred rows
+
+    def vectors(self, whiten: bool) -> np.ndarray:
+        return self.components / np.sqrt(self.singular)[:, None] if whiten else self.components
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moments(Method):
+    """Leaves all as it is; the gradient of `sums` is the sum of the products of what its places read."""
+
+    kind: ClassVar[str] = "moments"
+
+    of: Method
+
+    def select(self, model_type: str | None) -> Targets:
+        asked: Any = self.of.select(model_type)
+        return dataclasses.replace(asked, modules_to_save=(), bias="none")
+
+    def start(self, site: Site, base: Any, key: jax.Array) -> Start:
+        if isinstance(seams.projection(base), seams.Lookup):
+            raise ValueError(f"{site.path} is an embedding, which reads ids and no vectors; leave it out of targets")
+        return Start({"sums": jnp.zeros((*site.lead, site.d_in + 1, site.d_in + 1), jnp.float32)})
+
+    def after(self, adapter: Any, base: Any, y: jax.Array, *inputs: Any) -> jax.Array:
+        rows = seams.projection(base).rows(base, jnp.asarray(inputs[0])).astype(jnp.float32)
+        text = current().text
+        counted = jnp.ones(rows.shape[:-1]) if text is None or text.shape != rows.shape[:-1] else text
+        rows = jnp.concatenate([rows, jnp.ones((*rows.shape[:-1], 1))], -1) * counted[..., None]
+        return _watched(y, rows.reshape(-1, rows.shape[-1]), adapter.sums[...])
+
+    def count(self, site: Site) -> tuple[int, int]:
+        return sum(site.active) * (site.d_in + 1) ** 2, 0
+
+
+@jax.custom_vjp
+def _watched(y: jax.Array, rows: jax.Array, sums: jax.Array) -> jax.Array:
+    """`y`; the cotangent of `sums` is rowsᵀ rows."""
+    return y
+
+
+def _watched_fwd(y: jax.Array, rows: jax.Array, sums: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return y, rows
+
+
+def _watched_bwd(rows: jax.Array, ct: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return ct, jnp.zeros_like(rows), jnp.matmul(rows.T, rows, precision="highest")
+
+
+_watched.defvjp(_watched_fwd, _watched_bwd)
+
+
+def _check(method: Any, rho: Any) -> None:
+    if getattr(method, "kind", None) not in ("lora", "dora"):
+        raise TypeError(f"eva starts a jpeft.LoRA or jpeft.DoRA, got {type(method).__name__}")
+    if method.init != "default":
+        raise ValueError(f"eva is a start itself, so the method's init must be 'default', got {method.init!r}")
+    if not isinstance(rho, (int, float)) or isinstance(rho, bool) or not 1 <= rho < float("inf"):
+        raise ValueError(f"rho, the largest share of a place's own rank that it may get, is at least 1; got {rho!r}")
+
+
+def _called(model: Any, batch: Any) -> Any:
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def _places(model: nnx.Module, method: Any) -> dict[str, _Place]:
+    """Where `model` is watched, by name, with the rank and the factor that `method` has there."""
+    places = {}
+    for found in modules(model):
+        if _Moments.kind not in adapters(found.module):
+            continue
+        site = adapters(found.module)[_Moments.kind].site
+        for i, name in enumerate(site.names):
+            rank, factor = method.ranks(site)[i], float(method.table(site)[i].max())
+            at = tuple(map(int, np.unravel_index(i, site.lead))) if site.lead else ()
+            if rank:
+                places[name] = _Place(f"{found.path}/adapters/{_Moments.kind}/sums".lstrip("/"), at, rank, factor)
+    return places
+
+
+def _gathered(model: nnx.Module, batches: Iterable[Any], run: Callable[[Any, Any], Any]) -> Mapping[str, np.ndarray]:
+    """The sums over all batches, by path, in float64."""
+    graphdef, trainable, frozen = partition(model)
+
+    @jax.jit
+    def gradients(trainable: Any, frozen: Any, batch: Any) -> Any:
+        def total(trainable: Any) -> jax.Array:
+            out = run(combine(graphdef, trainable, frozen), batch)
+            return sum((x.astype(jnp.float32).sum() for x in jax.tree.leaves(out)), start=jnp.zeros(()))
+
+        return jax.grad(total)(trainable)
+
+    sums = {path: np.zeros(value.shape) for path, value in trainable.items()}
+    count = 0
+    for batch in batches:
+        for path, value in gradients(trainable, frozen, batch).items():
+            sums[path] += np.asarray(value, np.float64)
+        count += 1
+    if not count:
+        raise ValueError("eva got no batch; give it some of the data that the adapter will be trained on")
+    return sums
+
+
+def _components(sums: np.ndarray, place: str, rank: int, rho: float) -> _Principal:
+    """At most `rho * rank` principal components, from the sums `[d_in + 1, d_in + 1]`.
+
+    Raises:
+      ValueError: the rows vary in fewer directions than `rank`, or are not finite.
+    """
+    if not np.isfinite(sums).all():
+        raise ValueError(f"what {place} reads is not finite")
+    count, d_in = sums[-1, -1], sums.shape[-1] - 1
+    mean = sums[-1, :-1] / max(count, 1)
+    scatter = sums[:-1, :-1] - count * np.outer(mean, mean)
+    most = min(round(rho * rank), d_in)
+    values, vectors = (part[..., d_in - most :] for part in np.linalg.eigh(scatter))
+    shares = values[::-1] / max(np.trace(scatter), np.finfo(np.float64).tiny)
+    real = shares > _NOTHING
+    if real.sum() < rank:
+        raise ValueError(
+            f"what {place} reads in {int(count)} rows varies in {int(real.sum())} directions, fewer than the rank "
+            f"{rank}; give eva more data, or the method a smaller rank"
+        )
+    return _Principal(vectors.T[::-1][real], shares[real], np.sqrt(values[::-1][real]))
+
+
+def _given(shares: Mapping[str, np.ndarray], budget: int) -> dict[str, int]:
+    """How many components each place gets: the `budget` largest shares of all places'."""
+    every = sorted((-share, i, place) for i, place in enumerate(shares) for share in shares[place])
+    ranks = dict.fromkeys(shares, 0)
+    for _, _, place in every[:budget]:
+        ranks[place] += 1
+    return ranks
+
+
+def _with_ranks(method: Any, ranks: Mapping[str, int], factors: Mapping[str, float]) -> Any:
+    """`method` with these ranks and factors by place, and without the places of rank 0."""
+    names = sorted((place for place, rank in ranks.items() if rank), key=len, reverse=True)
+    alphas = {place: factors[place] * (ranks[place] ** 0.5 if method.rslora else ranks[place]) for place in names}
+    none = [place for place, rank in ranks.items() if not rank]
+    exclude = method.exclude
+    if none:
+        exclude = "|".join([exclude, *map(re.escape, none)]) if isinstance(exclude, str) else (*exclude, *none)
+    return dataclasses.replace(
+        method,
+        exclude=exclude,
+        rank_pattern={re.escape(place): ranks[place] for place in names},
+        alpha_pattern={re.escape(place): alpha for place, alpha in alphas.items()},
+    )
+
+
+def _start(adapter: Adapter, vectors: Mapping[str, np.ndarray]) -> None:
+    """Sets A `[*lead, d_in, rank]`, in place."""
+    site, leaf = adapter.site, adapter.A  # type: ignore[attr-defined]
+    a = np.zeros(leaf.shape, np.float64)
+    ranks = adapter.method.ranks(site)  # type: ignore[attr-defined]
+    for i, (place, rank) in enumerate(zip(site.names, ranks, strict=True)):
+        if rank:
+            a[(*(np.unravel_index(i, site.lead) if site.lead else ()), ..., slice(rank))] = vectors[place][:rank].T
+    leaf.set_value(jnp.asarray(a, leaf.dtype))
