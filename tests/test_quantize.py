@@ -324,7 +324,7 @@ def test_what_cannot_be_quantized():
     base = MODELS["llama"].build()
     with pytest.raises(ValueError, match="scheme must be one of nf4, nf4_double, int8; got 'nf3'"):
         jpeft.quantize(base, "nf3")
-    with pytest.raises(ValueError, match="embed_tokens, a Embed, is no product with a matrix"):
+    with pytest.raises(ValueError, match="embed_tokens, a TokenTable, is no product with a matrix"):
         jpeft.quantize(base, targets=["embed_tokens"])
     with pytest.raises(ValueError, match=r"target 'querry' matches no projection .* nearest: "):
         jpeft.quantize(base, targets=["querry"])
