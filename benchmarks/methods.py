@@ -38,6 +38,7 @@ def methods() -> dict[str, Any]:
         "lokr": j.LoKr(rank=8, alpha=16, targets=QV),
         "vera": j.VeRA(rank=256, targets=QV),
         "oft": j.OFT(block_size=32, targets=QV),
+        "fourierft": j.FourierFT(n_frequency=1000, targets=QV),
         "ia3": j.IA3(),
         "norm_tuning": j.NormTuning(),
         "trainable_tokens": j.TrainableTokens(token_indices=PHRASE),
@@ -68,6 +69,7 @@ def peft_methods() -> dict[str, Any]:
         "lokr": p.LoKrConfig(r=8, alpha=16, target_modules=QV),
         "vera": p.VeraConfig(r=256, target_modules=QV),
         "oft": p.OFTConfig(oft_block_size=32, r=0, target_modules=QV),
+        "fourierft": p.FourierFTConfig(n_frequency=1000, target_modules=QV),
         "ia3": p.IA3Config(target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"]),
         "norm_tuning": p.LNTuningConfig(target_modules=["LayerNorm"]),
         "trainable_tokens": p.TrainableTokensConfig(token_indices=PHRASE, target_modules=["word_embeddings"]),
@@ -79,7 +81,19 @@ def peft_methods() -> dict[str, Any]:
 
 
 #: Those that PEFT has, in this order; and those that it has not.
-SHARED = ("lora", "dora", "adalora", "loha", "lokr", "vera", "oft", "ia3", "norm_tuning", "trainable_tokens")
+SHARED = (
+    "lora",
+    "dora",
+    "adalora",
+    "loha",
+    "lokr",
+    "vera",
+    "oft",
+    "fourierft",
+    "ia3",
+    "norm_tuning",
+    "trainable_tokens",
+)
 SHARED += ("prompt_tuning", "p_tuning", "prefix_tuning", "full")
 OWN = ("bitfit", "houlsby", "pfeiffer", "parallel", "compacter", "loreft", "last_layers")
 
