@@ -45,7 +45,7 @@ def test_sizes_and_areas(splits):
     assert sizes["train"] > 1200
     assert min(sizes["validation"], sizes["test"]) > 350
     assert len(AREAS) == 8
-    for split, floor in zip(SPLITS, (100, 20, 45), strict=True):
+    for split, floor in zip(SPLITS, (80, 20, 45), strict=True):
         counts = Counter(example["label"] for example in splits[split])
         assert set(counts) == set(AREAS)
         assert min(counts.values()) >= floor, counts
