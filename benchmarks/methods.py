@@ -116,7 +116,7 @@ def prepare_jpeft(name: str) -> tuple[dict[str, Any], Callable[[int], list[float
     graphdef, trainable, frozen = jpeft.partition(model)
     task = model.task
     del model
-    tx = optax.adamw(RATE)
+    tx = jpeft.optimizer(optax.adamw(RATE), model=graphdef)
     update = make_step(graphdef, SUMS[task], tx)
     held = [begin(tx, trainable)]
     batch = {key: jnp.asarray(x, "int32")[None] for key, x in batch_of(MINILM, BATCH, SEQ).items()}
