@@ -23,7 +23,7 @@ from flax import nnx
 from . import seams
 from ._adapt import adapt
 from ._graft import adapters
-from ._method import Adapter, Method, Site, Start, Targets
+from ._method import Method, Site, Start, Targets
 from ._partition import combine, partition
 from ._scope import current
 from ._walk import modules
@@ -247,11 +247,11 @@ def _with_ranks(method: Any, ranks: Mapping[str, int], factors: Mapping[str, flo
     )
 
 
-def _start(adapter: Adapter, vectors: Mapping[str, np.ndarray]) -> None:
+def _start(adapter: Any, vectors: Mapping[str, np.ndarray]) -> None:
     """Sets A `[*lead, d_in, rank]`, in place."""
-    site, leaf = adapter.site, adapter.A  # type: ignore[attr-defined]
+    site, leaf = adapter.site, adapter.A
     a = np.zeros(leaf.shape, np.float64)
-    ranks = adapter.method.ranks(site)  # type: ignore[attr-defined]
+    ranks = adapter.method.ranks(site)
     for i, (place, rank) in enumerate(zip(site.names, ranks, strict=True)):
         if rank:
             a[(*(np.unravel_index(i, site.lead) if site.lead else ()), ..., slice(rank))] = vectors[place][:rank].T

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Values of a method's fields as they are kept: hashable, in one form, and checked."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -71,6 +72,17 @@ def rate(method: str, field: str, value: Any) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
         raise ValueError(f"{method}'s {field} must be in [0, 1), got {value!r}")
+    return value
+
+
+def positive(method: str, field: str, value: Any) -> float:
+    """A number by which an update is multiplied: above 0, and finite.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{method}'s {field} must be a positive number (at 0 nothing is trained), got {value!r}")
     return value
 
 

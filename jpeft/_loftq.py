@@ -21,7 +21,7 @@ from . import seams
 from ._adapt import adapt
 from ._fields import whole
 from ._graft import adapters, base_type, rebase
-from ._method import Adapter, Method, wide
+from ._method import Method, wide
 from ._quantize import to_quantize
 from ._quantized import put_codes, quantized_type, rounded
 from ._walk import modules
@@ -81,7 +81,7 @@ def loftq(
     return started
 
 
-def _start(adapter: Adapter, matrix: jax.Array, scheme: str, iterations: int) -> jax.Array:
+def _start(adapter: Any, matrix: jax.Array, scheme: str, iterations: int) -> jax.Array:
     """Sets A and B of `adapter`, in place; returns the matrix to quantize."""
     method, site = adapter.method, adapter.site
     leaves = {name for name, leaf in vars(adapter).items() if isinstance(leaf, nnx.Variable)} - {"layer_index"}
@@ -90,7 +90,7 @@ def _start(adapter: Adapter, matrix: jax.Array, scheme: str, iterations: int) ->
             f"loftq sets a start of plain factors A and B, of a jpeft.LoRA with the default init; got {method}, with "
             f"{', '.join(sorted(leaves)) or 'no leaves'}"
         )
-    table = np.asarray(method.table(site))  # type: ignore[attr-defined]
+    table = np.asarray(method.table(site))
     if table.shape[-1] > min(site.d_in, site.d_out):
         raise ValueError(f"{site.path} is {site.d_in} x {site.d_out}, which holds no start of rank {table.shape[-1]}")
     scale = jnp.asarray(table, jnp.float32).reshape(*site.lead, -1)

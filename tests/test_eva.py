@@ -94,6 +94,20 @@ def test_places_that_get_nothing_are_left_out():
     assert "blocks.0.down" not in ranks
 
 
+def test_dora_a_name_and_a_run_of_ones_own():
+    base = stacked()
+    batches = [{"rows": X}]
+    given = {"key": KEY, "name": "mine", "run": lambda model, batch: {"out": model(batch["rows"])}}
+    model = jpeft.eva(base, jpeft.DoRA(rank=2, targets=".*up", exclude=r".*0\.up"), batches, rho=1, **given)
+    wanted = expected(read64(base), 2, 1)
+    found = starts(model)
+    assert sorted(found) == ["blocks.1.up", "blocks.2.up"]
+    for name, (a, _) in found.items():
+        assert_same_directions(a, wanted[name][0])
+    assert all("/adapters/mine/" in path for path in jpeft.partition(model)[1])
+    assert subjects.error(model(X), base(X)) < subjects.FLOAT32
+
+
 def test_padding_does_not_count():
     base = peft_oracle.jax_model("bert tokens")
     method = jpeft.LoRA(rank=3, targets=["query", "value"], modules_to_save=())

@@ -357,3 +357,11 @@ def test_the_head_of_a_classification_task_is_trained_unless_told_not_to():
         assert saved(modules_to_save=()) == set()
         assert saved(modules_to_save=["embed_tokens"]) == {"embed_tokens", "lm_head"}  # peft adds the head too
         assert saved(modules_to_save="lm_head") == {"lm_head"}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "adalora", "loha", "lokr", "vera", "oft", "fourierft", "ia3"])
+def test_layers_beside_a_regular_expression_are_refused(kind):
+    """They would pick nothing: the expression says itself which layers it means."""
+    needed = {"total_steps": 10} if kind == "adalora" else {}
+    with pytest.raises(ValueError, match="with a regular expression, say the layers in it"):
+        jpeft.METHODS[kind](targets=".*up", layers=[0], **needed)

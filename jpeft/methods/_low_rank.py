@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import seams
-from .._fields import Frozen, indices, names, one_of, rate, whole
+from .._fields import Frozen, one_of, positive, rate, selection, whole
 from .._matching import pattern_value
 from .._method import BIAS_CHOICES, Adapter, Site, Start, Targets, wide
 from ._default_targets import default_targets
@@ -36,7 +36,7 @@ def check_factors(method: Any) -> None:
     for rank in (method.rank, *method.rank_pattern.values()):
         whole(name, "rank", rank)
     for alpha in (method.alpha, *method.alpha_pattern.values()):
-        check_alpha(name, alpha)
+        positive(name, "alpha", alpha)
     one_of(name, "init", method.init, STARTS)
 
 
@@ -46,19 +46,9 @@ def check_selection(method: Any) -> None:
     Raises:
       ValueError, TypeError: one has a value that it cannot have.
     """
-    for field in ("targets", "exclude", "modules_to_save"):
-        object.__setattr__(method, field, names(field, getattr(method, field)))
-    object.__setattr__(method, "layers", indices(method.layers))
+    selection(method)
     rate(type(method).__name__, "dropout", method.dropout)
     one_of(type(method).__name__, "bias", method.bias, BIAS_CHOICES)
-    if isinstance(method.targets, str) and method.targets != "all-linear" and method.layers is not None:
-        raise ValueError("layers= picks among listed targets; with a regular expression, say the layers in it")
-
-
-def check_alpha(name: str, alpha: Any) -> None:
-    """Raises a ValueError unless `alpha` is a positive number."""
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-        raise ValueError(f"{name}'s alpha must be a positive number (at 0 nothing is trained), got {alpha!r}")
 
 
 def select(method: Any, model_type: str | None, patterns: tuple[str, ...] = ()) -> Targets:

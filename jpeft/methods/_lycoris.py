@@ -5,7 +5,6 @@ Ranks that differ between the layers of a stack are padded to the largest, and t
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._fields import Frozen, indices, names, rate, whole
+from .._fields import Frozen, positive, rate, selection, whole
 from .._matching import pattern_value
 from .._method import Adapter, Site, Targets
 from .._scope import fold_path
@@ -28,16 +27,13 @@ def check(method: Any) -> None:
       TypeError, ValueError: one of them is wrong.
     """
     name = type(method).__name__
-    for field in ("targets", "exclude", "modules_to_save"):
-        object.__setattr__(method, field, names(field, getattr(method, field)))
-    object.__setattr__(method, "layers", indices(method.layers))
+    selection(method)
     for field in ("rank_pattern", "alpha_pattern"):
         object.__setattr__(method, field, Frozen(getattr(method, field) or {}))
     for rank in (method.rank, *method.rank_pattern.values()):
         whole(name, "rank", rank)
     for alpha in (method.alpha, *method.alpha_pattern.values()):
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-            raise ValueError(f"{name}'s alpha must be a positive number (at 0 nothing is trained), got {alpha!r}")
+        positive(name, "alpha", alpha)
     for field in ("rank_dropout", "module_dropout"):
         rate(name, field, getattr(method, field))
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import seams
-from .._fields import whole
+from .._fields import positive, whole
 from .._method import Adapter, Method, Site, Start, Steering, Targets, wide
 from .._scope import fold_path
 from . import _low_rank
@@ -76,7 +76,7 @@ class AdaLoRA(Method):
 
     def __post_init__(self) -> None:
         _low_rank.check_selection(self)
-        _low_rank.check_alpha("AdaLoRA", self.alpha)
+        positive("AdaLoRA", "alpha", self.alpha)
         for field, least in (("init_rank", 1), ("target_rank", 1), ("tinit", 0), ("tfinal", 0), ("delta_t", 1)):
             whole("AdaLoRA", field, getattr(self, field), least)
         if self.total_steps is None:

@@ -11,7 +11,6 @@ size share them; they are kept with the adapter, for another library draws other
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -21,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import seams
-from .._fields import indices, names, one_of, whole
+from .._fields import one_of, positive, selection, whole
 from .._method import Method, Site, Start, Targets, wide
 from .._scope import fold_path
 from ._default_targets import default_targets
@@ -58,17 +57,11 @@ class FourierFT(Method):
     modules_to_save: Any = None
 
     def __post_init__(self) -> None:
-        for field in ("targets", "exclude", "modules_to_save"):
-            object.__setattr__(self, field, names(field, getattr(self, field)))
-        object.__setattr__(self, "layers", indices(self.layers))
+        selection(self)
         whole("FourierFT", "n_frequency", self.n_frequency)
         whole("FourierFT", "location_key", self.location_key, least=0)
         one_of("FourierFT", "init", self.init, ("normal", "zero"))
-        scaling = self.scaling
-        if not isinstance(scaling, (int, float)) or isinstance(scaling, bool) or not 0 < scaling < math.inf:
-            raise ValueError(
-                f"FourierFT's scaling must be a positive number (at 0 nothing is trained), got {scaling!r}"
-            )
+        positive("FourierFT", "scaling", self.scaling)
 
     def select(self, model_type: str | None) -> Targets:
         targets = default_targets("FourierFT", self.targets, model_type)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import seams
-from .._fields import indices, names, rate, whole
+from .._fields import rate, selection, whole
 from .._method import Adapter, Method, Site, Start, Targets, wide
 from ._default_targets import default_targets
 
@@ -72,9 +72,7 @@ class OFT(Method):
     modules_to_save: Any = None
 
     def __post_init__(self) -> None:
-        for field in ("targets", "exclude", "modules_to_save"):
-            object.__setattr__(self, field, names(field, getattr(self, field)))
-        object.__setattr__(self, "layers", indices(self.layers))
+        selection(self)
         if self.block_size is not None and self.rank is not None:
             raise ValueError(
                 f"OFT takes block_size or rank, for each gives the other (block_size * rank = d_in); got both, "

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .. import seams
-from .._fields import indices, names, rate, whole
+from .._fields import rate, selection, whole
 from .._method import Method, Site, Start, Targets, wide
 from .._scope import fold_path
 from ._default_targets import default_targets
@@ -63,9 +63,7 @@ class VeRA(Method):
     modules_to_save: Any = None
 
     def __post_init__(self) -> None:
-        for field in ("targets", "exclude", "modules_to_save"):
-            object.__setattr__(self, field, names(field, getattr(self, field)))
-        object.__setattr__(self, "layers", indices(self.layers))
+        selection(self)
         whole("VeRA", "rank", self.rank)
         whole("VeRA", "projection_key", self.projection_key, least=0)
         rate("VeRA", "dropout", self.dropout)

@@ -91,9 +91,10 @@ def places_of(model):
 
 
 def test_places_follow_from_their_key_and_the_sizes_alone():
-    make = lambda seed, **options: places_of(  # noqa: E731
-        jpeft.adapt(stacked(), jpeft.FourierFT(n_frequency=11, targets=TARGETS, **options), key=jax.random.key(seed))
-    )
+    def make(seed, **options):
+        method = jpeft.FourierFT(n_frequency=11, targets=TARGETS, **options)
+        return places_of(jpeft.adapt(stacked(), method, key=jax.random.key(seed)))
+
     one, other, moved = make(0), make(1), make(0, location_key=3)
     for path, places in one.items():
         assert places.shape == (LAYERS, 11)
@@ -149,6 +150,7 @@ def test_a_bank_of_other_numbers_and_factors_gives_each_its_own():
         ({"scaling": float("nan")}, "scaling must be a positive number"),
         ({"init": "ones"}, "init"),
         ({"location_key": -1}, "location_key"),
+        ({"targets": ".*up", "layers": [0]}, "with a regular expression, say the layers in it"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
