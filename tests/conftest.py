@@ -16,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+# Most of the tests' time is XLA compiling programs that run once, in microseconds: they are not optimised, in
+# child processes neither. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test` tests what users run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 def pytest_configure(config):
@@ -26,7 +29,9 @@ def pytest_configure(config):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     cache = os.environ.get("JPEFT_TEST_CACHE", config.rootpath / ".pytest_cache" / "xla")
     jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # Every program is kept, however small: the same set-up of the same small models is compiled by many files, in
+    # several processes.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
