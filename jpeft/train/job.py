@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from .. import _mesh, models
 from .._adapt import adapt
 from .._partition import GraphDef, Leaves, partition
+from .._quantize import quantize
 from .._sharding import placement, shard
 from .._summary import Summary, summary
 from . import config as configuration
@@ -110,6 +111,7 @@ def build(config: Config, label_names: tuple[str, ...] | None, mesh: Mesh | None
         num_labels=None if label_names is None else len(label_names),
         remat=config.model.remat,
         sharding=None if mesh is None else placement(mesh),
+        quantize=config.model.quantize,
     )
     model = adapt(base, method, key=start)
     counts = summary(model)
@@ -122,7 +124,9 @@ def count(config: Config, label_names: tuple[str, ...] | None) -> Summary:
     hf, num_labels = read_hf_config(config.model.path), None if label_names is None else len(label_names)
 
     def adapted() -> Any:
-        return adapt(models.build(hf, config.model.task, key=key, num_labels=num_labels), method, key=key)
+        base = models.build(hf, config.model.task, key=key, num_labels=num_labels)
+        scheme = config.model.quantize
+        return adapt(base if scheme is None else quantize(base, scheme), method, key=key)
 
     return summary(nnx.eval_shape(adapted))
 

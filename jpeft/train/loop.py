@@ -187,7 +187,7 @@ class Loop:
         ]
         card = Card(" ".join(said), evaluation.metrics if evaluation else {})
         model = combine(self._parts.graphdef, trainable, self._parts.frozen)
-        info = Info(self._dataset.label_names, data.max_length)
+        info = Info(self._dataset.label_names, data.max_length, config.model.quantize)
         save_adapter(model, self._folder.adapter, config.model.path, info, card)
         say(f"adapter: {self._folder.adapter}")
 

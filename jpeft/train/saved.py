@@ -28,10 +28,12 @@ class Info:
     Attributes:
       label_names: in the order of the head's outputs; None for a language model.
       max_length: tokens that a text was cut to in training.
+      quantize: the scheme of the codes that an adapter was trained beside; None for floats.
     """
 
     label_names: tuple[str, ...] | None
     max_length: int | None
+    quantize: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
     info = _info(folder)
     num_labels = len(info.label_names) if info.label_names else _num_labels(folder)
     with _without_warnings():  # of a head without weights: the adapter brings it
-        loaded = models.load(base, config.get("task_type"), num_labels=num_labels)
+        loaded = models.load(base, config.get("task_type"), num_labels=num_labels, quantize=info.quantize)
     adapted = import_peft(loaded, folder)
     if loaded.task == "SEQ_CLS" and info.label_names is None:
         info = dataclasses.replace(info, label_names=tuple(f"LABEL_{i}" for i in range(loaded.config.num_labels)))
@@ -134,7 +136,7 @@ def _info(folder: Path) -> Info:
     file = folder / INFO
     values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     names = values.get("label_names")
-    return Info(names and tuple(names), values.get("max_length"))
+    return Info(names and tuple(names), values.get("max_length"), values.get("quantize"))
 
 
 def _hf_info(folder: str | Path, task: str) -> Info:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jpeft
+from jpeft._quantized import QuantizedKernel
 from jpeft.train import config, data, devices, evaluate, folder, job, loop, saved
 
 
@@ -217,6 +218,23 @@ def test_bfloat16_keeps_its_adapter_in_float32(classify):
     result = run(classify, "model.dtype=bfloat16")
     assert {value.dtype.name for value in result.state.trainable.values()} == {"float32"}
     assert np.isfinite(result.losses).all()
+
+
+@pytest.mark.parametrize("scheme", ["nf4_double", "int8"])
+def test_a_quantized_base_is_used_as_it_was_trained_beside(classify, scheme, tmp_path):
+    tree = classify | {"model": classify["model"] | {"quantize": scheme}}
+    result = run(tree, "train.epochs=6")
+    assert result.evaluation.metrics["accuracy"] > 0.95
+    opened = saved.open_model(None, result.adapter)
+    layer = opened.model.layers.attention.query
+    assert isinstance(layer.kernel, QuantizedKernel) and layer.kernel.scheme == scheme
+    jax.tree.map(np.testing.assert_array_equal, jpeft.partition(opened.model)[1], result.state.trainable)
+    assert str(jpeft.summary(opened.model)) in loop.dry_run(config.parse(tree))
+    assert saved.save_merged(opened, tmp_path / "merged") < 1e-5
+    plain = jpeft.models.load(classify["model"]["path"], "SEQ_CLS", num_labels=2)
+    merged = jpeft.models.load(tmp_path / "merged")
+    moved = merged.layers.intermediate.dense.kernel[...] - plain.layers.intermediate.dense.kernel[...]
+    assert 0 < np.abs(moved).max() < 0.1  # what the adapter was trained beside, not what was there before
 
 
 def test_a_dry_run_counts_without_weights(classify, tmp_path):
