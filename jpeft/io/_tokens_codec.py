@@ -5,6 +5,7 @@ A table that stands in several places (T5's stacks, a tied head) has the same te
 no head of a task beside it.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from .._method import Adapter, Method
 from ..methods import METHODS
 from ._keys import COMMON, check_keys
 from ._names import Names
-from ._selection import describe, selected
+from ._selection import selected
 from ._slots import Codec, Slot, layer_index
 
 _KNOWN = COMMON | {"exclude_modules", "init_weights", "target_modules", "token_indices"}
@@ -31,10 +32,10 @@ def _slots(adapter: Any, module: Any, tied: Mapping[str, tuple[str, ...]]) -> li
 
 def _write(method: Any, adapters: Sequence[Adapter], names: Names) -> dict[str, Any]:
     sites = [adapter.site for adapter in adapters if adapter.acts]
-    tables = {name for site in sites for name, acts in zip(site.names, site.active, strict=True) if acts}
     return {
         "init_weights": True,
-        "target_modules": describe(tables, _tables(names))[0],
+        # an expression, as PEFT writes itself: of a list it warns that nothing ties a head, though it does
+        "target_modules": "|".join(sorted(n for site in sites for n in itertools.compress(site.names, site.active))),
         "token_indices": [*method.token_indices],
     }
 

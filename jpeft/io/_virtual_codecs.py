@@ -50,9 +50,9 @@ def _prompt_slots(adapter: Any, module: Any, tied: Mapping[str, tuple[str, ...]]
 
 
 def _write_prompt(method: Any, adapters: Sequence[Adapter], names: Names) -> dict[str, Any]:
-    (wanted, _), *_ = sorted(_inputs(names), key=lambda item: item[0], reverse=True)  # an encoder's before a decoder's
     sites = [adapter.site for adapter in adapters if adapter.site.seam == "input"]
-    blocks = [site.block for site in sites]
+    blocks = sorted((site.block for site in sites), reverse=True)  # an encoder's before a decoder's
+    wanted = max(found.module.block for found in names.found.values() if isinstance(found.module, seams.InputEmbedding))
     if blocks != [wanted]:
         raise ValueError(
             f"the prompt stands in front of the input of the {' and the '.join(blocks)}, and PEFT reads one in front "
@@ -88,18 +88,12 @@ def _prompt_counted(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> di
     return tensors
 
 
-def _inputs(names: Names) -> Iterator[tuple[str, str]]:
-    """(block, path) of every input of the model."""
-    for path, found in names.found.items():
-        if isinstance(found.module, seams.InputEmbedding):
-            yield found.module.block, path
-
-
 def _check_table(names: Names, saved: Sequence[str]) -> None:
     """Refuses a word table that is trained whole: behind a prompt PEFT reads the base's."""
     for path in saved:
-        seam = seams.projection(names.found[path].module)
-        if isinstance(seam, seams.Lookup) and seam.dims(names.found[path].module)[1] == names.config.vocab_size:
+        module = names.found[path].module
+        seam = seams.projection(module) if seams.kind(module) == "projection" else None
+        if isinstance(seam, seams.Lookup) and seam.dims(module).d_in == names.config.vocab_size:
             raise ValueError(
                 f"modules_to_save has {path}, and behind a prompt PEFT reads the base's own table of words, so that "
                 "the trained one would do nothing there; leave it out"

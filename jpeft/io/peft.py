@@ -78,6 +78,11 @@ def export_peft(
     return Path(folder)
 
 
+def check_export(model: Any, name: str | None = None) -> None:
+    """Raises what `export_peft` would, as far as it does not depend on values: before a training, not after it."""
+    _written(fold(model), _adapter_name(model, name), None)
+
+
 def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None, name: str | None = None) -> Any:
     """`model` with the adapter that PEFT saved in `folder` on it, to be used or trained on; `model` is untouched.
 
