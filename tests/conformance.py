@@ -34,19 +34,27 @@ PAGE = Path(__file__).parents[1] / "docs" / "conformance.md"
 LIMIT = 1e-5
 PACKAGES = ("jpeft", "jax", "flax", "peft", "transformers", "torch", "numpy")
 
+#: Adapters that a method is put on top of.
+BELOW = {"adapter_fusion": ("one", "other")}
 #: Options of methods that have none to start with, or whose defaults PEFT has no form for.
 OPTIONS: dict[str, dict[str, Any]] = {
+    "adapter_fusion": {"adapters": BELOW["adapter_fusion"]},
+    "last_layers": {"n": 1},
     "adalora": {"init_rank": 4, "target_rank": 2, "total_steps": 20},
     "prefix_tuning": {"num_tokens": 3, "shift_positions": True},
     "prompt_tuning": {"num_tokens": 3},
     "p_tuning": {"num_tokens": 3},
-    "trainable_tokens": {"token_indices": (7, 3, 21), "modules_to_save": ()},
-    "last_layers": {"num_layers": 1},
+    "trainable_tokens": {"token_indices": sorted({3, *oracle.IDS[:, 2].tolist()} - {0}), "modules_to_save": ()},
 }
-#: What peft trains where that is not what our own file describes.
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "p_tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=3),
-    "prefix_tuning": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3),
+#: What peft trains where our own file describes another thing, or there is none.
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "p_tuning": lambda **sizes: peft.PromptEncoderConfig(num_virtual_tokens=3, **sizes),
+    "prefix_tuning": lambda **sizes: peft.PrefixTuningConfig(num_virtual_tokens=3, **sizes),
+}
+#: What peft must be told of the models whose sizes it does not find out.
+SIZES = {
+    "distilbert": {"token_dim": 16, "num_attention_heads": 4, "num_layers": 3},
+    "t5 prefix_tuning": {"token_dim": 24},
 }
 
 
@@ -77,26 +85,35 @@ def measure(kind: str, family: str) -> Cell:
         ours, theirs, back = (Path(folder) / name for name in ("ours", "theirs", "back"))
         exported = _or_reason(lambda: _export(kind, family, ours))
         again = _or_reason(lambda: _again(family, ours, back)) if ours.exists() else exported
-        if kind not in CODECS:
-            return Cell(exported, exported, again)
+        if kind not in CONFIGS and not ours.exists():
+            return Cell(exported, exported, again)  # there is nothing to tell peft
         return Cell(exported, _or_reason(lambda: _import(kind, family, ours, theirs)), again)
 
 
 def _export(kind: str, family: str, folder: Path) -> float:
-    model = jpeft.adapt(oracle.jax_model(family), jpeft.METHODS[kind](**OPTIONS.get(kind, {})), key=jax.random.key(0))
+    model, key = oracle.jax_model(family), jax.random.key(0)
+    for name in BELOW.get(kind, ()):
+        model = jpeft.adapt(model, jpeft.Pfeiffer(), key=key, name=name)
+    model = jpeft.adapt(model, jpeft.METHODS[kind](**OPTIONS.get(kind, {})), key=key)
     graphdef, trainable, frozen = jpeft.partition(model)
     rng = np.random.default_rng(3)
     moved = {path: leaf + 0.2 * rng.standard_normal(leaf.shape, np.float32) for path, leaf in trainable.items()}
     model = jpeft.combine(graphdef, moved, frozen)
-    jpeft.export_peft(model, folder)
+    jpeft.export_peft(model, folder, name=kind)
     return _difference(model, peft.PeftModel.from_pretrained(oracle.torch_model(family), folder).eval(), family)
 
 
 def _import(kind: str, family: str, ours: Path, folder: Path) -> float:
     """Of an adapter that peft trained by its own configuration or, where none is given, by that of our file."""
-    config = CONFIGS[kind]() if kind in CONFIGS or not ours.exists() else peft.PeftConfig.from_pretrained(str(ours))
+    if kind in CONFIGS:
+        config = CONFIGS[kind](**SIZES.get(family, SIZES.get(f"{family} {kind}", {})))
+    else:
+        config = peft.PeftConfig.from_pretrained(str(ours))
     config.inference_mode = False
-    real = oracle.train_real(family, config, folder)
+    try:
+        real = oracle.train_real(family, config, folder)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"peft itself: {error}") from error
     return _difference(jpeft.import_peft(oracle.jax_model(family), folder), real, family)
 
 

@@ -261,9 +261,7 @@ def _check_task(config: Mapping[str, Any], model: Any, file: Path) -> None:
         )
 
 
-def _fill(
-    slots: Mapping[str, Slot], tensors: Mapping[str, safetensors.Tensor], names: Names, prefix: str
-) -> list[str]:
+def _fill(slots: Mapping[str, Slot], tensors: Mapping[str, safetensors.Tensor], names: Names, prefix: str) -> list[str]:
     """Sets every leaf from the file, or says all that keeps from it."""
     values = {id(slot.leaf): host(slot.leaf[...], key).copy() for key, slot in slots.items()}
     views = {key: slot.view(values[id(slot.leaf)]) for key, slot in slots.items()}

@@ -51,7 +51,10 @@ def test_a_language_model(method, generate, reviews, capsys):
 @pytest.mark.parametrize(
     "method, message",
     [
-        ({"kind": "trainable_tokens", "token_indices": [5]}, "a run saves its .*, and the adapter trains classifier wh"),
+        (
+            {"kind": "trainable_tokens", "token_indices": [5]},
+            "a run saves its .*, and the adapter trains classifier wh",
+        ),
         ({"kind": "prefix_tuning"}, "and PEFT counts a prefix as past tokens, .* adapt with shift_positions=True"),
     ],
 )
