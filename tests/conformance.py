@@ -26,12 +26,13 @@ import peft_oracle as oracle
 import torch
 
 import jpeft
-from jpeft.io.peft import CODECS
 from jpeft.models import _FAMILIES
 
 PAGE = Path(__file__).parents[1] / "docs" / "conformance.md"
 #: float32 against float32 at unit scale, through three layers.
 LIMIT = 1e-5
+#: The tables of the page, and what stands in them.
+TABLES = {"From jpeft to peft": "exported", "From peft to jpeft": "imported", "There and back": "again"}
 PACKAGES = ("jpeft", "jax", "flax", "peft", "transformers", "torch", "numpy")
 
 #: Adapters that a method is put on top of.
@@ -152,29 +153,22 @@ def _or_reason(make: Callable[[], Any]) -> Any:
 def render(cells: dict[tuple[str, str], Cell]) -> str:
     """docs/conformance.md."""
     reasons: dict[str, int] = {}
-    tables = [
-        _table(cells, reasons, field, title)
-        for field, title in (
-            ("exported", "From jpeft to peft"),
-            ("imported", "From peft to jpeft"),
-            ("again", "There and back"),
-        )
-    ]
+    tables = [_table(cells, reasons, field, title) for title, field in TABLES.items()]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     return "\n".join(
         [
             "# Conformance with Hugging Face PEFT",
             "",
-            "Written by `make conformance` (`tests/conformance.py`); not by hand. CPU, float32, tiny random models of two",
-            "or three layers with rows padded on the right, on the left and not at all.",
+            "Written by `make conformance` (`tests/conformance.py`), not by hand. CPU, float32, tiny random models of",
+            "two or three layers, rows padded on the right, on the left and not at all.",
             "",
             f"{versions}.",
             "",
-            "From jpeft to peft: an adapter with random leaves is exported, the real peft loads it, and the cell is the",
-            "largest difference of their outputs at a token. From peft to jpeft: the real peft trains an adapter for three",
-            "steps and saves it, jpeft imports it, and the cell is the same difference. There and back: bytes in which",
-            "what jpeft exported differs after an import and another export.",
-            f"Every difference is at most {LIMIT:.0e}. A number in brackets is a refusal, whose words are below.",
+            "From jpeft to peft: an adapter with random leaves is exported, the real peft loads it, and the cell is",
+            "the largest difference of their outputs at a token. From peft to jpeft: the real peft trains an adapter",
+            "for three steps and saves it, jpeft imports it, and the cell is the same difference. There and back: bytes",
+            "in which what jpeft exported differs after an import and another export. The limit of a difference is",
+            f"{LIMIT:.0e}. A number in brackets is a refusal, whose words are below.",
             *tables,
             "",
             "## Refusals",

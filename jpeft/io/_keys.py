@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keys of an adapter_config.json: those that every method has, and what becomes of one that a method does not know."""
+"""The keys of an adapter_config.json: those that every method has, and what becomes of one that is not known."""
 
 from collections.abc import Collection, Mapping
 from typing import Any

@@ -89,14 +89,15 @@ def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None,
     Tensors in float16 and bfloat16 become float32. A copy of the base, as PEFT puts beside an adapted embedding, must
     equal the model's own. Configurations of older and newer PEFT are read too: a key that is unknown, or stands for
     something unsupported, is accepted while its value is empty (null, false, [], {}) and else refused by name; keys
-    that tell where an adapter came from or how it was started count for nothing.
+    that tell where an adapter came from or how it was started count for nothing. What a network computed (P-tuning, a
+    projected prefix) is in the file without it, and is read as the plain prompt or prefix that it is.
 
     Args:
       model: the base, a model of the zoo.
       folder: with adapter_config.json and adapter_model.safetensors.
       key: PRNG key for leaves that a method's file leaves out by its format. LoRA's leaves out none, so that with it
         no key changes anything; `jax.random.key(0)` by default.
-      name: the adapter's name in leaf paths; the method's kind by default.
+      name: the adapter's name in leaf paths; by default the kind of method that it was trained as.
 
     Raises:
       FileNotFoundError: no adapter there, or a pickled one.

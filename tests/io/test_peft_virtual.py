@@ -180,7 +180,7 @@ REFUSED = {
     "positions": ("llama", jpeft.PrefixTuning(), "PEFT counts a prefix as past tokens, .* with shift_positions=True"),
     "a gate": ("bert cls", prefix(gate=True), "PEFT's files hold no gates, and without them a gated prefix"),
     "some layers": ("llama", prefix(layers=[1]), "into the attention of every layer; adapt without layers="),
-    "distilbert's prefix": ("distilbert", prefix(), "no form for this model's prefixes: transformers' DistilBERT takes"),
+    "distilbert's prefix": ("distilbert", prefix(), "this model's prefixes: transformers' DistilBERT takes"),
     "t5's prefix": ("t5", prefix(), "in T5's decoder alone, where a query adds to each the bias of a past token's"),
     "a window's prefix": ("mistral", prefix(), "off which the attention's window slides.* take sliding_window out of"),
     "a head beside tokens": ("bert cls", jpeft.TrainableTokens(TOKENS),
@@ -215,7 +215,7 @@ MISREAD = {
                      "modules_to_save has embed_tokens, and behind a prompt PEFT reads the base's own"),
     "no module": (jpeft.PromptTuning(num_tokens=3), {"modules_to_save": ["scores"]}, ValueError,
                   "modules_to_save names 'scores', which this model does not have"),
-    "no table": (tokens(), {"target_modules": ["q_proj"]}, ValueError, r"target_modules=\['q_proj'\] is no embedding of this"),
+    "no table": (tokens(), {"target_modules": ["q_proj"]}, ValueError, r"target_modules=\['q_proj'\] is no embedding"),
     "no tokens": (tokens(), {"token_indices": []}, ValueError, "one row for each token that is named, once; got none"),
     "an option of tokens": (tokens(), {"layers": [1]}, ValueError, r"TrainableTokens does not do, .*: layers=\[1\]"),
 }  # fmt: skip

@@ -53,7 +53,7 @@ def test_a_language_model(method, generate, reviews, capsys):
     [
         (
             {"kind": "trainable_tokens", "token_indices": [5]},
-            "a run saves its .*, and the adapter trains classifier wh",
+            "a run saves its .*, and the adapter trains classifier",
         ),
         ({"kind": "prefix_tuning"}, "and PEFT counts a prefix as past tokens, .* adapt with shift_positions=True"),
     ],
