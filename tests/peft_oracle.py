@@ -138,11 +138,12 @@ def load_real(family: str, adapter: Path) -> tuple[Any, Any]:
     return model, result
 
 
-def train_real(family: str, config: Any, adapter: Path, dtype: Any = torch.float32) -> Any:
+def train_real(family: str, config: Any, adapter: Path, dtype: Any = torch.float32, noise: float = 0.0) -> Any:
     """Puts an adapter on a torch model, trains it a few steps so that no tensor is at its start, and saves it.
 
     Args:
       config: one of PEFT's, or the arguments of a LoraConfig.
+      noise: added to what is trained before the first step, for a method that leaves its start too slowly.
     """
     torch.manual_seed(1)
     base = torch_model(family, dtype)
@@ -152,6 +153,8 @@ def train_real(family: str, config: Any, adapter: Path, dtype: Any = torch.float
         config.task_type = FAMILIES[family][1]
         model = peft.get_peft_model(base, config)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
+        for weight in weights:
+            weight.data += noise * torch.randn_like(weight) if noise else 0
         optimizer = torch.optim.SGD(weights, 0.2)
         for _ in range(3):
             optimizer.zero_grad()
