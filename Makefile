@@ -11,7 +11,7 @@ PARALLEL := -n $(WORKERS) --dist worksteal
 TESTS ?= tests
 SPEC := pyproject.toml constraints.txt
 
-.PHONY: help demo test typed slow lint format bench wheel clean
+.PHONY: help demo test typed slow conformance lint format bench wheel clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -27,6 +27,9 @@ typed: $(VENV)/.test  ## the fast tests with every annotation and array shape of
 
 slow: $(VENV)/.test  ## the slow tests: training, several processes, the built wheel in an empty environment
 	$(BIN)/python -m pytest -m slow $(TESTS)
+
+conformance: $(VENV)/.test  ## every method on every family against PEFT, both ways; writes docs/conformance.md
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python tests/conformance.py
 
 lint: $(VENV)/.dev  ## ruff and pyright over the whole tree
 	$(BIN)/ruff check .

@@ -102,12 +102,14 @@ def jax_model(family: str) -> Any:
 
 
 def torch_outputs(model: Any, task: str) -> torch.Tensor:
-    """Logits `[3, ...]`, or the last hidden state, for `IDS`."""
+    """Logits `[3, ...]`, or the last hidden state, for `IDS`; those of virtual tokens in front are left out."""
     more = {name: torch.tensor(value) for name, value in MORE.get(task, {}).items()}
     out = model(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(MASK), **more)
     if task == "QUESTION_ANS":
-        return torch.stack([out.start_logits, out.end_logits], -1)
-    return out.last_hidden_state if task == "FEATURE_EXTRACTION" else out.logits
+        outputs = torch.stack([out.start_logits, out.end_logits], -1)
+    else:
+        outputs = out.last_hidden_state if task == "FEATURE_EXTRACTION" else out.logits
+    return outputs[:, -IDS.shape[1] :] if outputs.ndim == 3 else outputs
 
 
 def jax_outputs(model: Any) -> Any:
@@ -136,14 +138,23 @@ def load_real(family: str, adapter: Path) -> tuple[Any, Any]:
     return model, result
 
 
-def train_real(family: str, config: dict[str, Any], adapter: Path, dtype: Any = torch.float32) -> Any:
-    """Puts LoRA on a torch model, trains it a few steps so that no tensor is at its start, and saves it."""
+def train_real(family: str, config: Any, adapter: Path, dtype: Any = torch.float32, noise: float = 0.0) -> Any:
+    """Puts an adapter on a torch model, trains it a few steps so that no tensor is at its start, and saves it.
+
+    Args:
+      config: one of PEFT's, or the arguments of a LoraConfig.
+      noise: added to what is trained before the first step, for a method that leaves its start too slowly.
+    """
     torch.manual_seed(1)
     base = torch_model(family, dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of what some cases here are about
-        model = peft.get_peft_model(base, peft.LoraConfig(task_type=FAMILIES[family][1], **config))
+        config = peft.LoraConfig(**config) if isinstance(config, dict) else config
+        config.task_type = FAMILIES[family][1]
+        model = peft.get_peft_model(base, config)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
+        for weight in weights:
+            weight.data += noise * torch.randn_like(weight) if noise else 0
         optimizer = torch.optim.SGD(weights, 0.2)
         for _ in range(3):
             optimizer.zero_grad()

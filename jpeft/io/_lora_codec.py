@@ -21,8 +21,9 @@ from .. import seams
 from .._matching import pattern_matches, pattern_value
 from .._method import Adapter, Start
 from ..methods import METHODS
-from ._names import HEADS, Names
-from ._selection import describe, selected, tie
+from ._keys import COMMON, check_keys
+from ._names import Names
+from ._selection import describe, saved_modules, selected, tie
 from ._slots import Codec, Slot, host, layer_index
 
 #: Keys that PEFT 0.21.2 writes, with the values of everything that jpeft's LoRA is not.
@@ -55,14 +56,14 @@ _PLAIN: Mapping[str, Any] = {
 
 _READ = """
 alpha_pattern bias ensure_weight_tying exclude_modules init_lora_weights layers_pattern layers_to_transform lora_alpha
-lora_dropout modules_to_save peft_type r rank_pattern target_modules task_type use_rslora
+lora_dropout modules_to_save r rank_pattern target_modules use_rslora
 """
-#: What changes no result once the tensors are there: where the adapter came from, and how it was started.
+#: What changes no result once the tensors are there: how the adapter was started.
 _HARMLESS = """
-auto_mapping base_model_name_or_path corda_config eva_config fan_in_fan_out inference_mode loftq_config lora_ga_config
-megatron_core merge_weights peft_version qalora_group_size revision runtime_config
+corda_config eva_config fan_in_fan_out loftq_config lora_ga_config megatron_core merge_weights qalora_group_size
+runtime_config
 """
-_KNOWN = frozenset((_READ + _HARMLESS).split())
+_KNOWN = COMMON | {*_READ.split(), *_HARMLESS.split()}
 
 #: Starts after which PEFT's base is not the base any more.
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -166,7 +167,7 @@ def _number(value: float) -> float:
 def _read(config: dict[str, Any], names: Names) -> Any:
     _check(config)
     ensure = bool(config.get("ensure_weight_tying"))
-    whole = _modules_to_save(config, names, ensure)
+    whole = saved_modules(config, names, ensure)
     adapted = tie(_adapted(config, names, whole), names.tied, ensure, "target_modules")
     targets, layers = describe(adapted, names.every - {head for heads in names.tied.values() for head in heads})
     lora: Any = METHODS["lora"]
@@ -205,12 +206,7 @@ def _of(adapted: set[str], pattern: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    wrong = {key: value for key, value in config.items() if key not in _KNOWN and value not in (None, False, [], {})}
-    if wrong:
-        raise ValueError(
-            "adapter_config.json asks for what jpeft's LoRA does not do, or does not know: "
-            + ", ".join(f"{key}={value!r}" for key, value in sorted(wrong.items()))
-        )
+    check_keys(config, _KNOWN, "LoRA")
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_MUTATING):
         raise ValueError(
@@ -218,19 +214,6 @@ def _check(config: Mapping[str, Any]) -> None:
             "and did not save by how much, so on the base as it is the adapter means something else; save it in PEFT "
             "with save_pretrained(dir, path_initial_model_for_weight_conversion=...), which makes it a plain LoRA"
         )
-
-
-def _modules_to_save(config: Mapping[str, Any], names: Names, ensure: bool) -> list[str]:
-    """Hugging Face names of all leaf-owning modules in `modules_to_save`, which PEFT reads as endings of names."""
-    automatic = HEADS.get(config.get("task_type") or "", ())
-    known = {*names.paths} | {head for heads in names.tied.values() for head in heads}
-    chosen: set[str] = set()
-    for entry in {*(config.get("modules_to_save") or ()), *automatic}:
-        roots = {name for name in names.every if name.endswith(entry)}
-        if not roots and entry not in automatic:
-            raise ValueError(f"modules_to_save names {entry!r}, which this model does not have")
-        chosen |= {name for name in known for root in roots if name == root or name.startswith(f"{root}.")}
-    return sorted(tie(chosen, names.tied, ensure, "modules_to_save"))
 
 
 LORA = Codec("lora", "LORA", _portable, _slots, _write, _read)

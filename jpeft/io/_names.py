@@ -39,6 +39,8 @@ class Names:
       paths: the path of the module that every leaf-owning Hugging Face module is (a layer of).
       every: all module names, with those of the containers around them.
       heads: paths of the task's own output layers.
+      config: of the model.
+      task: of the model.
     """
 
     found: Mapping[str, Found]
@@ -48,6 +50,13 @@ class Names:
     paths: Mapping[str, str]
     every: frozenset[str]
     heads: tuple[str, ...]
+    config: Any
+    task: str
+
+    @property
+    def shared(self) -> dict[str, tuple[str, ...]]:
+        """For a module whose table stands elsewhere too, all the other names: of its copies, and of the heads."""
+        return {name: self.copied.get(name, ()) + self.tied.get(name, ()) for name in {*self.tied, *self.copied}}
 
     @property
     def linear(self) -> frozenset[str]:
@@ -96,7 +105,7 @@ def names_of(model: Any) -> Names:
         for parts in [name.split(".")]
         for n in range(1, 1 + len(parts))
     }
-    return Names(found, tensors, tied, copied, paths, frozenset(every), tuple(model.head))
+    return Names(found, tensors, tied, copied, paths, frozenset(every), tuple(model.head), model.config, model.task)
 
 
 def _places(rule: Rule, found: Mapping[str, Found]) -> dict[str, Place]:

@@ -5,6 +5,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from ._names import HEADS, Names
+
 
 def selected(config: Mapping[str, Any], name: str) -> bool:
     """Whether PEFT adapts the module `name` under these `target_modules`, `exclude_modules` and layer settings."""
@@ -86,3 +88,20 @@ def tie(chosen: Collection[str], tied: Mapping[str, tuple[str, ...]], ensure: bo
             )
         chosen = chosen - both | {embedding}
     return chosen
+
+
+def saved_modules(config: Mapping[str, Any], names: Names, ensure: bool) -> list[str]:
+    """Hugging Face names of all leaf-owning modules in `modules_to_save`, which PEFT reads as endings of names.
+
+    Raises:
+      ValueError: one is none of the model's, or half of a table that is the head too.
+    """
+    automatic = HEADS.get(config.get("task_type") or "", ())
+    known = {*names.paths} | {head for heads in names.tied.values() for head in heads}
+    chosen: set[str] = set()
+    for entry in {*(config.get("modules_to_save") or ()), *automatic}:
+        roots = {name for name in names.every if name.endswith(entry)}
+        if not roots and entry not in automatic:
+            raise ValueError(f"modules_to_save names {entry!r}, which this model does not have")
+        chosen |= {name for name in known for root in roots if name == root or name.startswith(f"{root}.")}
+    return sorted(tie(chosen, names.tied, ensure, "modules_to_save"))

@@ -13,29 +13,40 @@ from .._method import Adapter, Method
 from .._walk import own_leaves
 from ._names import Names
 
-#: What PEFT puts before Hugging Face's names.
+#: What PEFT puts before Hugging Face's names, where it wraps a model in a tuner; elsewhere it is "base_model.".
 PREFIX = "base_model.model."
+
+
+def without_repeats(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """With bias="all" PEFT writes the biases of saved modules a second and a third time, and reads them never."""
+    repeats = (".original_module.", ".modules_to_save.") if config.get("bias") == "all" else ()
+    return {key: tensor for key, tensor in tensors.items() if not any(part in key for part in repeats)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One tensor: its key without `PREFIX`, its leaf, and where in the leaf it lies.
+    """One tensor: its key without what PEFT puts before it, its leaf, and where in the leaf it lies.
 
     Attributes:
       key: `"model.layers.0.self_attn.q_proj.lora_A.weight"`.
       leaf: the variable that holds it, for one layer or a whole stack.
       index: its layer, and the rows and columns that are in use.
       axes: order in which the leaf's axes are the tensor's; None keeps it.
+      prefix: what stands before the key in the file; None for the codec's own.
+      shape: of a tensor that runs several of the leaf's axes together; None keeps them.
     """
 
     key: str
     leaf: nnx.Variable
     index: tuple[Any, ...] = ()
     axes: tuple[int, ...] | None = None
+    prefix: str | None = None
+    shape: tuple[int, ...] | None = None
 
     def view(self, values: np.ndarray) -> np.ndarray:
         """The tensor as a view of its leaf's `values`."""
-        return transposed(values[self.index], self.axes)
+        view = transposed(values[self.index], self.axes)
+        return view if self.shape is None else view.reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +57,15 @@ class Codec:
       kind: the method's kind.
       peft_type: PEFT's word for it.
       portable: an adapter in the form that PEFT's file can hold, the same function of its input.
-      slots: the tensors of one adapter: (adapter, module, heads tied to it) -> slots.
+      slots: the tensors of one part of an adapter: (part, module, heads tied to it) -> slots. The parts are those where
+        it acts and, at the model's root, the one that holds what they share.
       write: the method's keys of adapter_config.json: (method, adapters, names) -> dict.
       read: the method of an adapter_config.json: (config, names) -> method.
       flag: the key that is true in such a config, where methods share a peft_type.
+      prefix: what stands before Hugging Face's names in the file.
+      saves: whether PEFT saves a task's head, and modules that are trained whole, beside the method's own tensors.
+      copies: whether PEFT puts the adapter of a table on its copies as well; they are given to `slots` with the heads.
+      counted: the tensors of a file that PEFT reads again, of those that it writes: (tensors, config) -> tensors.
     """
 
     kind: str
@@ -59,14 +75,22 @@ class Codec:
     write: Callable[[Any, Sequence[Adapter], Names], dict[str, Any]]
     read: Callable[[dict[str, Any], Names], Method]
     flag: str | None = None
+    prefix: str = PREFIX
+    saves: bool = True
+    copies: bool = False
+    counted: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = without_repeats
+
+    def name(self, slot: Slot) -> str:
+        """What the tensor is called in the file."""
+        return (self.prefix if slot.prefix is None else slot.prefix) + slot.key
 
 
 def all_slots(codec: Codec, adapters: Mapping[str, Adapter], names: Names) -> list[Slot]:
     """Every tensor of an adapter, given its parts by module path."""
-    slots = []
+    slots, tied = [], names.shared if codec.copies else names.tied
     for path, adapter in adapters.items():
-        if adapter.acts:
-            slots += codec.slots(adapter, names.found[path].module, names.tied)
+        if adapter.acts or adapter.site.seam == "model":
+            slots += codec.slots(adapter, names.found[path].module, tied)
         slots += _saved(path, adapter, names)
     return slots
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from .._adapt import adapt
+from .._fold import fold
 from .._graft import grafts
 from .._method import Adapter
 from .._summary import summary
@@ -25,11 +26,16 @@ from ._dora_codec import DORA
 from ._lora_codec import LORA
 from ._names import HEADS, Names, names_of
 from ._peft_folder import CONFIG, README, WEIGHTS, installing, read_config, weights_file
-from ._slots import PREFIX, Codec, Slot, all_slots, base_slots, host, transposed, whole
+from ._slots import Codec, Slot, all_slots, base_slots, host, transposed, whole
+from ._tokens_codec import TRAINABLE_TOKENS
+from ._virtual_codecs import P_TUNING, PREFIX_TUNING, PROMPT_TUNING
 from .card import Card, render
 
 #: Every method that PEFT has a format for, by its kind; a method joins with one entry.
-CODECS: Mapping[str, Codec] = {codec.kind: codec for codec in (LORA, DORA, ADALORA)}
+CODECS: Mapping[str, Codec] = {
+    codec.kind: codec
+    for codec in (LORA, DORA, ADALORA, PROMPT_TUNING, P_TUNING, PREFIX_TUNING, TRAINABLE_TOKENS)
+}  # fmt: skip
 
 PEFT_VERSION = "0.21.2"
 
@@ -40,7 +46,8 @@ def export_peft(
     """Writes an adapter as PEFT does: `peft.PeftModel.from_pretrained(base, folder)` computes the same as `model`.
 
     The files are written beside their place and moved into it, so a save that is killed leaves no half adapter. PiSSA
-    and OLoRA are written as plain LoRA of twice the rank, which is right on the base as it is.
+    and OLoRA are written as plain LoRA of twice the rank, which is right on the base as it is; a prompt or prefix that
+    a network computes is written as what it is (`jpeft.fold`), without the network.
 
     Args:
       model: a model of the zoo with an adapter on it.
@@ -59,17 +66,10 @@ def export_peft(
     Example:
       >>> jpeft.export_peft(model, "out/adapter", base="meta-llama/Llama-3.2-1B")
     """
-    name, names = _adapter_name(model, name), names_of(model)
-    adapters = _adapters(model, name)
-    _check_copied(adapters, names)
-    kind = next(iter(adapters.values())).method.kind
-    if kind not in CODECS:
-        raise ValueError(f"PEFT has no format for the adapter {name!r}, a {kind}; it has one for {', '.join(CODECS)}")
-    codec = CODECS[kind]
-    adapters = {path: codec.portable(adapter) for path, adapter in adapters.items()}
-    slots = all_slots(codec, adapters, names) + _untrained_heads(model, adapters, names)
-    config, tensors = _config(model, codec, adapters, names, slots, base), _tensors(slots)
+    name = _adapter_name(model, name)
     row = next(row for row in summary(model).rows if row.name == name)
+    codec, config, slots = _written(fold(model), name, base)
+    tensors = _tensors(codec, slots)
     with installing(Path(folder)) as new:
         sources = {key: safetensors.Source(t.shape, t.dtype, lambda t=t: t) for key, t in sorted(tensors.items())}
         safetensors.write(new / WEIGHTS, sources, {"format": "pt"})
@@ -78,20 +78,26 @@ def export_peft(
     return Path(folder)
 
 
+def check_export(model: Any, name: str | None = None) -> None:
+    """Raises what `export_peft` would, as far as it does not depend on values: before a training, not after it."""
+    _written(fold(model), _adapter_name(model, name), None)
+
+
 def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None, name: str | None = None) -> Any:
     """`model` with the adapter that PEFT saved in `folder` on it, to be used or trained on; `model` is untouched.
 
     Tensors in float16 and bfloat16 become float32. A copy of the base, as PEFT puts beside an adapted embedding, must
     equal the model's own. Configurations of older and newer PEFT are read too: a key that is unknown, or stands for
     something unsupported, is accepted while its value is empty (null, false, [], {}) and else refused by name; keys
-    that tell where an adapter came from or how it was started count for nothing.
+    that tell where an adapter came from or how it was started count for nothing. What a network computed (P-tuning, a
+    projected prefix) is in the file without it, and is read as the plain prompt or prefix that it is.
 
     Args:
       model: the base, a model of the zoo.
       folder: with adapter_config.json and adapter_model.safetensors.
       key: PRNG key for leaves that a method's file leaves out by its format. LoRA's leaves out none, so that with it
         no key changes anything; `jax.random.key(0)` by default.
-      name: the adapter's name in leaf paths; the method's kind by default.
+      name: the adapter's name in leaf paths; by default the kind of method that it was trained as.
 
     Raises:
       FileNotFoundError: no adapter there, or a pickled one.
@@ -111,9 +117,9 @@ def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None,
         adapted = adapt(model, codec.read(config, names), key=jax.random.key(0) if key is None else key, name=name)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
-    _check_copied(_adapters(adapted, name), names)
-    slots = {PREFIX + slot.key: slot for slot in all_slots(codec, _adapters(adapted, name), names)}
-    problems = _fill(slots, _without_repeats(tensors, config), names)
+    _check_copied(codec, _adapters(adapted, name), names)
+    slots = {codec.name(slot): slot for slot in all_slots(codec, _adapters(adapted, name), names)}
+    problems = _fill(slots, codec.counted(tensors, config), names, codec.prefix)
     if problems:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit the model\n  " + "\n  ".join(problems))
     return adapted
@@ -124,10 +130,11 @@ def _adapters(model: Any, name: str) -> dict[str, Adapter]:
     return {path: module.adapters[name] for path, module in grafts(model) if name in module.adapters}
 
 
-def _check_copied(adapters: Mapping[str, Adapter], names: Names) -> None:
+def _check_copied(codec: Codec, adapters: Mapping[str, Adapter], names: Names) -> None:
     """An adapter on a table that transformers reads through copies alone means something here and nothing there."""
+    safe = names.tied.keys() if codec.copies else ()  # PEFT looks for copies where the table is the head too
     for path, adapter in adapters.items():
-        for name in names.copied.keys() & {*adapter.site.names}:
+        for name in (names.copied.keys() & {*adapter.site.names}) - {*safe}:
             raise ValueError(
                 f"{path} is read as {' and '.join(names.copied[name])} in transformers, which are modules of their own "
                 f"there, so that PEFT's adapter on {name} does nothing: PEFT has no form for this adapter"
@@ -146,6 +153,21 @@ def _adapter_name(model: Any, name: str | None) -> str:
     if name is not None and name not in there:
         raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(there)}")
     return name or there[0]
+
+
+def _written(model: Any, name: str, base: str | None) -> tuple[Codec, dict[str, Any], list[Slot]]:
+    """How the adapter `name` is written, its adapter_config.json and its tensors."""
+    names, adapters = names_of(model), _adapters(model, name)
+    kind = next(iter(adapters.values())).method.kind
+    if kind not in CODECS:
+        raise ValueError(f"PEFT has no format for the adapter {name!r}, a {kind}; it has one for {', '.join(CODECS)}")
+    codec = CODECS[kind]
+    _check_copied(codec, adapters, names)
+    adapters = {path: codec.portable(adapter) for path, adapter in adapters.items()}
+    slots = all_slots(codec, adapters, names)
+    if codec.saves:
+        slots += _untrained_heads(model, adapters, names)
+    return codec, _config(model, codec, adapters, names, slots, base), slots
 
 
 def _untrained_heads(model: Any, adapters: Mapping[str, Adapter], names: Names) -> list[Slot]:
@@ -172,14 +194,22 @@ def _config(
         "auto_mapping": None,  # set by PEFT only where there is no task_type
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "modules_to_save": _modules_to_save(model, adapters, names),
         "peft_type": codec.peft_type,
         "peft_version": PEFT_VERSION,
         "revision": None,
         "task_type": model.task,
         **codec.write(method, list(adapters.values()), names),
     }
-    if any(slot.key.startswith(f"{head}.") for heads in names.tied.values() for head in heads for slot in slots):
+    saved = sorted(path for path, adapter in adapters.items() if adapter.saved_layers)
+    if codec.saves:
+        config["modules_to_save"] = _modules_to_save(model, adapters, names)
+    elif saved:
+        raise ValueError(
+            f"the adapter trains {', '.join(saved)} whole, and PEFT's {codec.peft_type} saves no module beside its own "
+            "tensors; adapt with modules_to_save=()"
+        )
+    heads = tuple(f"{head}." for heads in names.tied.values() for head in heads)
+    if "ensure_weight_tying" in config and any(slot.key.startswith(heads) for slot in slots):
         config["ensure_weight_tying"] = True
     return config
 
@@ -199,13 +229,13 @@ def _modules_to_save(model: Any, adapters: Mapping[str, Adapter], names: Names) 
     return sorted(chosen) or None
 
 
-def _tensors(slots: Iterable[Slot]) -> dict[str, np.ndarray]:
+def _tensors(codec: Codec, slots: Iterable[Slot]) -> dict[str, np.ndarray]:
     values: dict[int, np.ndarray] = {}
     tensors = {}
     for slot in slots:
         if id(slot.leaf) not in values:
             values[id(slot.leaf)] = host(slot.leaf[...], slot.key)
-        tensors[PREFIX + slot.key] = np.ascontiguousarray(slot.view(values[id(slot.leaf)]))
+        tensors[codec.name(slot)] = np.ascontiguousarray(slot.view(values[id(slot.leaf)]))
     broken = [key for key, tensor in tensors.items() if not np.isfinite(tensor).all()]
     if broken:
         raise ValueError(f"the adapter has values that are not finite, in {safetensors.names(broken)}")
@@ -232,17 +262,11 @@ def _check_task(config: Mapping[str, Any], model: Any, file: Path) -> None:
         )
 
 
-def _without_repeats(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """With bias="all" PEFT writes the biases of saved modules a second and a third time, and reads them never."""
-    repeats = (".original_module.", ".modules_to_save.") if config.get("bias") == "all" else ()
-    return {key: tensor for key, tensor in tensors.items() if not any(part in key for part in repeats)}
-
-
-def _fill(slots: Mapping[str, Slot], tensors: Mapping[str, safetensors.Tensor], names: Names) -> list[str]:
+def _fill(slots: Mapping[str, Slot], tensors: Mapping[str, safetensors.Tensor], names: Names, prefix: str) -> list[str]:
     """Sets every leaf from the file, or says all that keeps from it."""
     values = {id(slot.leaf): host(slot.leaf[...], key).copy() for key, slot in slots.items()}
     views = {key: slot.view(values[id(slot.leaf)]) for key, slot in slots.items()}
-    views |= {key: base for key in tensors.keys() - slots.keys() if (base := _base(key, names)) is not None}
+    views |= {key: base for key in tensors.keys() - slots.keys() if (base := _base(key, names, prefix)) is not None}
     problems = [f"{key} is missing" for key in sorted(slots.keys() - tensors.keys())]
     problems += [f"{key} is unknown" for key in sorted(tensors.keys() - views.keys())]
     problems += [
@@ -265,9 +289,9 @@ def _fill(slots: Mapping[str, Slot], tensors: Mapping[str, safetensors.Tensor], 
     return problems
 
 
-def _base(key: str, names: Names) -> np.ndarray | None:
+def _base(key: str, names: Names, prefix: str) -> np.ndarray | None:
     """The base's own tensor of which `key` is a copy."""
-    place = names.tensors.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+    place = names.tensors.get(key.removeprefix(prefix).replace(".base_layer.", "."))
     if place is None:
         return None
     path, _, leaf = place.path.rpartition("/")

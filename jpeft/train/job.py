@@ -16,6 +16,7 @@ from .._partition import GraphDef, Leaves, partition
 from .._quantize import quantize
 from .._sharding import placement, shard
 from .._summary import Summary, summary
+from ..io.peft import check_export
 from . import config as configuration
 from . import data, tokenizer
 from .config import Config
@@ -96,7 +97,7 @@ def make_mesh(config: Config) -> Mesh | None:
 
 
 def build(config: Config, label_names: tuple[str, ...] | None, mesh: Mesh | None) -> Parts:
-    """Loads the base, puts the method on it, and every leaf in its place.
+    """Loads the base, puts the method on it, and every leaf in its place; what a run could not save is refused.
 
     Raises:
       FileNotFoundError, CheckpointError, ConfigError, ValueError: the folder or the method is not right.
@@ -114,8 +115,16 @@ def build(config: Config, label_names: tuple[str, ...] | None, mesh: Mesh | None
         quantize=config.model.quantize,
     )
     model = adapt(base, method, key=start)
+    _check_saving(model)
     counts = summary(model)
     return Parts(*partition(model if mesh is None else shard(model, mesh)), counts)
+
+
+def _check_saving(model: Any) -> None:
+    try:
+        check_export(model)
+    except ValueError as error:
+        raise configuration.ConfigError(f"method: a run saves its adapter in PEFT's format, and {error}") from error
 
 
 def count(config: Config, label_names: tuple[str, ...] | None) -> Summary:
