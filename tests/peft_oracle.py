@@ -68,6 +68,7 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", message="Unsupported layer type .*Norm")  # peft's, of LN_TUNING
         warnings.filterwarnings("ignore", category=ResourceWarning)
         yield
 
@@ -136,13 +137,15 @@ def load_real(family: str, adapter: Path) -> tuple[Any, Any]:
     return model, result
 
 
-def train_real(family: str, config: dict[str, Any], adapter: Path, dtype: Any = torch.float32) -> Any:
-    """Puts LoRA on a torch model, trains it a few steps so that no tensor is at its start, and saves it."""
+def train_real(
+    family: str, config: dict[str, Any], adapter: Path, dtype: Any = torch.float32, kind: Any = peft.LoraConfig
+) -> Any:
+    """Adapts a torch model, trains it a few steps so that no tensor is at its start, and saves the adapter."""
     torch.manual_seed(1)
     base = torch_model(family, dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of what some cases here are about
-        model = peft.get_peft_model(base, peft.LoraConfig(task_type=FAMILIES[family][1], **config))
+        model = peft.get_peft_model(base, kind(task_type=FAMILIES[family][1], **config))
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.SGD(weights, 0.2)
         for _ in range(3):

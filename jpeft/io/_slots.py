@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from .._method import Adapter, Method
-from .._walk import own_leaves
+from .._method import Adapter, Method, Site
+from .._walk import Found, own_leaves
 from ._names import Names
 
 #: What PEFT puts before Hugging Face's names.
@@ -19,22 +19,31 @@ PREFIX = "base_model.model."
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One tensor: its key without `PREFIX`, its leaf, and where in the leaf it lies.
+    """One tensor: its key without `prefix`, its leaf, and where in the leaf it lies.
 
     Attributes:
       key: `"model.layers.0.self_attn.q_proj.lora_A.weight"`.
       leaf: the variable that holds it, for one layer or a whole stack.
       index: its layer, and the rows and columns that are in use.
       axes: order in which the leaf's axes are the tensor's; None keeps it.
+      sign: 1, or -1 where the tensor is the leaf's negative.
+      prefix: what stands before the key in the file.
     """
 
     key: str
     leaf: nnx.Variable
     index: tuple[Any, ...] = ()
     axes: tuple[int, ...] | None = None
+    sign: int = 1
+    prefix: str = PREFIX
+
+    @property
+    def tensor(self) -> str:
+        """The whole key."""
+        return self.prefix + self.key
 
     def view(self, values: np.ndarray) -> np.ndarray:
-        """The tensor as a view of its leaf's `values`."""
+        """The tensor, but for its sign, as a view of its leaf's `values`."""
         return transposed(values[self.index], self.axes)
 
 
@@ -46,29 +55,48 @@ class Codec:
       kind: the method's kind.
       peft_type: PEFT's word for it.
       portable: an adapter in the form that PEFT's file can hold, the same function of its input.
-      slots: the tensors of one adapter: (adapter, module, heads tied to it) -> slots.
+      slots: the tensors of one adapter: (adapter, module, names) -> slots.
       write: the method's keys of adapter_config.json: (method, adapters, names) -> dict.
       read: the method of an adapter_config.json: (config, names) -> method.
       flag: the key that is true in such a config, where methods share a peft_type.
+      shared: the tensors that all places share, given the adapter at the model's root.
+      left_out: whole keys of tensors that a file with this configuration does without.
+      copies: what PEFT puts between a module's name and its leaf's, where the adapter trains copies of the module's
+        leaves as the method's own work; "" where it has them by `modules_to_save` or `bias`.
     """
 
     kind: str
     peft_type: str
     portable: Callable[[Adapter], Adapter]
-    slots: Callable[[Adapter, Any, Mapping[str, tuple[str, ...]]], list[Slot]]
+    slots: Callable[[Adapter, Any, Names], list[Slot]]
     write: Callable[[Any, Sequence[Adapter], Names], dict[str, Any]]
     read: Callable[[dict[str, Any], Names], Method]
     flag: str | None = None
+    shared: Callable[[Any], list[Slot]] = lambda adapter: []
+    left_out: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda config: ()
+    copies: Callable[[Adapter, Found], str] = lambda adapter, found: ""
 
 
 def all_slots(codec: Codec, adapters: Mapping[str, Adapter], names: Names) -> list[Slot]:
     """Every tensor of an adapter, given its parts by module path."""
     slots = []
     for path, adapter in adapters.items():
+        if adapter.site.seam == "model":
+            slots += codec.shared(adapter)
         if adapter.acts:
-            slots += codec.slots(adapter, names.found[path].module, names.tied)
-        slots += _saved(path, adapter, names)
+            slots += codec.slots(adapter, names.found[path].module, names)
+        slots += _saved(codec, path, adapter, names)
     return slots
+
+
+def per_layer(site: Site, tensors: Callable[[int], Iterable[Slot]]) -> list[Slot]:
+    """The tensors of every layer that is adapted; `tensors` gives those of one, with keys and indices within it."""
+    return [
+        dataclasses.replace(slot, key=f"{name}.{slot.key}", index=(*layer_index(site.lead, i), *slot.index))
+        for i, (name, acts) in enumerate(zip(site.names, site.active, strict=True))
+        if acts
+        for slot in tensors(i)
+    ]
 
 
 def whole(adapter: Adapter, module: Any) -> bool:
@@ -87,7 +115,7 @@ def base_slots(path: str, leaves: Iterable[str], names: Names) -> list[Slot]:
     ]
 
 
-def _saved(path: str, adapter: Adapter, names: Names) -> list[Slot]:
+def _saved(codec: Codec, path: str, adapter: Adapter, names: Names) -> list[Slot]:
     """Copies of the module's own leaves that are trained; on an adapted projection PEFT says `.base_layer`."""
     slots = []
     acting = {name for name, acts in zip(adapter.site.names, adapter.site.active, strict=True) if acts}
@@ -96,7 +124,8 @@ def _saved(path: str, adapter: Adapter, names: Names) -> list[Slot]:
         for slot in base_slots(path, [leaf], names):
             if mask[slot.index]:
                 module, _, tensor = slot.key.rpartition(".")
-                key = f"{module}.base_layer.{tensor}" if module in acting else slot.key
+                between = codec.copies(adapter, names.found[path]) or ("base_layer" if module in acting else "")
+                key = ".".join(filter(None, (module, between, tensor)))
                 slots.append(dataclasses.replace(slot, key=key, leaf=adapter.saved[leaf]))
     return slots
 
@@ -111,12 +140,12 @@ def layer_index(lead: tuple[int, ...], layer: int) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(layer, lead)) if lead else ()
 
 
-def host(value: jax.Array, key: str) -> np.ndarray:
-    """A leaf's values in this process's memory, as float32.
+def host(value: jax.Array, key: str, dtype: Any = np.float32) -> np.ndarray:
+    """A leaf's values in this process's memory, as `dtype`.
 
     Raises:
       ValueError: parts of it are on other hosts.
     """
     if not (value.is_fully_addressable or value.is_fully_replicated):
         raise ValueError(f"{key} lies on several hosts; gather the trainable leaves on one before saving them")
-    return np.asarray(value).astype(np.float32)
+    return np.asarray(value).astype(dtype)
