@@ -55,19 +55,6 @@ NAMES: dict[str, Names] = {
     "oft": {"Q": ("oft_R.default.weight", same)},
 }
 
-#: VeRA's leaves that all places share -> peft's buffers.
-VERA_SHARED = {f"adapters/vera/{name}": f"vera_{name}" for name in "AB"}
-
-
-def with_pefts_projections(model: Any, other: Any) -> Any:
-    """`model` with VeRA's A and B of peft, which another generator drew."""
-    graphdef, trainable, frozen = jpeft.partition(model)
-    for path, name in VERA_SHARED.items():
-        value = getattr(other.base_model, name)["default"].numpy().T
-        assert frozen[path].shape == value.shape
-        frozen[path] = jnp.asarray(value, frozen[path].dtype)
-    return jpeft.combine(graphdef, trainable, frozen)
-
 
 def stacked() -> Any:
     """Blocks in one scanned stack."""
@@ -211,7 +198,7 @@ def against_peft(
 
     Args:
       config: peft's, but for its targets.
-      prepare: (jpeft's model, peft's) -> jpeft's model, before the numbers are copied.
+      prepare: changes peft's model before the numbers are copied.
       filled: as of `subjects.fill`.
     """
     config.target_modules = {"up", "down"} if method.targets is None else set(method.targets)
@@ -219,7 +206,9 @@ def against_peft(
     with jax.enable_x64(True):
         model = subjects.in_float64(subjects.fill(jpeft.adapt(base, method, key=KEY), **filled))
         other = peft.get_peft_model(_torch(subjects.leaves(base)), config)
-        both = Both(model if prepare is None else prepare(model, other), other, names)
+        if prepare is not None:
+            prepare(other)
+        both = Both(model, other, names)
         both.copy()
         graphdef, trainable, frozen = jpeft.partition(both.model)
 
@@ -258,11 +247,11 @@ def _named(leaves: Mapping[str, Any], name: str) -> Any:
     return (leaves[f"blocks/{i}/{module}/{leaf}"] if stacked is None else stacked[int(i)]).T
 
 
-def against_transformers(family: str, method: Any, config: Any, names: Names, prepare: Any = None) -> None:
+def against_transformers(family: str, method: Any, config: Any, names: Names) -> None:
     """Outputs and gradients of a whole model of transformers, in float32, padded rows among its input."""
     task = peft_oracle.FAMILIES[family][1]
     model = subjects.fill(jpeft.adapt(peft_oracle.jax_model(family), method, key=KEY), scale=0.1)
-    both = in_transformers(family, model, config, names, prepare)
+    both = in_transformers(family, model, config, names)
     graphdef, trainable, frozen = jpeft.partition(both.model)
 
     def loss(trainable: Any) -> Any:
@@ -276,10 +265,10 @@ def against_transformers(family: str, method: Any, config: Any, names: Names, pr
     both.assert_gradients(gradients, 10 * subjects.TORCH)
 
 
-def in_transformers(family: str, model: Any, config: Any, names: Names, prepare: Any = None) -> Both:
+def in_transformers(family: str, model: Any, config: Any, names: Names) -> Both:
     """The adapted `model` beside peft's of a whole model of transformers, with the same numbers."""
     with peft_oracle.quiet():
         other = peft.get_peft_model(peft_oracle.torch_model(family), config).eval()
-    both = Both(model if prepare is None else prepare(model, other), other, names)
+    both = Both(model, other, names)
     both.copy()
     return both

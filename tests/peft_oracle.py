@@ -68,6 +68,7 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", message="Unsupported layer type .*Norm")  # peft's, of LN_TUNING
         warnings.filterwarnings("ignore", category=ResourceWarning)
         yield
 

@@ -8,12 +8,12 @@ Dropped triplets are written as they are, with an E of zero. PEFT cuts them out 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import seams
 from .._method import Adapter
 from ..methods import METHODS
 from ._lora_codec import LORA
+from ._module_codec import check_matrix
 from ._names import Names
-from ._slots import Codec, Slot, layer_index
+from ._slots import Codec, Slot, per_layer
 
 #: PEFT's keys for the fields that LoRA does not have.
 _KEYS: Mapping[str, str] = {
@@ -31,18 +31,16 @@ _KEYS: Mapping[str, str] = {
 _SHARED = ("alpha", "targets", "dropout", "bias", "layers", "exclude", "modules_to_save")
 
 
-def _slots(adapter: Any, module: Any, tied: Mapping[str, tuple[str, ...]]) -> list[Slot]:
-    site = adapter.site
-    if not isinstance(seams.projection(module), seams.Matmul):
-        raise ValueError(f"{site.path} is a {type(module).__name__}; PEFT's AdaLoRA files are written of matrices")
-    slots = []
-    for i, name in enumerate(site.names):
-        at = layer_index(site.lead, i)
-        if site.active[i]:
-            slots.append(Slot(f"{name}.lora_A", adapter.A, at, (1, 0)))
-            slots.append(Slot(f"{name}.lora_B", adapter.B, at, (1, 0)))
-            slots.append(Slot(f"{name}.lora_E", adapter.E, (*at, slice(None), None)))
-    return slots
+def _slots(adapter: Any, module: Any, names: Names) -> list[Slot]:
+    check_matrix(adapter, module, names, "AdaLoRA", in_out=True)
+    return per_layer(
+        adapter.site,
+        lambda i: [
+            Slot("lora_A", adapter.A, axes=(1, 0)),
+            Slot("lora_B", adapter.B, axes=(1, 0)),
+            Slot("lora_E", adapter.E, (slice(None), None)),
+        ],
+    )
 
 
 def _write(method: Any, adapters: Sequence[Adapter], names: Names) -> dict[str, Any]:

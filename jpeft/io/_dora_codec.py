@@ -2,14 +2,14 @@
 """DoRA in PEFT's files: LoRA's with `use_dora`, and one more tensor a module, lora_magnitude_vector `[d_out]`."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .._method import Adapter, Start
 from ..methods import METHODS
 from ._lora_codec import LORA, on_the_base
 from ._names import Names
-from ._slots import Codec, Slot, layer_index
+from ._slots import Codec, Slot, per_layer
 
 
 def _portable(adapter: Any) -> Adapter:
@@ -21,18 +21,16 @@ def _portable(adapter: Any) -> Adapter:
     return Adapter(plain.method, adapter.site, start, saved, adapter.saved_layers)
 
 
-def _slots(adapter: Any, module: Any, tied: Mapping[str, tuple[str, ...]]) -> list[Slot]:
-    slots, site = LORA.slots(adapter, module, tied), adapter.site
-    for i, name in enumerate(site.names):
-        if not site.active[i]:
-            continue
-        if tied.get(name):
+def _slots(adapter: Any, module: Any, names: Names) -> list[Slot]:
+    site = adapter.site
+    for name, acts in zip(site.names, site.active, strict=True):
+        if acts and names.tied.get(name):
             raise ValueError(
-                f"{name} is {', '.join(tied[name])} as well, of which PEFT's DoRA would take other lengths, along the "
-                "other axis; leave it out of targets, or merge and save the whole model"
+                f"{name} is {', '.join(names.tied[name])} as well, of which PEFT's DoRA would take other lengths, "
+                "along the other axis; leave it out of targets, or merge and save the whole model"
             )
-        slots.append(Slot(f"{name}.lora_magnitude_vector", adapter.m, layer_index(site.lead, i)))
-    return slots
+    lengths = per_layer(site, lambda i: [Slot("lora_magnitude_vector", adapter.m)])
+    return LORA.slots(adapter, module, names) + lengths
 
 
 def _write(method: Any, adapters: Sequence[Adapter], names: Names) -> dict[str, Any]:

@@ -1,22 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keys of an adapter_config.json: those that every method has, and what becomes of one that is not known."""
+"""The keys of an adapter_config.json that count for no method, and what becomes of those that a method does not know."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-#: In every configuration: what it is, and where it came from.
-COMMON = frozenset(
-    "auto_mapping base_model_name_or_path inference_mode peft_type peft_version revision task_type".split()
+#: Keys that change no result of any method: where an adapter came from, and what says its type and task.
+_HARMLESS = frozenset(
+    """
+    auto_mapping base_model_name_or_path fan_in_fan_out inference_mode peft_type peft_version revision runtime_config
+    task_type
+    """.split()
 )
 
 
-def check_keys(config: Mapping[str, Any], known: Collection[str], method: str) -> None:
-    """Refuses what `method` does not know, unless it is empty (null, false, [], {}).
+def check_keys(
+    config: Mapping[str, Any], method: str, known: Iterable[str], plain: Mapping[str, Any] | None = None
+) -> None:
+    """Refuses what the configuration asks for and jpeft's method does not do.
+
+    Args:
+      known: keys that are read, or count for nothing.
+      plain: keys that may have this value and no other, unless they are empty.
 
     Raises:
-      ValueError: with every such key and its value.
+      ValueError: all such keys, with their values.
     """
-    wrong = {key: value for key, value in config.items() if key not in known and value not in (None, False, [], {})}
+    accepted, plain = _HARMLESS | {*known}, plain or {}
+    wrong = {
+        key: value
+        for key, value in config.items()
+        if key not in accepted and value not in (None, False, [], {}) and not (key in plain and value == plain[key])
+    }
     if wrong:
         raise ValueError(
             f"adapter_config.json asks for what jpeft's {method} does not do, or does not know: "

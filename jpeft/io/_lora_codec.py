@@ -18,13 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import seams
-from .._matching import pattern_matches, pattern_value
+from .._graft import base_type
+from .._matching import pattern_value
 from .._method import Adapter, Start
 from ..methods import METHODS
-from ._keys import COMMON, check_keys
+from ._keys import check_keys
+from ._module_codec import write_targets
 from ._names import Names
-from ._selection import describe, saved_modules, selected, tie
-from ._slots import Codec, Slot, host, layer_index
+from ._selection import number, read_pattern, read_places, write_pattern
+from ._slots import Codec, Slot, host, layer_index, per_layer
 
 #: Keys that PEFT 0.21.2 writes, with the values of everything that jpeft's LoRA is not.
 _PLAIN: Mapping[str, Any] = {
@@ -33,12 +35,9 @@ _PLAIN: Mapping[str, Any] = {
     "corda_config": None,
     "ensure_weight_tying": False,
     "eva_config": None,
-    "exclude_modules": None,
-    "fan_in_fan_out": False,
     "init_lora_weights": True,
     "kasa_config": None,
     "layer_replication": None,
-    "layers_pattern": None,
     "loftq_config": {},
     "lora_bias": False,
     "lora_ga_config": None,
@@ -58,12 +57,10 @@ _READ = """
 alpha_pattern bias ensure_weight_tying exclude_modules init_lora_weights layers_pattern layers_to_transform lora_alpha
 lora_dropout modules_to_save r rank_pattern target_modules use_rslora
 """
-#: What changes no result once the tensors are there: how the adapter was started.
+#: What changes no result once the tensors are there, beside what changes none of any method.
 _HARMLESS = """
 corda_config eva_config fan_in_fan_out loftq_config lora_ga_config megatron_core merge_weights qalora_group_size
-runtime_config
 """
-_KNOWN = COMMON | {*_READ.split(), *_HARMLESS.split()}
 
 #: Starts after which PEFT's base is not the base any more.
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -102,28 +99,30 @@ def on_the_base(adapter: Any) -> Adapter:
     return Adapter(plain, adapter.site, start, saved, adapter.saved_layers)
 
 
-def _slots(adapter: Any, module: Any, tied: Mapping[str, tuple[str, ...]]) -> list[Slot]:
+def _slots(adapter: Any, module: Any, names: Names) -> list[Slot]:
     site, projection = adapter.site, seams.projection(module)
     if not isinstance(projection, seams.Matmul | seams.Lookup):
         raise ValueError(
-            f"{site.path} is a {type(module).__name__}; PEFT's LoRA files are written of matrices and embeddings"
+            f"{site.path} is a {base_type(module).__name__}; PEFT's LoRA files are written of matrices and embeddings"
         )
-    slots = []
-    for i, (name, rank) in enumerate(zip(site.names, adapter.method.ranks(site), strict=True)):
-        at = layer_index(site.lead, i)
-        a, b = (*at, slice(None), slice(rank)), (*at, slice(rank))
-        if not rank:
-            continue
-        if isinstance(projection, seams.Matmul):
-            slots.append(Slot(f"{name}.lora_A.weight", adapter.A, a, (1, 0)))
-            slots.append(Slot(f"{name}.lora_B.weight", adapter.B, b, (1, 0)))
-            continue
-        slots.append(Slot(f"{name}.lora_embedding_A", adapter.A, a, (1, 0)))
-        slots.append(Slot(f"{name}.lora_embedding_B", adapter.B, b, (1, 0)))
-        for head in tied.get(name, ()):
-            slots.append(Slot(f"{head}.lora_A.weight", adapter.B, b))
-            slots.append(Slot(f"{head}.lora_B.weight", adapter.A, a))
-    return slots
+    ranks, plain = adapter.method.ranks(site), isinstance(projection, seams.Matmul)
+
+    def tensors(i: int) -> list[Slot]:
+        a, b = (slice(None), slice(ranks[i])), (slice(ranks[i]),)
+        keys = ("lora_A.weight", "lora_B.weight") if plain else ("lora_embedding_A", "lora_embedding_B")
+        return [Slot(keys[0], adapter.A, a, (1, 0)), Slot(keys[1], adapter.B, b, (1, 0))]
+
+    slots = per_layer(site, tensors)
+    return slots + [slot for own in slots for slot in ([] if plain else _of_heads(own, names))]
+
+
+def _of_heads(slot: Slot, names: Names) -> list[Slot]:
+    """A tensor of an embedding once more, for every head that is tied to it, in the other role."""
+    name, _, role = slot.key.rpartition(".lora_embedding_")
+    other = {"A": "B", "B": "A"}[role]
+    return [
+        dataclasses.replace(slot, key=f"{head}.lora_{other}.weight", axes=None) for head in names.tied.get(name, ())
+    ]
 
 
 def _write(method: Any, adapters: Sequence[Adapter], names: Names) -> dict[str, Any]:
@@ -135,78 +134,39 @@ def _write(method: Any, adapters: Sequence[Adapter], names: Names) -> dict[str, 
                 same = (name, *names.tied.get(name, ()))
                 ranks |= dict.fromkeys(same, rank)
                 alphas |= dict.fromkeys(same, pattern_value(method.alpha_pattern, name, method.alpha))
-    targets, layers = describe(ranks, names.every)
     return {
         **_PLAIN,
+        **write_targets(ranks, names),
         "r": method.rank,
-        "lora_alpha": _number(method.alpha),
+        "lora_alpha": number(method.alpha),
         "lora_dropout": method.dropout,
         "use_rslora": method.rslora,
         "bias": method.bias,
-        "fan_in_fan_out": any(names.is_in_out(name) for name in ranks),
-        "target_modules": targets,
-        "layers_to_transform": layers,
-        "rank_pattern": _pattern(method.rank_pattern, method.rank, ranks),
-        "alpha_pattern": _pattern(method.alpha_pattern, method.alpha, alphas),
+        "rank_pattern": write_pattern(method.rank_pattern, method.rank, ranks),
+        "alpha_pattern": write_pattern(method.alpha_pattern, method.alpha, alphas),
     }
 
 
-def _pattern(pattern: Mapping[str, Any], default: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """`pattern` for a file, in which keys are sorted: itself where sorting changes nothing, else an entry per name."""
-    ordered = dict(sorted(pattern.items()))
-    if any(pattern_value(ordered, name, default) != value for name, value in wanted.items()):
-        ordered = {name: value for name, value in sorted(wanted.items()) if value != default}
-    return {key: _number(value) for key, value in ordered.items()}
-
-
-def _number(value: float) -> float:
-    """A whole number as an int, as PEFT writes it."""
-    return int(value) if value == int(value) else float(value)
-
-
 def _read(config: dict[str, Any], names: Names) -> Any:
-    _check(config)
-    ensure = bool(config.get("ensure_weight_tying"))
-    whole = saved_modules(config, names, ensure)
-    adapted = tie(_adapted(config, names, whole), names.tied, ensure, "target_modules")
-    targets, layers = describe(adapted, names.every - {head for heads in names.tied.values() for head in heads})
+    check_keys(config, "LoRA", (_READ + _HARMLESS).split())
+    _check_start(config)
+    places = read_places(config, names, names.projections, ensure=bool(config.get("ensure_weight_tying")))
     lora: Any = METHODS["lora"]
     return lora(
         rank=config.get("r", 8),
         alpha=config.get("lora_alpha", 8),
-        targets=targets,
+        targets=places.targets,
         dropout=config.get("lora_dropout") or 0.0,
         rslora=bool(config.get("use_rslora")),
         bias=config.get("bias", "none"),
-        rank_pattern=_of(adapted, config.get("rank_pattern")),
-        alpha_pattern=_of(adapted, config.get("alpha_pattern")),
-        layers=layers,
-        modules_to_save=sorted({names.paths[name] for name in whole}),
+        rank_pattern=read_pattern(config.get("rank_pattern"), places.adapted),
+        alpha_pattern=read_pattern(config.get("alpha_pattern"), places.adapted),
+        layers=places.layers,
+        modules_to_save=places.modules_to_save,
     )
 
 
-def _adapted(config: Mapping[str, Any], names: Names, whole: list[str]) -> set[str]:
-    """Names of the modules that PEFT adapts: those that it selects, unless they are trained whole."""
-    targets = config.get("target_modules")
-    if not targets:
-        raise ValueError(f"target_modules is {targets!r}; an adapter that PEFT saved says which modules it is on")
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = sorted(names.linear)
-    rules = {**config, "target_modules": targets, "modules_to_save": whole}
-    adapted = {name for name in names.projections if selected(rules, name)}
-    if not adapted:
-        raise ValueError(f"target_modules={config['target_modules']!r} is no module of this model")
-    return adapted
-
-
-def _of(adapted: set[str], pattern: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The entries of a pattern that are about an adapted module; PEFT lets others stand without effect."""
-    items = (pattern or {}).items()
-    return {key: value for key, value in items if any(pattern_matches(key, name) for name in adapted)}
-
-
-def _check(config: Mapping[str, Any]) -> None:
-    check_keys(config, _KNOWN, "LoRA")
+def _check_start(config: Mapping[str, Any]) -> None:
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_MUTATING):
         raise ValueError(

@@ -59,10 +59,25 @@ class Names:
         return {name: self.copied.get(name, ()) + self.tied.get(name, ()) for name in {*self.tied, *self.copied}}
 
     @property
+    def repeats(self) -> frozenset[str]:
+        """Names of the heads that repeat an embedding's table."""
+        return frozenset(head for heads in self.tied.values() for head in heads)
+
+    @property
+    def own(self) -> frozenset[str]:
+        """All module names but those of `repeats`."""
+        return self.every - self.repeats
+
+    @property
+    def matrices(self) -> frozenset[str]:
+        """Names of the modules that multiply by a matrix of their own; heads tied to an embedding are none of them."""
+        kinds = {path for path, found in self.found.items() if isinstance(seams.registered(found.module), seams.Matmul)}
+        return frozenset(name for name, path in self.paths.items() if path in kinds)
+
+    @property
     def linear(self) -> frozenset[str]:
         """Names of the modules that "all-linear" means: every matrix but the output layers'."""
-        kinds = {path for path, found in self.found.items() if isinstance(seams.projection(found.module), seams.Matmul)}
-        return frozenset(name for name, path in self.paths.items() if path in kinds - {*self.heads})
+        return frozenset(name for name in self.matrices if self.paths[name] not in self.heads)
 
     @property
     def projections(self) -> frozenset[str]:
@@ -98,10 +113,10 @@ def names_of(model: Any) -> Names:
             tensors[entry.hf] = place
             group = tied if entry.head else copied
             group[module] = (*group.get(module, ()), head)
-    heads = {head for group in tied.values() for head in group}
+    repeats = {head for heads in tied.values() for head in heads}
     every = {
         ".".join(parts[:n])
-        for name in {*paths} | heads
+        for name in {*paths} | repeats
         for parts in [name.split(".")]
         for n in range(1, 1 + len(parts))
     }

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from .._method import Adapter, Method
-from .._walk import own_leaves
+from .._method import Adapter, Method, Site
+from .._walk import Found, own_leaves
 from ._names import Names
 
 #: What PEFT puts before Hugging Face's names, where it wraps a model in a tuner; elsewhere it is "base_model.".
@@ -32,6 +32,7 @@ class Slot:
       leaf: the variable that holds it, for one layer or a whole stack.
       index: its layer, and the rows and columns that are in use.
       axes: order in which the leaf's axes are the tensor's; None keeps it.
+      sign: 1, or -1 where the tensor is the leaf's negative.
       prefix: what stands before the key in the file; None for the codec's own.
       shape: of a tensor that runs several of the leaf's axes together; None keeps them.
     """
@@ -40,11 +41,12 @@ class Slot:
     leaf: nnx.Variable
     index: tuple[Any, ...] = ()
     axes: tuple[int, ...] | None = None
+    sign: int = 1
     prefix: str | None = None
     shape: tuple[int, ...] | None = None
 
     def view(self, values: np.ndarray) -> np.ndarray:
-        """The tensor as a view of its leaf's `values`."""
+        """The tensor, but for its sign, as a view of its leaf's `values`."""
         view = transposed(values[self.index], self.axes)
         return view if self.shape is None else view.reshape(self.shape)
 
@@ -57,28 +59,34 @@ class Codec:
       kind: the method's kind.
       peft_type: PEFT's word for it.
       portable: an adapter in the form that PEFT's file can hold, the same function of its input.
-      slots: the tensors of one part of an adapter: (part, module, heads tied to it) -> slots. The parts are those where
-        it acts and, at the model's root, the one that holds what they share.
+      slots: the tensors of one adapter: (adapter, module, names) -> slots.
       write: the method's keys of adapter_config.json: (method, adapters, names) -> dict.
       read: the method of an adapter_config.json: (config, names) -> method.
       flag: the key that is true in such a config, where methods share a peft_type.
+      shared: the tensors that all places share, given the adapter at the model's root.
+      left_out: whole keys of tensors that a file with this configuration does without.
+      copies: what PEFT puts between a module's name and its leaf's, where the adapter trains copies of the module's
+        leaves as the method's own work; "" where it has them by `modules_to_save` or `bias`.
+      counted: the tensors of a file that PEFT reads again, of those that it writes: (tensors, config) -> tensors.
       prefix: what stands before Hugging Face's names in the file.
       saves: whether PEFT saves a task's head, and modules that are trained whole, beside the method's own tensors.
-      copies: whether PEFT puts the adapter of a table on its copies as well; they are given to `slots` with the heads.
-      counted: the tensors of a file that PEFT reads again, of those that it writes: (tensors, config) -> tensors.
+      on_copies: whether PEFT puts the adapter of a table on what transformers has as its copies, too.
     """
 
     kind: str
     peft_type: str
     portable: Callable[[Adapter], Adapter]
-    slots: Callable[[Adapter, Any, Mapping[str, tuple[str, ...]]], list[Slot]]
+    slots: Callable[[Adapter, Any, Names], list[Slot]]
     write: Callable[[Any, Sequence[Adapter], Names], dict[str, Any]]
     read: Callable[[dict[str, Any], Names], Method]
     flag: str | None = None
+    shared: Callable[[Any], list[Slot]] = lambda adapter: []
+    left_out: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda config: ()
+    copies: Callable[[Adapter, Found], str] = lambda adapter, found: ""
+    counted: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = without_repeats
     prefix: str = PREFIX
     saves: bool = True
-    copies: bool = False
-    counted: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = without_repeats
+    on_copies: bool = False
 
     def name(self, slot: Slot) -> str:
         """What the tensor is called in the file."""
@@ -87,12 +95,24 @@ class Codec:
 
 def all_slots(codec: Codec, adapters: Mapping[str, Adapter], names: Names) -> list[Slot]:
     """Every tensor of an adapter, given its parts by module path."""
-    slots, tied = [], names.shared if codec.copies else names.tied
+    slots = []
     for path, adapter in adapters.items():
-        if adapter.acts or adapter.site.seam == "model":
-            slots += codec.slots(adapter, names.found[path].module, tied)
-        slots += _saved(path, adapter, names)
+        if adapter.site.seam == "model":
+            slots += codec.shared(adapter)
+        if adapter.acts:
+            slots += codec.slots(adapter, names.found[path].module, names)
+        slots += _saved(codec, path, adapter, names)
     return slots
+
+
+def per_layer(site: Site, tensors: Callable[[int], Iterable[Slot]]) -> list[Slot]:
+    """The tensors of every layer that is adapted; `tensors` gives those of one, with keys and indices within it."""
+    return [
+        dataclasses.replace(slot, key=f"{name}.{slot.key}", index=(*layer_index(site.lead, i), *slot.index))
+        for i, (name, acts) in enumerate(zip(site.names, site.active, strict=True))
+        if acts
+        for slot in tensors(i)
+    ]
 
 
 def whole(adapter: Adapter, module: Any) -> bool:
@@ -111,7 +131,7 @@ def base_slots(path: str, leaves: Iterable[str], names: Names) -> list[Slot]:
     ]
 
 
-def _saved(path: str, adapter: Adapter, names: Names) -> list[Slot]:
+def _saved(codec: Codec, path: str, adapter: Adapter, names: Names) -> list[Slot]:
     """Copies of the module's own leaves that are trained; on an adapted projection PEFT says `.base_layer`."""
     slots = []
     acting = {name for name, acts in zip(adapter.site.names, adapter.site.active, strict=True) if acts}
@@ -120,7 +140,8 @@ def _saved(path: str, adapter: Adapter, names: Names) -> list[Slot]:
         for slot in base_slots(path, [leaf], names):
             if mask[slot.index]:
                 module, _, tensor = slot.key.rpartition(".")
-                key = f"{module}.base_layer.{tensor}" if module in acting else slot.key
+                between = codec.copies(adapter, names.found[path]) or ("base_layer" if module in acting else "")
+                key = ".".join(filter(None, (module, between, tensor)))
                 slots.append(dataclasses.replace(slot, key=key, leaf=adapter.saved[leaf]))
     return slots
 
@@ -135,12 +156,12 @@ def layer_index(lead: tuple[int, ...], layer: int) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(layer, lead)) if lead else ()
 
 
-def host(value: jax.Array, key: str) -> np.ndarray:
-    """A leaf's values in this process's memory, as float32.
+def host(value: jax.Array, key: str, dtype: Any = np.float32) -> np.ndarray:
+    """A leaf's values in this process's memory, as `dtype`.
 
     Raises:
       ValueError: parts of it are on other hosts.
     """
     if not (value.is_fully_addressable or value.is_fully_replicated):
         raise ValueError(f"{key} lies on several hosts; gather the trainable leaves on one before saving them")
-    return np.asarray(value).astype(np.float32)
+    return np.asarray(value).astype(dtype)

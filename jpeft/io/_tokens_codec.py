@@ -6,27 +6,27 @@ no head of a task beside it.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .. import seams
 from .._method import Adapter, Method
 from ..methods import METHODS
-from ._keys import COMMON, check_keys
+from ._keys import check_keys
 from ._names import Names
 from ._selection import selected
 from ._slots import Codec, Slot, layer_index
 
-_KNOWN = COMMON | {"exclude_modules", "init_weights", "target_modules", "token_indices"}
+_KNOWN = ("exclude_modules", "init_weights", "target_modules", "token_indices")
 
 
-def _slots(adapter: Any, module: Any, tied: Mapping[str, tuple[str, ...]]) -> list[Slot]:
+def _slots(adapter: Any, module: Any, names: Names) -> list[Slot]:
     site = adapter.site
     return [
         Slot(f"{place}.trainable_tokens_delta", adapter.rows, layer_index(site.lead, i))
         for i, name in enumerate(site.names)
         if site.active[i]
-        for place in (name, *tied.get(name, ()))
+        for place in (name, *names.shared.get(name, ()))
     ]
 
 
@@ -41,7 +41,7 @@ def _write(method: Any, adapters: Sequence[Adapter], names: Names) -> dict[str, 
 
 
 def _read(config: dict[str, Any], names: Names) -> Method:
-    check_keys(config, _KNOWN, "TrainableTokens")
+    check_keys(config, "TrainableTokens", _KNOWN)
     tables = {name for name in _tables(names) if selected(config, name)}
     if not tables:
         raise ValueError(f"target_modules={config.get('target_modules')!r} is no embedding of this model")
@@ -59,5 +59,5 @@ def _tables(names: Names) -> frozenset[str]:
 
 
 TRAINABLE_TOKENS = Codec(
-    "trainable_tokens", "TRAINABLE_TOKENS", lambda adapter: adapter, _slots, _write, _read, saves=False, copies=True
+    "trainable_tokens", "TRAINABLE_TOKENS", lambda adapter: adapter, _slots, _write, _read, saves=False, on_copies=True
 )

@@ -13,7 +13,7 @@ from typing import Any
 from .. import seams
 from .._method import Adapter, Method
 from ..methods import METHODS
-from ._keys import COMMON, check_keys
+from ._keys import check_keys
 from ._names import Names
 from ._selection import saved_modules
 from ._slots import Codec, Slot
@@ -22,7 +22,7 @@ from ._slots import Codec, Slot
 _NETWORK = "encoder_dropout encoder_hidden_size encoder_num_layers encoder_reparameterization_type prefix_projection"
 _START = "init_weights prompt_tuning_init prompt_tuning_init_text tokenizer_kwargs tokenizer_name_or_path"
 _SIZES = "num_attention_heads num_layers num_transformer_submodules num_virtual_tokens token_dim"
-_KNOWN = COMMON | {"modules_to_save", *_NETWORK.split(), *_START.split(), *_SIZES.split()}
+_KNOWN = ("modules_to_save", *_NETWORK.split(), *_START.split(), *_SIZES.split())
 
 #: What transformers' configurations call these numbers.
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
@@ -42,11 +42,16 @@ def _same(adapter: Adapter) -> Adapter:
     return adapter
 
 
+def _none(adapter: Any, module: Any, names: Names) -> list[Slot]:
+    """Virtual tokens are all at the model's root."""
+    return []
+
+
 # Prompts ------------------------------------------------------------------------------------------------------------
 
 
-def _prompt_slots(adapter: Any, module: Any, tied: Mapping[str, tuple[str, ...]]) -> list[Slot]:
-    return [Slot("prompt_embeddings", adapter.prompt, prefix="")] if adapter.site.seam == "model" else []
+def _prompt(adapter: Any) -> list[Slot]:
+    return [Slot("prompt_embeddings", adapter.prompt, prefix="")]
 
 
 def _write_prompt(method: Any, adapters: Sequence[Adapter], names: Names) -> dict[str, Any]:
@@ -107,9 +112,7 @@ def _number(hf: Mapping[str, Any], keys: Sequence[str]) -> int:
 # Prefixes -----------------------------------------------------------------------------------------------------------
 
 
-def _prefix_slots(adapter: Any, module: Any, tied: Mapping[str, tuple[str, ...]]) -> list[Slot]:
-    if adapter.site.seam != "model":
-        return []
+def _prefix(adapter: Any) -> list[Slot]:
     tokens, *sizes = adapter.prefix.shape
     return [Slot("prompt_embeddings", adapter.prefix, prefix="", shape=(tokens, sizes[0] * sizes[1] * sizes[2]))]
 
@@ -175,7 +178,7 @@ def _attentions(names: Names) -> Iterator[tuple[int, int]]:
 
 def _read_saved(config: Mapping[str, Any], names: Names) -> list[str]:
     """Checks the keys of a configuration, and gives the paths of the modules that are saved whole."""
-    check_keys(config, _KNOWN, "virtual tokens")
+    check_keys(config, "virtual tokens", _KNOWN)
     tokens = config.get("num_virtual_tokens")
     if not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"num_virtual_tokens is {tokens!r}, and must be a whole number of at least 1")
@@ -183,10 +186,10 @@ def _read_saved(config: Mapping[str, Any], names: Names) -> list[str]:
 
 
 PROMPT_TUNING = Codec(
-    "prompt_tuning", "PROMPT_TUNING", _same, _prompt_slots, _write_prompt, _read_prompt,
-    prefix="base_model.", counted=_prompt_counted,
+    "prompt_tuning", "PROMPT_TUNING", _same, _none, _write_prompt, _read_prompt,
+    shared=_prompt, counted=_prompt_counted, prefix="base_model.",
 )  # fmt: skip
 P_TUNING = dataclasses.replace(PROMPT_TUNING, kind="p_tuning", peft_type="P_TUNING")
 PREFIX_TUNING = Codec(
-    "prefix_tuning", "PREFIX_TUNING", _same, _prefix_slots, _write_prefix, _read_prefix, prefix="base_model."
+    "prefix_tuning", "PREFIX_TUNING", _same, _none, _write_prefix, _read_prefix, shared=_prefix, prefix="base_model."
 )

@@ -23,19 +23,41 @@ from ..models import CheckpointError
 from ..models import _safetensors as safetensors
 from ._adalora_codec import ADALORA
 from ._dora_codec import DORA
+from ._fourierft_codec import FOURIERFT
+from ._ia3_codec import IA3
+from ._loha_codec import LOHA
+from ._lokr_codec import LOKR
 from ._lora_codec import LORA
 from ._names import HEADS, Names, names_of
+from ._norm_tuning_codec import NORM_TUNING
+from ._oft_codec import OFT
 from ._peft_folder import CONFIG, README, WEIGHTS, installing, read_config, weights_file
 from ._slots import Codec, Slot, all_slots, base_slots, host, transposed, whole
 from ._tokens_codec import TRAINABLE_TOKENS
+from ._vera_codec import VERA
 from ._virtual_codecs import P_TUNING, PREFIX_TUNING, PROMPT_TUNING
 from .card import Card, render
 
 #: Every method that PEFT has a format for, by its kind; a method joins with one entry.
 CODECS: Mapping[str, Codec] = {
     codec.kind: codec
-    for codec in (LORA, DORA, ADALORA, PROMPT_TUNING, P_TUNING, PREFIX_TUNING, TRAINABLE_TOKENS)
-}  # fmt: skip
+    for codec in (
+        LORA,
+        DORA,
+        ADALORA,
+        IA3,
+        VERA,
+        LOHA,
+        LOKR,
+        OFT,
+        NORM_TUNING,
+        FOURIERFT,
+        PROMPT_TUNING,
+        P_TUNING,
+        PREFIX_TUNING,
+        TRAINABLE_TOKENS,
+    )
+}
 
 PEFT_VERSION = "0.21.2"
 
@@ -118,7 +140,8 @@ def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None,
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     _check_copied(codec, _adapters(adapted, name), names)
-    slots = {codec.name(slot): slot for slot in all_slots(codec, _adapters(adapted, name), names)}
+    found = {codec.name(slot): slot for slot in all_slots(codec, _adapters(adapted, name), names)}
+    slots = {key: slot for key, slot in found.items() if key not in codec.left_out(config)}
     problems = _fill(slots, codec.counted(tensors, config), names, codec.prefix)
     if problems:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit the model\n  " + "\n  ".join(problems))
@@ -132,7 +155,7 @@ def _adapters(model: Any, name: str) -> dict[str, Adapter]:
 
 def _check_copied(codec: Codec, adapters: Mapping[str, Adapter], names: Names) -> None:
     """An adapter on a table that transformers reads through copies alone means something here and nothing there."""
-    safe = names.tied.keys() if codec.copies else ()  # PEFT looks for copies where the table is the head too
+    safe = names.tied.keys() if codec.on_copies else ()  # PEFT looks for copies where the table is the head too
     for path, adapter in adapters.items():
         for name in (names.copied.keys() & {*adapter.site.names}) - {*safe}:
             raise ValueError(
@@ -189,7 +212,7 @@ def _config(
     model: Any, codec: Codec, adapters: Mapping[str, Adapter], names: Names, slots: list[Slot], base: str | None
 ) -> dict[str, Any]:
     """adapter_config.json, with every key that PEFT writes."""
-    method = next(adapter.method for adapter in adapters.values() if adapter.acts)
+    method = next((a.method for a in adapters.values() if a.acts), next(iter(adapters.values())).method)
     config = {
         "auto_mapping": None,  # set by PEFT only where there is no task_type
         "base_model_name_or_path": base,
@@ -202,21 +225,26 @@ def _config(
     }
     saved = sorted(path for path, adapter in adapters.items() if adapter.saved_layers)
     if codec.saves:
-        config["modules_to_save"] = _modules_to_save(model, adapters, names)
+        config["modules_to_save"] = _modules_to_save(model, codec, adapters, names)
     elif saved:
         raise ValueError(
             f"the adapter trains {', '.join(saved)} whole, and PEFT's {codec.peft_type} saves no module beside its own "
             "tensors; adapt with modules_to_save=()"
         )
-    heads = tuple(f"{head}." for heads in names.tied.values() for head in heads)
+    heads = tuple(f"{head}." for head in names.repeats)
     if "ensure_weight_tying" in config and any(slot.key.startswith(heads) for slot in slots):
         config["ensure_weight_tying"] = True
     return config
 
 
-def _modules_to_save(model: Any, adapters: Mapping[str, Adapter], names: Names) -> list[str] | None:
-    """Names of the modules that are saved whole; a ValueError where PEFT would read them as more than these."""
-    paths = {path for path, adapter in adapters.items() if whole(adapter, names.found[path].module)}
+def _modules_to_save(model: Any, codec: Codec, adapters: Mapping[str, Adapter], names: Names) -> list[str] | None:
+    """Names of the modules that are saved whole, a head's as PEFT has them for the task.
+
+    Raises:
+      ValueError: PEFT would read them as more than these.
+    """
+    saved = {path for path, adapter in adapters.items() if whole(adapter, names.found[path].module)}
+    paths = {path for path in saved if not codec.copies(adapters[path], names.found[path])}
     paths |= {*model.head} if model.task in HEADS else set()
     chosen = {name for name, path in names.paths.items() if path in paths}
     chosen |= {head for name in chosen for head in names.tied.get(name, ())}
@@ -226,7 +254,8 @@ def _modules_to_save(model: Any, adapters: Mapping[str, Adapter], names: Names) 
             f"PEFT reads modules_to_save as endings of names, so {safetensors.names(chosen)} would take in "
             f"{safetensors.names(more)} as well: PEFT has no form for this adapter"
         )
-    return sorted(chosen) or None
+    automatic = HEADS.get(model.task, ())
+    return sorted({name for name in chosen if not name.endswith(automatic)}.union(automatic)) or None
 
 
 def _tensors(codec: Codec, slots: Iterable[Slot]) -> dict[str, np.ndarray]:
@@ -235,7 +264,7 @@ def _tensors(codec: Codec, slots: Iterable[Slot]) -> dict[str, np.ndarray]:
     for slot in slots:
         if id(slot.leaf) not in values:
             values[id(slot.leaf)] = host(slot.leaf[...], slot.key)
-        tensors[codec.name(slot)] = np.ascontiguousarray(slot.view(values[id(slot.leaf)]))
+        tensors[codec.name(slot)] = np.ascontiguousarray(slot.sign * slot.view(values[id(slot.leaf)]))
     broken = [key for key, tensor in tensors.items() if not np.isfinite(tensor).all()]
     if broken:
         raise ValueError(f"the adapter has values that are not finite, in {safetensors.names(broken)}")
@@ -274,7 +303,8 @@ def _fill(slots: Mapping[str, Slot], tensors: Mapping[str, safetensors.Tensor], 
     ]
     if problems:
         return problems
-    read = {key: _read(tensors[key]) for key in sorted(views)}
+    signs = {key: slot.sign for key, slot in slots.items()}
+    read = {key: signs.get(key, 1) * _read(tensors[key]) for key in sorted(views)}
     for key in slots:
         views[key][...] = read[key]
     for key, view in views.items():

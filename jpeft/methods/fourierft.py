@@ -7,7 +7,8 @@ The places are random and frozen, the n numbers there are all that is trained. Î
 it is made again in the backward pass, never kept.
 
 Where the places are follows from `location_key` and the sizes alone, not from the key of `adapt`, so modules of one
-size share them; they are kept with the adapter, for another library draws others.
+size share them. They are those that PEFT draws from the same seed, by torch's generator (of kernels with 214,748,364
+entries or more, NumPy's), and are kept with the adapter.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .. import seams
+from .. import _mersenne, seams
 from .._fields import one_of, positive, selection, whole
 from .._method import Method, Site, Start, Targets, wide
 from .._scope import fold_path
@@ -36,7 +37,7 @@ class FourierFT(Method):
       targets: what to adapt: a regular expression for the whole name, a list of names or suffixes, `"all-linear"`, or
         None for the model type's default.
       init: of the spectrum: `"normal"` (the paper's and PEFT's: it does not start as the base) or `"zero"`.
-      location_key: seed of the places. (The numbers are NumPy's: the same seed gives others in PyTorch.)
+      location_key: seed of the places, as PEFT's `random_loc_seed`.
       layers: indices of the layers to adapt; None for all.
       exclude: names left out of `targets`, by the same rules.
       modules_to_save: modules trained whole, as a copy; None trains the head of a classification task, () nothing.
@@ -75,8 +76,7 @@ class FourierFT(Method):
                 "targets"
             )
         dtype = wide(getattr(base, seams.projection(base).kernel).dtype)
-        places = np.random.default_rng(self.location_key).choice(size, n, replace=False, shuffle=False)
-        shape = (*site.lead, n)
+        shape, places = (*site.lead, n), self.places(site)
         zero = jnp.zeros(shape, dtype)
         c = jax.random.normal(fold_path(key, "c"), shape, dtype) if self.init == "normal" else zero
         return Start({"c": c}, {"places": jnp.broadcast_to(jnp.asarray(places, jnp.int32), shape)})
@@ -107,6 +107,14 @@ class FourierFT(Method):
     def count(self, site: Site) -> tuple[int, int]:
         places = sum(site.active)
         return places * self.n_frequency, places * site.d_in * site.d_out
+
+    def places(self, site: Site) -> np.ndarray:
+        """Where in the kernel's matrix, read row by row, the numbers of a layer stand: `[n_frequency]`."""
+        size = site.d_in * site.d_out
+        if size >= _mersenne.LONGEST:
+            return np.random.default_rng(self.location_key).choice(size, self.n_frequency, replace=False, shuffle=False)
+        drawn = _mersenne.permutation(self.location_key, size, self.n_frequency)  # of a matrix [d_out, d_in]
+        return drawn % site.d_in * site.d_out + drawn // site.d_in
 
     def _factor(self, adapter: Any) -> Any:
         """The scaling; in a slot of a bank a leaf `[*lead, 1]`."""

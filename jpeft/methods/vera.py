@@ -8,7 +8,7 @@ A and B are random, frozen, and kept once, at the model's root, as large as the 
 the first d_in rows of A and the first d_out columns of B. It starts as the base: b is zero, and d is `d_initial`.
 
 They are drawn from `projection_key` alone, not from the key of `adapt`: so the vectors are all that an adapter is, and
-two adapters of one rank whose largest sizes agree have the same A and B.
+two adapters of one rank whose largest sizes agree have the same A and B, which are also those that PEFT draws.
 
 This is the paper's method and PEFT's. What AdapterHub's adapters calls VeRA trains dense matrices in the place of d and
 b.
@@ -23,10 +23,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .. import seams
+from .. import _mersenne, seams
 from .._fields import rate, selection, whole
 from .._method import Method, Site, Start, Targets, wide
-from .._scope import fold_path
 from ._default_targets import default_targets
 
 
@@ -42,7 +41,7 @@ class VeRA(Method):
         None for the model type's default.
       dropout: probability of dropping an input of A while training.
       d_initial: first value of every entry of d.
-      projection_key: seed of A and B. (The numbers are JAX's: the same seed gives others in PyTorch.)
+      projection_key: seed of A and B, as PEFT's `projection_prng_key`: the numbers are those of torch's generator.
       layers: indices of the layers to adapt; None for all.
       exclude: names left out of `targets`, by the same rules.
       modules_to_save: modules trained whole, as a copy; None trains the head of a classification task, () nothing.
@@ -89,12 +88,9 @@ class VeRA(Method):
         """A uniform in ±sqrt(6 / its rows), B in ±sqrt(6 / rank) (kaiming); `key` plays no part."""
         d_in, d_out = (max(getattr(member, size) for member in site.members) for size in ("d_in", "d_out"))
 
-        def drawn(name: str, rows: int, columns: int) -> jax.Array:
-            bound = math.sqrt(6 / rows)
-            key = fold_path(jax.random.key(self.projection_key), name)
-            return jax.random.uniform(key, (rows, columns), minval=-bound, maxval=bound)
-
-        return Start({}, {"A": drawn("A", d_in, self.rank), "B": drawn("B", self.rank, d_out)})
+        draws = (math.sqrt(6 / d_in), (self.rank, d_in)), (math.sqrt(6 / self.rank), (d_out, self.rank))
+        a, b = _mersenne.uniforms(self.projection_key, *draws)
+        return Start({}, {"A": jnp.asarray(a.T), "B": jnp.asarray(b.T)})
 
     def after(self, adapter: Any, base: Any, y: jax.Array, *inputs: Any) -> Float[Array, "..."]:
         projection, x = seams.projection(base), jnp.asarray(inputs[0])

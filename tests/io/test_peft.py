@@ -246,7 +246,7 @@ def test_the_configuration_is_complete(tmp_path):
         lora_dropout=0.05,
         rank_pattern={"key": 2},
         bias="all",
-        modules_to_save=["classifier"],
+        modules_to_save=["classifier", "score"],  # as PEFT saves it
     ).to_dict()
     assert config_of(tmp_path) == {**theirs, "target_modules": ["key", "query"], "peft_version": "0.21.2"}
     text = (tmp_path / "adapter_config.json").read_text()

@@ -169,7 +169,7 @@ def test_a_head_that_went_its_own_way(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA'; jpeft reads LORA"),
+        ({"peft_type": "BOFT"}, "peft_type 'BOFT'; jpeft reads LORA"),
         ({"peft_type": None}, "peft_type None; jpeft reads LORA"),
         ({"task_type": "TOKEN_CLS"}, "an adapter for TOKEN_CLS, the model is one for SEQ_CLS"),
         ({"use_dora": True, "lora_bias": True}, "does not do, or does not know: lora_bias=True"),

@@ -2,11 +2,11 @@
 """FourierFT against NumPy and peft, its places, start, counts, bank and errors."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
 import subjects
+import torch
 from blocks_oracle import LAYERS, D, X, against_numpy, against_transformers, listed, same, stacked
 from flax import nnx
 
@@ -32,31 +32,18 @@ def test_it_is_the_formula(make, layers):
     def change(leaf, kernel, name):
         if layers and name.startswith("blocks.1"):
             return kernel
-        places = np.random.default_rng(777).choice(kernel.size, 5, replace=False, shuffle=False)
-        return kernel + 7 * cosines(leaf["c"], places, kernel.shape)
+        places = torch.randperm(kernel.size, generator=torch.Generator().manual_seed(777))[:5].numpy()
+        return kernel + 7 * cosines(leaf["c"], places, kernel.T.shape).T
 
     against_numpy(make, jpeft.FourierFT(n_frequency=5, scaling=7, targets=TARGETS, layers=layers), change)
 
 
-def with_pefts_places(model, other):
-    """`model` with the places that torch's generator drew for peft."""
-    graphdef, trainable, frozen = jpeft.partition(model)
-    modules = dict(other.base_model.model.named_modules())
-    for path, module in nnx.iter_modules(model):
-        for adapter in getattr(module, "adapters", {}).values():
-            drawn = [modules[name].indices["default"].numpy() for name in adapter.site.names]
-            flat = [columns * adapter.site.d_out + rows for rows, columns in drawn]
-            where = f"{'/'.join(map(str, path))}/adapters/fourierft/places"
-            assert frozen[where].shape == np.stack(flat).shape
-            frozen[where] = jnp.asarray(np.stack(flat), jnp.int32)
-    return jpeft.combine(graphdef, trainable, frozen)
-
-
 @pytest.mark.parametrize("family", ["bert tokens", "llama"])
 def test_on_a_model_of_transformers_it_is_pefts(family):
-    method = jpeft.FourierFT(n_frequency=7, scaling=40, modules_to_save=())
-    config = peft.FourierFTConfig(n_frequency=7, scaling=40)
-    against_transformers(family, method, config, NAMES, with_pefts_places)
+    """Its places too: both draw the same."""
+    method = jpeft.FourierFT(n_frequency=7, scaling=40, location_key=3, modules_to_save=())
+    config = peft.FourierFTConfig(n_frequency=7, scaling=40, random_loc_seed=3)
+    against_transformers(family, method, config, NAMES)
 
 
 @pytest.mark.parametrize("make", [stacked, listed])

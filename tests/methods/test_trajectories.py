@@ -41,8 +41,7 @@ def low_rank(family: str, config: dict[str, Any], method: Any) -> Twins:
 def of_kernels(family: str, config: Any, method: Any) -> Twins:
     """A method that `blocks_oracle` knows."""
     model = jpeft.adapt(oracle.jax_model(family), method, key=KEY)
-    prepare = blocks_oracle.with_pefts_projections if method.kind == "vera" else None
-    both = blocks_oracle.in_transformers(family, model, config, blocks_oracle.NAMES[method.kind], prepare)
+    both = blocks_oracle.in_transformers(family, model, config, blocks_oracle.NAMES[method.kind])
 
     def errors(leaves: Any) -> dict[str, float]:
         return {path: subjects.error(leaves[path], value) for path, value in both.theirs(leaves, "data").items()}

@@ -36,23 +36,21 @@ def test_it_is_the_formula(make):
 
 @pytest.mark.parametrize("make", [stacked, listed])
 def test_it_is_pefts(make):
-    config = peft.VeraConfig(r=5)
-    prepare = lambda model, other: blocks_oracle.with_pefts_projections(model, _double(other))  # noqa: E731
-    against_peft(make, jpeft.VeRA(rank=5, targets=TARGETS), config, NAMES, prepare)
+    """Its projections too: both draw the same numbers."""
+    config = peft.VeraConfig(r=5, projection_prng_key=9)
+    against_peft(make, jpeft.VeRA(rank=5, targets=TARGETS, projection_key=9), config, NAMES, _double)
 
 
 def _double(other):
     """peft draws its projections in float32 and keeps them so."""
-    for name in blocks_oracle.VERA_SHARED.values():
-        buffer = getattr(other.base_model, name)
+    for buffer in (other.base_model.vera_A, other.base_model.vera_B):
         buffer["default"] = buffer["default"].double()
-    return other
 
 
 @pytest.mark.parametrize("family", ["bert tokens", "llama"])
 def test_on_a_model_of_transformers_it_is_pefts(family):
     method = jpeft.VeRA(rank=7, modules_to_save=())
-    against_transformers(family, method, peft.VeraConfig(r=7), NAMES, blocks_oracle.with_pefts_projections)
+    against_transformers(family, method, peft.VeraConfig(r=7), NAMES)
 
 
 @pytest.mark.parametrize(

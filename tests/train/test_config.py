@@ -143,7 +143,7 @@ def test_a_method_is_its_own_dataclass():
     [
         ({"kind": "lorra"}, "method.kind is one of lora.*got 'lorra'"),
         ({"rank": 4}, "method.kind is one of .*got None"),
-        ({"kind": "vera"}, "a run saves its adapter in PEFT.s format, .* train a VeRA in a loop of your own"),
+        ({"kind": "houlsby"}, "a run saves its adapter in PEFT.s format, .* train a Houlsby in a loop of your own"),
         ({"kind": "lora", "rnk": 4}, r"unknown key method.rnk; did you mean method.rank\?"),
         ({"kind": "lora", "rank": 0}, "method: .*rank"),
         ({"kind": "lora", "dropout": 2}, "method: .*dropout"),

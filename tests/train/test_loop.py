@@ -227,7 +227,8 @@ def test_a_quantized_base_is_used_as_it_was_trained_beside(classify, scheme, tmp
     assert result.evaluation.metrics["accuracy"] > 0.95
     opened = saved.open_model(None, result.adapter)
     layer = opened.model.layers.attention.query
-    assert isinstance(layer.kernel, QuantizedKernel) and layer.kernel.scheme == scheme
+    assert isinstance(layer.kernel, QuantizedKernel)
+    assert layer.kernel.scheme == scheme
     jax.tree.map(np.testing.assert_array_equal, jpeft.partition(opened.model)[1], result.state.trainable)
     assert str(jpeft.summary(opened.model)) in loop.dry_run(config.parse(tree))
     assert saved.save_merged(opened, tmp_path / "merged") < 1e-5
