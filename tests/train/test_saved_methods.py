@@ -7,17 +7,18 @@ import pytest
 
 from jpeft.train import cli, config, loop
 
+SLOW = pytest.mark.slow
 PREFIX = {"kind": "prefix_tuning", "num_tokens": 4, "shift_positions": True}
-CLASSIFY = {
-    "prompt": {"kind": "prompt_tuning", "num_tokens": 4, "init": "vocabulary"},
-    "p-tuning": {"kind": "p_tuning", "num_tokens": 4, "hidden_size": 8},
-    "prefix": PREFIX | {"projection": True},
-}
-GENERATE = {
-    "prompt": {"kind": "prompt_tuning", "num_tokens": 4},
-    "prefix": PREFIX,
-    "tokens": {"kind": "trainable_tokens", "token_indices": [5, 4, 9]},
-}
+CLASSIFY = [
+    pytest.param({"kind": "prompt_tuning", "num_tokens": 4, "init": "vocabulary"}, id="prompt", marks=SLOW),
+    pytest.param({"kind": "p_tuning", "num_tokens": 4, "hidden_size": 8}, id="p-tuning"),
+    pytest.param(PREFIX | {"projection": True}, id="prefix", marks=SLOW),
+]
+GENERATE = [
+    pytest.param({"kind": "prompt_tuning", "num_tokens": 4}, id="prompt", marks=SLOW),
+    pytest.param(PREFIX, id="prefix"),
+    pytest.param({"kind": "trainable_tokens", "token_indices": [5, 4, 9]}, id="tokens"),
+]
 
 
 def assert_saved(tree, method, reviews, capsys):
@@ -33,7 +34,7 @@ def assert_saved(tree, method, reviews, capsys):
     return result
 
 
-@pytest.mark.parametrize("method", CLASSIFY.values(), ids=CLASSIFY)
+@pytest.mark.parametrize("method", CLASSIFY)
 def test_a_classifier(method, classify, reviews, capsys):
     result = assert_saved(classify, method, reviews, capsys)
     texts = [json.loads(line)["text"] for line in (reviews / "eval.jsonl").read_text().splitlines()]
@@ -42,7 +43,7 @@ def test_a_classifier(method, classify, reviews, capsys):
     assert labels == [("bad", "good")[i] for i in result.evaluation.predicted]
 
 
-@pytest.mark.parametrize("method", GENERATE.values(), ids=GENERATE)
+@pytest.mark.parametrize("method", GENERATE)
 def test_a_language_model(method, generate, reviews, capsys):
     result = assert_saved(generate, method, reviews, capsys)
     assert result.losses[-1] < result.losses[0]
