@@ -103,6 +103,21 @@ def extended(cache: Cache, new: KV, places: Any) -> Cache:
     )
 
 
+def repeated(cache: Cache, times: int) -> Cache:
+    """`cache` with every row `times` times, its copies next to each other."""
+    rows = jnp.repeat(jnp.arange(len(cache.mask)), times)
+    kv, cross = (jax.tree.map(lambda x: x[:, rows], half) for half in (cache.kv, cache.cross))
+    mask, places, following, crossed = (
+        jax.tree.map(lambda x: x[rows], x) for x in (cache.mask, cache.places, cache.next, cache.cross_mask)
+    )
+    return cache._replace(kv=kv, mask=mask, places=places, next=following, cross=cross, cross_mask=crossed)
+
+
+def reordered(cache: Cache, rows: Int[Array, " batch"]) -> Cache:
+    """`cache` whose row i is the row `rows[i]` of `cache`, a copy of the same prompt with another text behind it."""
+    return cache._replace(kv=jax.tree.map(lambda x: x[:, rows], cache.kv))
+
+
 def reach(cache: Cache, window: Any = None, places: Any = None) -> Bool[Array, "batch keys"]:
     """What the next token sees of the slots, and last of itself.
 
