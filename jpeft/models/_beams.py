@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from ._cache import Cache, reordered, repeated
+from .._stack import take_apart
+from ._cache import Cache, reordered, repeated, taken_apart
 from ._prompt import Prompt, read
 from ._sampling import penalised
 
@@ -76,8 +77,9 @@ class _State(NamedTuple):
 
 
 def searched(model: Any, prompt: Prompt, new: int, search: Search, scoring: Scoring) -> Int[Array, "batch beams new"]:
-    """The best texts of every prompt, the best first."""
+    """The best texts of every prompt, the best first. Takes the model apart."""
     logits, cache, seen = read(model, prompt, new, scoring.repetition_penalty is not None)
+    take_apart(model)
     batch, beams = len(logits), search.beams
     logits, seen = jax.tree.map(lambda x: jnp.repeat(x, beams, 0), (logits, seen))
     ids = jnp.full((batch, beams, new), scoring.pad, jnp.int32)
@@ -89,7 +91,7 @@ def searched(model: Any, prompt: Prompt, new: int, search: Search, scoring: Scor
         open=jnp.ones(batch, bool),
         spent=jnp.zeros((), bool),
         seen=seen,
-        cache=repeated(cache, beams),
+        cache=taken_apart(repeated(cache, beams)),
     )
 
     def goes_on(state: _State) -> jax.Array:

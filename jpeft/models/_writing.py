@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._cache import Cache, repeated
+from .._stack import take_apart
+from ._cache import Cache, repeated, taken_apart
 from ._prompt import Prompt, read
 from ._sampling import Rules, choose
 
@@ -36,12 +37,14 @@ def begun(model: Any, prompt: Prompt, new: int, samples: int, how: How) -> State
     if samples > 1:
         cache = repeated(cache, samples)
         logits, seen = jax.tree.map(lambda x: jnp.repeat(x, samples, 0), (logits, seen))
+    cache = taken_apart(cache)
     empty = jnp.full((len(logits), new), how.pad, jnp.int32)
     return _written(State(jnp.zeros((), jnp.int32), empty, jnp.zeros(len(logits), bool), seen, cache), logits, how)
 
 
 def advanced(model: Any, state: State, until: Any, how: How) -> State:
-    """Goes on until `until` tokens are written in all, or every row has ended."""
+    """Goes on until `until` tokens are written in all, or every row has ended. Takes the model apart."""
+    take_apart(model)
 
     def step(state: State) -> State:
         last = jax.lax.dynamic_slice_in_dim(state.ids, state.count - 1, 1, 1)
