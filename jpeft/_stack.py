@@ -5,7 +5,7 @@ Compile time does not grow with depth, and `jax.checkpoint` recomputes one layer
 runs inside the body which layer it is in (`_scope.Scope.layer`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -31,6 +31,44 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rn
     layers: Any = nnx.vmap(build)(rngs.split(num_layers))
     layers.stack_size = num_layers
     return layers
+
+
+@jax.tree_util.register_pytree_node_class
+class Apart:
+    """What belongs to the layers of a stack, one after another, in the place of arrays with a leading layer axis."""
+
+    def __init__(self, layers: Iterable[Any]):
+        self.layers = tuple(layers)
+
+    def __getitem__(self, layer: int) -> Any:
+        return self.layers[layer]
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
+        return self.layers, None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, layers: Iterable[Any]) -> "Apart":
+        return cls(layers)
+
+
+def apart(stacked: Any) -> Any:
+    """A pytree of arrays `[layers, ...]` as an `Apart` of such trees without that axis; None stays None."""
+    leaves = jax.tree.leaves(stacked)
+    return Apart(_layer(stacked, i) for i in range(len(leaves[0]))) if leaves else stacked
+
+
+def take_apart(model: nnx.Module) -> None:
+    """Makes every stack of a model a list of its layers, which `scan` runs in a Python loop.
+
+    For a loop that runs the model many times: the compiled program slices the leaves once before it, where a scan
+    within it would copy every layer's leaves each time. The leaves are in memory twice while it runs.
+    """
+    for _, module in list(nnx.iter_modules(model)):
+        for name, layers in list(vars(module).items()):
+            if hasattr(layers, "stack_size"):
+                graphdef, flat = nnx.graph.flatten(layers)
+                leaves = apart([leaf.get_value() for leaf in flat.leaves])
+                setattr(module, name, nnx.List([nnx.graph.unflatten(graphdef, own) for own in leaves.layers]))
 
 
 def remat(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
@@ -73,7 +111,7 @@ def scan(
     """Runs `carry, y = body(layer, carry, x)` over a stack, layer by layer.
 
     Args:
-      layers: a module from `stack` (or any module whose every leaf has the layer axis first).
+      layers: a module from `stack` (or any module whose every leaf has the layer axis first), or its layers in a list.
       body: takes one layer, the carry and this layer's slice of `xs`; returns the new carry and an output.
       carry: pytree handed from layer to layer.
       xs: pytree with a leading layer axis, or None.
@@ -81,8 +119,15 @@ def scan(
       unroll: a Python loop in the compiled program's place of the scan: same numbers, longer compile.
 
     Returns:
-      The last carry, and the outputs stacked on a leading layer axis.
+      The last carry, and the outputs stacked on a leading layer axis; of a list, `Apart`.
     """
+    if isinstance(layers, nnx.List):
+        outputs = []
+        for index, layer in enumerate(layers):
+            with scope(layer=jnp.asarray(index)):
+                carry, y = body(layer, carry, _layer(xs, index))
+            outputs.append(y)
+        return carry, Apart(outputs)
     graphdef, flat = nnx.graph.flatten(layers)
     leaves = [leaf.get_value() for leaf in flat.leaves]
     num_layers = leaves[0].shape[0]
@@ -94,3 +139,8 @@ def scan(
 
     slices = (leaves, jnp.arange(num_layers), xs)
     return jax.lax.scan(remat(step, remat_policy), carry, slices, unroll=num_layers if unroll else 1)
+
+
+def _layer(xs: Any, index: int) -> Any:
+    """What of `xs` belongs to a layer."""
+    return jax.tree.map(lambda x: x[index], xs, is_leaf=lambda x: isinstance(x, Apart))

@@ -47,6 +47,8 @@ def test_generation_page():
     names: dict = {}
     exec("\n".join(code_blocks("docs/generation.md")), names)
     assert names["greedy"].shape == names["drawn"].shape == names["mixed"].shape == (2, 8)
+    assert names["texts"].shape == (2, 2, 8)
+    assert (names["ids"] == names["greedy"][:, 4:]).all()
     assert (names["token"][:, 0] == names["greedy"][:, 0]).all()
     alone = jpeft.models.generate(names["other"], names["prompts"], names["mask"], max_new_tokens=8)
     assert (names["mixed"][0] == alone[0]).all()

@@ -31,9 +31,20 @@ from ._folder import replacing
 from ._quantizing import reading
 from ._safetensors import CheckpointError, Tensor, names
 from ._weights import Entry, Sharding, load_leaves, save_leaves
-from .generate import generate
+from .generate import Options, generate, stream
 
-__all__ = ["CheckpointError", "build", "copy_tokenizer", "generate", "load", "num_parameters", "save", "weights"]
+__all__ = [
+    "CheckpointError",
+    "Options",
+    "build",
+    "copy_tokenizer",
+    "generate",
+    "load",
+    "num_parameters",
+    "save",
+    "stream",
+    "weights",
+]
 
 _LOG = logging.getLogger("jpeft")
 

@@ -14,35 +14,45 @@ import jax.numpy as jnp
 from jax import core
 from jaxtyping import Array, Bool, Float, Int
 
+from .._stack import apart
 from ..seams import InputEmbedding
 
 
 class KV(NamedTuple):
-    """Keys and values of one attention, or with a leading axis those of all layers."""
+    """Keys and values of one attention, or with a leading axis those of all layers.
+
+    As an attention makes them their axes are `batch keys kv_heads d_head`; in a cache `batch kv_heads keys d_head`,
+    which the products of a step read as it lies.
+    """
 
     keys: Float[Array, "*layers batch keys kv_heads d_head"]
     values: Float[Array, "*layers batch keys kv_heads d_head"]
+
+
+def in_cache(kv: KV) -> KV:
+    """Keys and values as an attention makes them, with the axes that they have in a cache."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, -3, -2), kv)
 
 
 class Cache(NamedTuple):
     """What a decoder has read.
 
     Attributes:
-      kv: of all layers, `[layers, batch, slots, kv_heads, d_head]`.
+      kv: of all layers, `[layers, batch, kv_heads, slots, d_head]`; or `_stack.Apart`, layer by layer.
       mask: `[batch, slots]`, whether a slot holds something to be seen: it is filled, and not by padding.
       places: `[batch, slots]`, the positions of what the slots hold, virtual tokens counted in.
       next: `[batch]`, the position of the next token, virtual tokens not counted in.
       used: how many slots are filled, the same number in all rows.
-      cross: of all layers of a decoder beside an encoder, keys and values of the encoder's states.
+      cross: of all layers of a decoder beside an encoder, keys and values of the encoder's states, likewise.
       cross_mask: `[batch, keys]`, which of those are seen; None for all.
     """
 
-    kv: KV
+    kv: Any
     mask: Bool[Array, "batch slots"]
     places: Int[Array, "batch slots"]
     next: Int[Array, " batch"]
     used: Int[Array, ""]
-    cross: KV | None = None
+    cross: Any = None
     cross_mask: Any = None
 
     @property
@@ -53,7 +63,7 @@ class Cache(NamedTuple):
 
 def empty(layers: int, batch: int, slots: int, kv_heads: int, d_head: int, dtype: Any) -> Cache:
     """A cache that holds nothing."""
-    zeros = jnp.zeros((layers, batch, slots, kv_heads, d_head), dtype)
+    zeros = jnp.zeros((layers, batch, kv_heads, slots, d_head), dtype)
     mask, places = jnp.zeros((batch, slots), bool), jnp.zeros((batch, slots), jnp.int32)
     return Cache(KV(zeros, zeros), mask, places, jnp.zeros(batch, jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -63,7 +73,7 @@ def filled(cache: Cache, new: KV, mask: Any, places: Any, positions: Any) -> Cac
 
     Args:
       cache: with room for it.
-      new: keys and values of all layers, virtual tokens in front.
+      new: keys and values of all layers as their attentions made them, virtual tokens in front.
       mask: `[batch, seq]` of the same tokens, or None.
       places: `[batch or 1, seq]`, their positions.
       positions: `[batch or 1, text]`, those of the text before virtual tokens were counted in.
@@ -79,9 +89,13 @@ def filled(cache: Cache, new: KV, mask: Any, places: Any, positions: Any) -> Cac
         )
     room = ((0, 0), (0, cache.slots - seq))
     seen = jnp.ones((batch, seq), bool) if mask is None else jnp.broadcast_to(mask != 0, (batch, seq))
+
+    def put(old: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.pad(x.astype(old.dtype), ((0, 0), (0, 0), *room, (0, 0)))
+
     return cache._replace(
-        kv=jax.tree.map(lambda old, x: jnp.pad(x.astype(old.dtype), ((0, 0), *room, (0, 0), (0, 0))), cache.kv, new),
-        mask=jnp.pad(seen, room),
+        kv=jax.tree.map(put, cache.kv, in_cache(new)),
+        mask=jnp.pad(seen, room).astype(bool),  # of no weak type, as after a step
         places=jnp.pad(jnp.broadcast_to(places, (batch, seq)).astype(jnp.int32), room),
         next=jnp.broadcast_to(positions[:, -1] + 1, (batch,)).astype(jnp.int32),
         used=jnp.asarray(seq, jnp.int32),
@@ -89,13 +103,16 @@ def filled(cache: Cache, new: KV, mask: Any, places: Any, positions: Any) -> Cac
 
 
 def extended(cache: Cache, new: KV, places: Any) -> Cache:
-    """`cache` with one token more in every row: its keys and values of all layers, and its positions `[batch, 1]`."""
+    """`cache` with one token more in every row: its keys and values of all layers, and its positions `[batch, 1]`.
+
+    In a loop they are written in place.
+    """
 
     def put(old: jax.Array, x: Any, axis: int) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(old, jnp.asarray(x).astype(old.dtype), cache.used, axis)
 
     return cache._replace(
-        kv=jax.tree.map(lambda old, x: put(old, x, 2), cache.kv, new),
+        kv=jax.tree.map(lambda old, x: put(old, x, old.ndim - 2), cache.kv, in_cache(new)),
         mask=put(cache.mask, jnp.ones_like(cache.mask[:, :1]), 1),
         places=put(cache.places, places, 1),
         next=cache.next + 1,
@@ -103,8 +120,33 @@ def extended(cache: Cache, new: KV, places: Any) -> Cache:
     )
 
 
-def reach(cache: Cache, window: Any = None, places: Any = None) -> Bool[Array, "batch keys"]:
-    """What the next token sees of the slots, and last of itself.
+def repeated(cache: Cache, times: int) -> Cache:
+    """`cache` with every row `times` times, its copies next to each other."""
+    rows = jnp.repeat(jnp.arange(len(cache.mask)), times)
+    mask, places, following, crossed = (
+        jax.tree.map(lambda x: x[rows], x) for x in (cache.mask, cache.places, cache.next, cache.cross_mask)
+    )
+    cache = reordered(cache._replace(mask=mask, places=places, next=following, cross_mask=crossed), rows)
+    return cache._replace(cross=_rows(cache.cross, rows))
+
+
+def reordered(cache: Cache, rows: Int[Array, " batch"]) -> Cache:
+    """`cache` whose row i is the row `rows[i]` of `cache`, a copy of the same prompt with another text behind it."""
+    return cache._replace(kv=_rows(cache.kv, rows))
+
+
+def taken_apart(cache: Cache) -> Cache:
+    """`cache` for a model whose stack is a list of layers (`_stack.take_apart`)."""
+    return cache._replace(kv=apart(cache.kv), cross=apart(cache.cross))
+
+
+def _rows(kv: Any, rows: Int[Array, " batch"]) -> Any:
+    """These rows of keys and values in a cache."""
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4, mode="clip"), kv)
+
+
+def reach(cache: Cache, window: Any = None, places: Any = None) -> Bool[Array, "batch slots"]:
+    """What the next token sees of the slots.
 
     Args:
       cache: what was read.
@@ -116,14 +158,7 @@ def reach(cache: Cache, window: Any = None, places: Any = None) -> Bool[Array, "
         seen = seen & (jnp.arange(cache.slots) > cache.used - window)[None]
     elif window is not None:
         seen = seen & (cache.places > places - window)
-    return jnp.pad(seen, ((0, 0), (0, 1)), constant_values=True)
-
-
-def joined(past: KV | None, new: KV) -> KV:
-    """The keys and values of the slots, where there are any, and after them the running ones."""
-    if past is None:
-        return new
-    return jax.tree.map(lambda old, x: jnp.concatenate([old.astype(x.dtype), x], 1), past, new)
+    return seen
 
 
 def check_step(cache: Cache, input_ids: Any) -> None:

@@ -14,9 +14,10 @@ from .. import _stack
 from .._scope import dropout, scope
 from ..seams import InputEmbedding, KeyValues, Residual
 from ._attention import attention
-from ._cache import KV, Cache, extended, filled, joined, or_nan, reach, step_scope
+from ._cache import KV, Cache, extended, filled, in_cache, or_nan, reach, step_scope
 from ._layers import ACTIVATIONS, RMSNorm, gated, in_front, token_table
 from ._relative import relative_buckets
+from ._step_attention import step_attention
 from ._t5_config import Config
 
 
@@ -46,7 +47,8 @@ class Memory(NamedTuple):
 
     Attributes:
       past: of the tokens before the running ones.
-      cross: of the encoder's states; None where the block is to compute them.
+      cross: of the encoder's states; None where the block is to compute them. As made by an attention, or where there
+        is a past, as they lie in a cache.
     """
 
     past: KV | None = None
@@ -72,10 +74,14 @@ class Attention(nnx.Module):
         mask: Any,
         bias: Any = None,
         causal: bool = False,
+        past: KV | None = None,
     ) -> Float[Array, "batch seq d_model"]:
+        q = self._heads(self.q(x))
+        if past is not None:
+            y = step_attention(self.keys_values, q, past, kv, x, seen=mask, scale=1.0, bias=bias)
+            return self.o(y.reshape(*y.shape[:2], -1))
         k, v, mask = self.keys_values(*kv, mask, x)
         rate, path = self.dropout_rate, f"{self.path}/attention_dropout"
-        q = self._heads(self.q(x))
         y = attention(q, k, v, causal=causal, scale=1.0, mask=mask, bias=bias, dropout=rate, path=path)
         return self.o(y.reshape(*y.shape[:2], -1))
 
@@ -83,8 +89,13 @@ class Attention(nnx.Module):
         """Their keys and values."""
         return KV(self._heads(self.k(states)), self._heads(self.v(states)))
 
+    def none(self, x: Float[Array, "batch seq d_model"]) -> KV:
+        """Keys and values of no token, where all are in a cache."""
+        empty = self._heads(jnp.zeros((len(x), 0, self.q.out_features), x.dtype))
+        return KV(empty, empty)
+
     def _heads(self, y: Float[Array, "batch seq d_out"]) -> Float[Array, "batch seq heads d_head"]:
-        return y.reshape(*y.shape[:2], self.num_heads, -1)
+        return y.reshape(*y.shape[:2], self.num_heads, self.keys_values.d_head)
 
 
 class SelfAttentionLayer(nnx.Module):
@@ -101,7 +112,7 @@ class SelfAttentionLayer(nnx.Module):
     ) -> tuple[Float[Array, "batch seq d_model"], KV]:
         h = self.layer_norm(x)
         new = self.SelfAttention.read(h)
-        h = self.SelfAttention(h, joined(past, new), context.mask, context.bias, self.causal)
+        h = self.SelfAttention(h, new, context.mask, context.bias, self.causal, past)
         return checkpoint_name(self.residual(dropout(h, self.dropout_rate, self.path), x), "attention_output"), new
 
 
@@ -115,10 +126,16 @@ class CrossAttentionLayer(nnx.Module):
         self.residual = Residual(config.d_model, "cross_attention")
 
     def __call__(
-        self, x: Float[Array, "batch seq d_model"], context: Context, cross: KV | None
+        self, x: Float[Array, "batch seq d_model"], context: Context, memory: Memory
     ) -> Float[Array, "batch seq d_model"]:
-        kv = self.EncDecAttention.read(context.states) if cross is None else cross
-        h = self.EncDecAttention(self.layer_norm(x), kv, context.seen)
+        attend, past = self.EncDecAttention, None
+        if memory.cross is None:
+            kv = attend.read(context.states)
+        elif memory.past is None:
+            kv = memory.cross
+        else:
+            kv, past = attend.none(x), memory.cross
+        h = attend(self.layer_norm(x), kv, context.seen, past=past)
         return checkpoint_name(self.residual(dropout(h, self.dropout_rate, self.path), x), "attention_output")
 
 
@@ -174,7 +191,7 @@ class Block(nnx.Module):
         own, *cross, mlp = self.layer
         x, new = own(checkpoint_name(x, "block_input"), context, memory.past)
         for layer in cross:
-            x = layer(x, context, memory.cross)
+            x = layer(x, context, memory)
         return mlp(x), new
 
 
@@ -226,7 +243,7 @@ class Stack(nnx.Module):
             cross = self._cross(encoded.states)
             x, new = self._run(x, context, Memory(cross=cross), True, options)
         cache = filled(cache, new, whole, places, positions)
-        return x, cache._replace(cross=cross, cross_mask=encoded.mask)
+        return x, cache._replace(cross=in_cache(cross), cross_mask=encoded.mask)
 
     def step(
         self, cache: Cache, e: Float[Array, "batch 1 d_model"], **options: Any

@@ -6,49 +6,30 @@ every row. Methods act as they do without a cache: virtual tokens are read once 
 front of every step's keys, and what acts on a prompt's ends (LoReFT) acts on those of the text that is given.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import core
 from jaxtyping import Array, Int, Shaped
 
-from .._scope import current, scope
-from ._cache import Cache
-from ._sampling import Rules, choose, held, rules
+from ._beams import Scoring, Search, searched
+from ._prompt import Prompt, prepared
+from ._sampling import Rules, rules
+from ._writing import How, State, advanced, begun
 
 #: The tasks whose models write.
 TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
-def generate(
-    model: Any,
-    input_ids: Int[Any, "batch seq"],
-    attention_mask: Shaped[Any, "batch seq"] | None = None,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-    key: jax.Array | None = None,
-    bucket: int = 64,
-) -> Int[Array, "batch new"]:
-    """What the model writes after each prompt: `[batch, max_new_tokens]` ids, without the prompt.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `generate` and `stream` take beside a model and prompts; checked when it is made.
 
-    A row that has ended is filled up with padding, and the loop stops when all rows have. Positions count the tokens
-    of a prompt alone, so padding on any side changes nothing. One program serves all prompts of a bucket of lengths.
-
-    Args:
-      model: of a task in `TASKS`; adapted or not.
-      input_ids: prompts; of an encoder with a decoder, what the encoder reads.
-      attention_mask: 1 where there is a token, 0 where there is padding; None where all are tokens.
+    Attributes:
       max_new_tokens: how many tokens are written at most. Another number is another program.
       temperature: 0 takes the likeliest token; else tokens are drawn by softmax(logits / temperature).
       top_k: draw among the k likeliest.
@@ -58,8 +39,108 @@ def generate(
       eos_token_id: what ends a row, one id or several; None writes max_new_tokens.
       pad_token_id: what fills up a row that has ended; None is the config's, or else the first of `eos_token_id`.
       key: for drawing: one key, of which row i draws by `fold_in(key, i)`, or one for every row, `[batch]`. What a row
-        draws depends on its key and its logits alone.
+        draws depends on its key and its logits alone. Of several texts of a row, j draws by `fold_in(key of the row,
+        j)`; or give a key for each, `[batch, texts]`.
+      num_return_sequences: how many texts are written for each prompt, which is read once; they get an axis of their
+        own. None writes one, without the axis.
+      num_beams: above 1, the likeliest text is searched among this many partial ones.
+      length_penalty: of a search, 1 by default: texts are compared by Σ log p / length ** length_penalty, so above 0
+        favours long ones.
+      early_stopping: of a search, False by default: True stops when `num_beams` texts have ended; False when no text of
+        the length reached would be better; "never" when none could be.
       bucket: prompts are padded to a multiple of this length, so that other lengths need no other program.
+
+    Raises:
+      ValueError: a number is out of its range, or an option would change nothing beside the others.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    pad_token_id: int | None = None
+    key: Any = None
+    num_return_sequences: int | None = None
+    num_beams: int = 1
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
+    bucket: int = 64
+
+    def __post_init__(self) -> None:
+        texts = 1 if self.num_return_sequences is None else self.num_return_sequences
+        for name in ("max_new_tokens", "num_return_sequences", "num_beams", "bucket"):
+            value = getattr(self, name)
+            if value is not None and (value != int(value) or value < 1):
+                raise ValueError(f"{name} is a whole number, 1 or more, got {value}")
+        if self.num_beams == 1:
+            for name in ("length_penalty", "early_stopping"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} is a rule of a search, which needs num_beams above 1"
+                    )
+            if texts > 1 and not self.temperature:
+                raise ValueError(
+                    f"num_return_sequences={texts} of temperature=0 would be one text {texts} times; draw them "
+                    "(temperature) or search for them (num_beams)"
+                )
+        elif self.temperature:
+            raise ValueError(f"num_beams={self.num_beams} searches for the likeliest text, and temperature draws one")
+        elif texts > self.num_beams:
+            raise ValueError(f"a search with num_beams={self.num_beams} ends with as many texts, not with {texts}")
+        if self.early_stopping not in (None, True, False, "never"):
+            raise ValueError(f"early_stopping is True, False or 'never', got {self.early_stopping!r}")
+        self.rules  # noqa: B018 (checked)
+
+    @property
+    def rules(self) -> Rules:
+        """Of choosing a token."""
+        return rules(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end a row."""
+        return () if self.eos_token_id is None else tuple(np.atleast_1d(np.asarray(self.eos_token_id)).tolist())
+
+    def keys(self, batch: int) -> Any:
+        """A key for every text, `[batch · texts]`, or None where nothing is drawn."""
+        if not self.temperature:
+            return None
+        key, texts = self.key, self.num_return_sequences
+        if key is None:
+            raise ValueError("tokens are drawn where temperature is above 0, which needs key=jax.random.key(seed)")
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            raise ValueError(f"key is made by jax.random.key(seed), or by split of one; got an array of {key.dtype}")
+        if key.ndim == 0:
+            key = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+        if key.shape == (batch,) and texts is not None:
+            fold = jax.vmap(jax.random.fold_in, (None, 0))
+            key = jax.vmap(fold, (0, None))(key, jnp.arange(texts))
+        if key.shape != (batch,) + (() if texts is None else (texts,)):
+            each = "" if texts is None else f", or [{batch}, {texts}]: one for each of the texts"
+            raise ValueError(f"key is one key, or one for each of the {batch} rows{each}; got {key.shape}")
+        return key.reshape(-1)
+
+
+def generate(
+    model: Any,
+    input_ids: Int[Any, "batch seq"],
+    attention_mask: Shaped[Any, "batch seq"] | None = None,
+    **options: Any,
+) -> Int[Array, "batch *texts new"]:
+    """What the model writes after each prompt: `[batch, max_new_tokens]` ids, without the prompt.
+
+    A row that has ended is filled up with padding, and the loop stops when all rows have. Positions count the tokens
+    of a prompt alone, so padding on any side changes nothing. One program serves all prompts of a bucket of lengths.
+
+    Args:
+      model: of a task in `TASKS`; adapted or not.
+      input_ids: prompts; of an encoder with a decoder, what the encoder reads.
+      attention_mask: 1 where there is a token, 0 where there is padding; None where all are tokens.
+      **options: `max_new_tokens`, and the others of `Options`. With `num_return_sequences` the ids are `[batch,
+        num_return_sequences, max_new_tokens]`; those of a search stand the best first.
 
     Raises:
       ValueError: the model has no cache; a row has no token; more tokens than the model has positions; wrong options.
@@ -67,149 +148,129 @@ def generate(
     Example:
       >>> ids = jpeft.models.generate(model, prompt, max_new_tokens=32, temperature=0.8, top_p=0.95, key=key)
     """
+    call = _call(model, input_ids, attention_mask, Options(**options))
+    told = call.options
+    if told.num_beams > 1:
+        early = False if told.early_stopping is None else told.early_stopping
+        penalty = 1.0 if told.length_penalty is None else told.length_penalty
+        scoring = Scoring(penalty, told.repetition_penalty, call.how.ends, call.how.pad)
+        search = Search(told.num_beams, early)
+        ids = _search(call.graphdef, told.max_new_tokens, search, call.leaves, call.prompt, scoring)
+        return ids[:, 0] if told.num_return_sequences is None else ids[:, : told.num_return_sequences]
+    return call.shaped(_write(*call.sizes, call.leaves, call.prompt, call.how))
+
+
+def stream(
+    model: Any,
+    input_ids: Int[Any, "batch seq"],
+    attention_mask: Shaped[Any, "batch seq"] | None = None,
+    *,
+    chunk: int = 8,
+    **options: Any,
+) -> Iterator[Int[np.ndarray, "batch *texts some"]]:
+    """As `generate`, token by token or by `chunk` of them: each is given when it is there, until all rows have ended.
+
+    Joined on their last axis they are the ids of `generate`, without the padding behind the last row's end. Leaving
+    the iterator early leaves the rest unwritten. Two programs serve all prompts of a bucket and all sizes of a chunk.
+
+    Args:
+      model, input_ids, attention_mask: as of `generate`.
+      chunk: tokens at a time; each costs one call to the device.
+      **options: as of `generate`; a search (`num_beams`) knows its text at its end alone, and is refused.
+
+    Raises:
+      ValueError: as `generate`.
+
+    Example:
+      >>> for ids in jpeft.models.stream(model, prompt, max_new_tokens=32, chunk=1):
+      ...     print(ids[0])
+    """
+    told = Options(**options)
+    if chunk != int(chunk) or chunk < 1:
+        raise ValueError(f"chunk is a number of tokens, 1 or more, got {chunk}")
+    if told.num_beams > 1:
+        raise ValueError(f"num_beams={told.num_beams} finds its text at the end alone; stream what is drawn or greedy")
+    return _chunks(_call(model, input_ids, attention_mask, told), chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call made ready: the model as NNX's graphdef and leaves, and what it is to do."""
+
+    graphdef: Any
+    leaves: Any
+    prompt: Prompt
+    how: How
+    options: Options
+
+    @property
+    def sizes(self) -> tuple[Any, int, int]:
+        """What a program is compiled for."""
+        return self.graphdef, self.options.max_new_tokens, self.options.num_return_sequences or 1
+
+    def shaped(self, ids: Any) -> Any:
+        """`[batch · texts, new]` with the texts on an axis of their own, if they were asked for."""
+        texts = self.options.num_return_sequences
+        return ids if texts is None else ids.reshape(-1, texts, ids.shape[-1])
+
+
+def _call(model: Any, input_ids: Any, attention_mask: Any, options: Options) -> _Call:
     if getattr(model, "task", None) not in TASKS or not hasattr(model, "prefill"):
         raise ValueError(
             f"generate takes a model with a cache and a task that writes ({', '.join(TASKS)}); got "
             f"{type(model).__name__} with the task {getattr(model, 'task', None)}"
         )
-    for name, value in {"max_new_tokens": max_new_tokens, "bucket": bucket}.items():
-        if value != int(value) or value < 1:
-            raise ValueError(f"{name} is a whole number, 1 or more, got {value}")
-    asked = rules(temperature, top_k, top_p, min_p, repetition_penalty)
-    prompt = _prompt(model, jnp.asarray(input_ids), attention_mask, max_new_tokens, bucket)
-    ends = () if eos_token_id is None else tuple(np.atleast_1d(np.asarray(eos_token_id)).tolist())
+    prompt = prepared(model, jnp.asarray(input_ids), attention_mask, options.max_new_tokens, options.bucket)
+    pad = _pad(model, options)
+    ends = jnp.asarray(options.ends, jnp.int32)
+    how = How(options.rules, options.keys(len(prompt.ids)), ends, jnp.asarray(pad, jnp.int32))
     graphdef, flat = nnx.graph.flatten(model)
-    return _compiled(
-        graphdef,
-        max_new_tokens,
-        [leaf.get_value() for leaf in flat.leaves],
-        prompt,
-        asked,
-        _keys(key, asked, len(prompt.ids)),
-        jnp.asarray(ends, jnp.int32),
-        jnp.asarray(_pad(model, pad_token_id, ends), jnp.int32),
-    )
+    return _Call(graphdef, [leaf.get_value() for leaf in flat.leaves], prompt, how, options)
 
 
-class Prompt(NamedTuple):
-    """Prompts with all padding on the left, each `[batch, seq]`.
-
-    Attributes:
-      ids: tokens.
-      mask: which of them are.
-      marked: what `jpeft.prompt_tokens` says, or None.
-    """
-
-    ids: jax.Array
-    mask: jax.Array
-    marked: jax.Array | None
-
-
-def _prompt(model: Any, ids: jax.Array, mask: Any, new: int, bucket: int) -> Prompt:
-    """The prompts, their padding moved to the left and filled up to a multiple of `bucket`."""
-    if ids.ndim != 2 or 0 in ids.shape or (mask is not None and jnp.shape(mask) != ids.shape):
-        raise ValueError(
-            f"input_ids and attention_mask are [batch, seq] with one token or more; got {ids.shape} and "
-            f"{None if mask is None else jnp.shape(mask)}"
-        )
-    mask = jnp.ones(ids.shape, bool) if mask is None else jnp.asarray(mask) != 0
-    if not isinstance(mask, core.Tracer) and not bool(mask.any(1).all()):
-        rows = np.flatnonzero(~np.asarray(mask).any(1)).tolist()
-        raise ValueError(f"a prompt needs a token, and attention_mask hides all of the rows {rows[:5]}")
-    marked = current().prompt
-    if marked is not None and marked.shape != ids.shape:
-        raise ValueError(
-            f"prompt_tokens says of {marked.shape} tokens which are the prompt, and generate reads {ids.shape}; "
-            "leave it out where all of the text is prompt"
-        )
-    order = jnp.argsort(mask, axis=1, stable=True)
-    size = ids.shape[1] + -ids.shape[1] % bucket
-    limit = None if hasattr(model, "encode") else model.config.max_cached
-    if limit is not None:
-        virtual = jax.eval_shape(lambda: model.cache(1, 1)).slots - 1
-        size = max(ids.shape[1], min(size, limit - new - virtual))
-
-    def ready(x: jax.Array) -> jax.Array:
-        return jnp.pad(jnp.take_along_axis(x, order, 1), ((0, 0), (size - ids.shape[1], 0)))
-
-    return Prompt(ready(ids), ready(mask), None if marked is None else ready(marked != 0))
-
-
-def _keys(key: Any, asked: Rules, batch: int) -> Any:
-    """A key for every row, or None where nothing is drawn."""
-    if asked.temperature is None:
-        return None
-    if key is None:
-        raise ValueError("tokens are drawn where temperature is above 0, which needs key=jax.random.key(seed)")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise ValueError(f"key is made by jax.random.key(seed), or by split of one; got an array of {key.dtype}")
-    if key.ndim == 0:
-        return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
-    if key.shape != (batch,):
-        raise ValueError(f"key is one key, or one for each of the {batch} rows; got {key.shape}")
-    return key
-
-
-def _pad(model: Any, pad_token_id: int | None, ends: Sequence[int]) -> int:
+def _pad(model: Any, options: Options) -> int:
     """What stands behind the end of a row; where there is no end, anything."""
-    given = (pad_token_id, getattr(model.config, "pad_token_id", None), *ends, 0)
+    given = (options.pad_token_id, getattr(model.config, "pad_token_id", None), *options.ends, 0)
     return next(pad for pad in given if pad is not None)
 
 
-class _State(NamedTuple):
-    """The loop's: what was written and how much of it, who has ended, what rows hold, and the cache."""
+def _chunks(call: _Call, size: int) -> Iterator[np.ndarray]:
+    """The ids of a call, some at a time; what was written stays on the device until it is given."""
+    state, given = _begin(*call.sizes, call.leaves, call.prompt, call.how), 0
+    while True:
+        until = min(given + size, call.options.max_new_tokens)
+        state = _advance(call.graphdef, call.leaves, state, jnp.asarray(until, jnp.int32), call.how)
+        count = int(state.count)
+        if count > given:
+            yield call.shaped(np.asarray(state.ids)[:, given:count])
+        if count < until or count == call.options.max_new_tokens:
+            return
+        given = count
 
-    count: jax.Array
-    ids: jax.Array
-    ended: jax.Array
-    seen: Any
-    cache: Cache
+
+# Programs -----------------------------------------------------------------------------------------------------------
 
 
-def _sequence(
-    graphdef: Any, new: int, leaves: Any, prompt: Prompt, asked: Rules, keys: Any, ends: jax.Array, pad: jax.Array
-) -> Int[Array, "batch new"]:
-    """`generate`, of a model given as NNX's graphdef and leaves."""
+def _writes(graphdef: Any, new: int, texts: int, leaves: Any, prompt: Prompt, how: How) -> Int[Array, "rows new"]:
     model = nnx.graph.unflatten(graphdef, leaves)
-    batch = len(prompt.ids)
-
-    def write(state: _State, logits: jax.Array) -> _State:
-        token = jnp.where(state.ended, pad, choose(logits, state.seen, asked, keys, state.count))
-        seen = None if state.seen is None else state.seen.at[jnp.arange(batch), token].set(True)
-        return state._replace(
-            count=state.count + 1,
-            ids=jax.lax.dynamic_update_slice_in_dim(state.ids, token[:, None], state.count, 1),
-            ended=state.ended | jnp.isin(token, ends),
-            seen=seen,
-        )
-
-    def step(state: _State) -> _State:
-        last = jax.lax.dynamic_slice_in_dim(state.ids, state.count - 1, 1, 1)
-        hidden, cache = model.step(state.cache, last)
-        return write(state._replace(cache=cache), model.logits(hidden)[:, 0])
-
-    logits, cache, seen = _read(model, prompt, new, asked.repetition_penalty is not None)
-    empty = jnp.full((batch, new), pad, jnp.int32)
-    first = write(_State(jnp.zeros((), jnp.int32), empty, jnp.zeros(batch, bool), seen, cache), logits)
-    return jax.lax.while_loop(lambda s: (s.count < new) & ~s.ended.all(), step, first).ids
+    return advanced(model, begun(model, prompt, new, texts, how), new, how).ids
 
 
-def _read(model: Any, prompt: Prompt, new: int, holds: bool) -> tuple[jax.Array, Cache, Any]:
-    """The logits of the first new token, the cache with the prompt in it, and which tokens each row holds."""
-    ids, mask, marked = prompt
-    positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
-    with scope(prompt=marked):
-        if hasattr(model, "encode"):
-            encoded = model.encode(ids, mask, positions=positions)
-            ids = model.decoder_inputs(jnp.zeros((len(ids), 1), jnp.int32))
-            mask = jnp.ones_like(ids, bool)
-            with scope(prompt=None):
-                hidden, cache = model.prefill(model.cache(len(ids), new), encoded, ids)
-        else:
-            cache = model.cache(len(ids), ids.shape[1] + new)
-            hidden, cache = model.prefill(cache, ids, mask, positions)
-    logits = model.logits(hidden[:, -1:])[:, 0]
-    return logits, cache, held(ids, mask, logits.shape[-1]) if holds else None
+def _begins(graphdef: Any, new: int, texts: int, leaves: Any, prompt: Prompt, how: How) -> State:
+    return begun(nnx.graph.unflatten(graphdef, leaves), prompt, new, texts, how)
 
 
-_compiled = jax.jit(_sequence, static_argnums=(0, 1))
+def _advances(graphdef: Any, leaves: Any, state: State, until: jax.Array, how: How) -> State:
+    return advanced(nnx.graph.unflatten(graphdef, leaves), state, until, how)
+
+
+def _searches(
+    graphdef: Any, new: int, search: Search, leaves: Any, prompt: Prompt, scoring: Scoring
+) -> Int[Array, "batch beams new"]:
+    return searched(nnx.graph.unflatten(graphdef, leaves), prompt, new, search, scoring)
+
+
+_write = jax.jit(_writes, static_argnums=(0, 1, 2))
+_begin = jax.jit(_begins, static_argnums=(0, 1, 2))
+_advance = jax.jit(_advances, static_argnums=0, donate_argnums=2)
+_search = jax.jit(_searches, static_argnums=(0, 1, 2))

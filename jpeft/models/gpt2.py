@@ -22,9 +22,10 @@ from .._scope import dropout, scope
 from ..seams import InputEmbedding, KeyValues, Residual
 from . import _config
 from ._attention import attention
-from ._cache import KV, Cache, check_step, empty, extended, filled, joined, num_slots, or_nan, reach, step_scope
+from ._cache import KV, Cache, check_step, empty, extended, filled, num_slots, or_nan, reach, step_scope
 from ._layer_norm import LayerNorm
 from ._layers import ACTIVATIONS, in_front, last_token, positions_of, token_table
+from ._step_attention import step_attention
 from ._weights import TRANSPOSE, Entry, Ignore, Rule, Tied, module_names
 
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -123,19 +124,17 @@ class Attention(nnx.Module):
         if depth is not None:
             q = (q / depth).astype(q.dtype)
         new = KV(k, v)
-        k, v, mask = self.keys_values(*joined(past, new), mask, x)
-        y = attention(
-            q,
-            k,
-            v,
-            causal=True,
-            mask=mask,
-            segment_ids=segment_ids,
-            scale=config.scale,
-            dropout=config.attn_pdrop,
-            path="layers/attn/attn_dropout",
-        )
+        if past is None:
+            y = self._attend(q, new, mask, segment_ids, x)
+        else:
+            y = step_attention(self.keys_values, q, past, new, x, seen=mask, scale=config.scale)
         return dropout(self.c_proj(y.reshape(x.shape)), config.resid_pdrop, "layers/attn/resid_dropout"), new
+
+    def _attend(self, q: jax.Array, new: KV, mask: Any, segment_ids: Any, x: jax.Array) -> jax.Array:
+        k, v, mask = self.keys_values(*new, mask, x)
+        limits = {"mask": mask, "segment_ids": segment_ids}
+        rate, path = self.config.attn_pdrop, "layers/attn/attn_dropout"
+        return attention(q, k, v, causal=True, scale=self.config.scale, dropout=rate, path=path, **limits)
 
 
 class MLP(nnx.Module):

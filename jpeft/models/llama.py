@@ -24,10 +24,11 @@ from .. import _stack
 from .._scope import dropout, scope
 from ..seams import InputEmbedding, KeyValues, Residual
 from ._attention import attention
-from ._cache import KV, Cache, check_step, empty, extended, filled, joined, num_slots, or_nan, reach, step_scope
+from ._cache import KV, Cache, check_step, empty, extended, filled, num_slots, or_nan, reach, step_scope
 from ._layers import RMSNorm, gated, in_front, last_token, segment_positions, token_table
 from ._llama_config import PRESETS, Config
 from ._rope import rope_tables, rotate
+from ._step_attention import step_attention
 from ._weights import TRANSPOSE, Entry, Ignore, Rule, Tied, module_names
 
 __all__ = ["HEADS", "PREFIXES", "PRESETS", "TASKS", "WEIGHTS", "Config", "Llama"]
@@ -70,20 +71,14 @@ class Attention(nnx.Module):
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         new = KV(rotate(k, rope), v)
-        k, v, mask = self.keys_values(*joined(past, new), mask, x)
-        y = attention(
-            rotate(q, rope),
-            k,
-            v,
-            causal=True,
-            scale=self.d_head**-0.5,
-            window=window,
-            places=places,
-            mask=mask,
-            segment_ids=segment_ids,
-            dropout=self.dropout_rate,
-            path="layers/self_attn/dropout",
-        )
+        q = rotate(q, rope)
+        if past is not None:
+            y = step_attention(self.keys_values, q, past, new, x, seen=mask, scale=self.d_head**-0.5)
+            return self.o_proj(y.reshape(*y.shape[:2], -1)), new
+        k, v, mask = self.keys_values(*new, mask, x)
+        limits = {"mask": mask, "segment_ids": segment_ids, "window": window, "places": places}
+        rate, path = self.dropout_rate, "layers/self_attn/dropout"
+        y = attention(q, k, v, causal=True, scale=self.d_head**-0.5, dropout=rate, path=path, **limits)
         return self.o_proj(y.reshape(*y.shape[:2], -1)), new
 
     def _heads(self, y: Float[Array, "batch seq d_out"]) -> Float[Array, "batch seq heads d_head"]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import config
+from . import config, writing
 
 _EXAMPLES = """
 examples:
@@ -15,6 +15,8 @@ examples:
   jpeft train sst2.yaml optimizer.lr=1e-3 --seed 1        with other values
   jpeft train sst2.yaml --dry-run                         only look: data, shapes, counts
   jpeft predict --adapter runs/sst2/adapter "what a film"
+  jpeft generate --model DIR --temperature 0.8 "Once upon a time"
+  jpeft chat --model DIR --adapter law=runs/law/adapter   /switch law, /reset, /quit
   jpeft merge --adapter runs/sst2/adapter --out merged    a plain Hugging Face folder
 """
 
@@ -73,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     _names_model(predict)
     predict.add_argument("texts", nargs="*", metavar="TEXT", help="sentences; none reads lines from standard input")
     _takes_length(predict)
+
+    writing.add_parsers(commands)
 
     merge = commands.add_parser("merge", help="write base and adapter as one Hugging Face folder")
     _names_model(merge)
@@ -159,6 +163,16 @@ def _predict(options: argparse.Namespace) -> None:
         print(f"{found.label}\t{found.probability:.4f}\t{found.text}")
 
 
+def _generate(options: argparse.Namespace) -> None:
+    _quiet_tokenizers()
+    writing.generate(options)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    _quiet_tokenizers()
+    writing.chat(options)
+
+
 def _merge(options: argparse.Namespace) -> None:
     from . import saved
 
@@ -196,6 +210,8 @@ _COMMANDS = {
     "train": _train,
     "eval": _eval,
     "predict": _predict,
+    "generate": _generate,
+    "chat": _chat,
     "merge": _merge,
     "export": _export,
     "inspect": _inspect,

@@ -29,6 +29,14 @@ class Tokenizer:
         """Token ids of every text, special tokens included, at full length."""
         return [encoding.ids for encoding in self.backend.encode_batch(list(texts))]
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a text that holds its special tokens already, as a chat template writes them."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids, without special tokens."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
     def cut(self, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], list[int]]:
         """As `encode`, at most `max_length` tokens each with the special ones kept; and how many tokens were lost."""
         ids = self.encode(texts)
@@ -56,6 +64,16 @@ def load(folder: str | Path) -> Tokenizer:
     ids = {name: backend.token_to_id(token) for name, token in special.items()}
     digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
     return Tokenizer(backend, ids.get("pad_token") or 0, ids.get("eos_token"), digest)
+
+
+def ends(folder: str | Path, words: Tokenizer) -> tuple[int, ...]:
+    """The ids that end what the model of a folder writes: its generation config's, its config's, or its tokenizer's."""
+    for name in ("generation_config.json", "config.json"):
+        file = Path(folder) / name
+        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (found,)
+    return () if words.eos_id is None else (words.eos_id,)
 
 
 def _backend(folder: Path) -> Any:

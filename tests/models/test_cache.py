@@ -103,7 +103,7 @@ def test_padding_between_virtual_tokens_and_the_text_changes_nothing_in_a_window
 
 def test_virtual_tokens_take_slots_and_a_prefix_takes_none():
     model = build(TINY, "CAUSAL_LM")
-    assert model.cache(2, 5).kv.keys.shape == (3, 2, 5, 2, 6)
+    assert model.cache(2, 5).kv.keys.shape == (3, 2, 2, 5, 6)
     prompt = jpeft.adapt(model, METHODS["prompt"], key=KEY)
     prefix = jpeft.adapt(model, METHODS["prefix"], key=KEY)
     assert (prompt.cache(2, 5).slots, prefix.cache(2, 5).slots) == (8, 5)
@@ -150,7 +150,7 @@ def test_a_decoder_beside_an_encoder(methods):
     expected, logits, cross = run(model)
     assert subjects.error(logits, expected[:, PROMPT - 1 :]) < ROUNDINGS
     virtual = 3 if methods == "prompts" else 0
-    assert cross.keys.shape == (model.config.num_decoder_layers, 3, 9 + virtual, 3, 10)
+    assert cross.keys.shape == (model.config.num_decoder_layers, 3, 3, 9 + virtual, 10)
 
 
 def test_a_longer_cache_changes_nothing():

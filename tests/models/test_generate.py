@@ -13,11 +13,10 @@ import pytest
 import subjects
 import torch
 import transformers
-from llama_reference import CONFIGS, MISTRAL, TINY
-from llama_reference import torch_model as llama_torch_model
+from generation_reference import IDS, MASK, family
+from llama_reference import CONFIGS, TINY
 from transformers.generation import logits_process
-from zoo_reference import GPT2, T5, build
-from zoo_reference import torch_model as zoo_torch_model
+from zoo_reference import GPT2, build
 
 import jpeft
 from jpeft import models
@@ -28,20 +27,6 @@ KEY = jax.random.key(0)
 NEW = 9
 #: An id that ends no row, as it is in no vocabulary.
 NEVER = 10**6
-#: Left-padded prompts of 7, 4 and 1 tokens.
-MASK = np.arange(7)[None] >= np.array([[0], [3], [6]])
-IDS = np.where(MASK, np.random.default_rng(0).integers(3, 53, MASK.shape), 0)
-
-
-def family(name):
-    """transformers' model."""
-    if name == "llama":
-        return llama_torch_model(TINY)
-    if name == "mistral":
-        return llama_torch_model(MISTRAL | {"sliding_window": 4})
-    subject, task = (GPT2, "CAUSAL_LM") if name == "gpt2" else (T5, "SEQ_2_SEQ_LM")
-    changed = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} if name == "t5 v1.1" else {}
-    return zoo_torch_model(dict(subject.config) | changed, task, subject.classes)
 
 
 def written(theirs, eos, **options):
@@ -106,8 +91,8 @@ def test_padding_and_buckets_change_nothing(model):
 def test_one_program_for_all_lengths_of_a_bucket_and_all_numbers(model, monkeypatch):
     chex.clear_trace_counter()
     module = importlib.import_module("jpeft.models.generate")
-    traced = jax.jit(chex.assert_max_traces(module._sequence, n=1), static_argnums=(0, 1))
-    monkeypatch.setattr(module, "_compiled", traced)
+    traced = jax.jit(chex.assert_max_traces(module._writes, n=1), static_argnums=(0, 1, 2))
+    monkeypatch.setattr(module, "_write", traced)
     for seq, temperature, seed in ((1, 0.7, 0), (5, 1.0, 1), (16, 2.5, 2)):
         told = {
             "temperature": temperature,
@@ -227,19 +212,6 @@ def test_rules_follow_each_other_as_in_transformers():
     drawn = np.asarray(draw(jax.random.split(KEY, 2000)))
     for row in range(8):
         assert {*drawn[:, row].tolist()} == {*np.flatnonzero(left[row]).tolist()}
-
-
-def test_tokens_are_drawn_by_softmax():
-    """Chi-square of 20,000 draws from 6 tokens: 5 degrees of freedom, of which 99.9 % stay below 20.5."""
-    logits = np.array([1.0, 0.5, 0.0, -0.5, -1.0, 0.2], np.float32)
-    count, temperature = 20_000, 0.6
-    rules = _sampling.rules(temperature, None, None, None, None)
-    many = jnp.broadcast_to(logits, (count, 6))
-    drawn = _sampling.choose(many, None, rules, jax.random.split(jax.random.key(7), count), 3)
-    weights = np.exp(logits.astype(np.float64) / temperature)
-    expected = count * weights / weights.sum()
-    observed = np.bincount(np.asarray(drawn), minlength=6)
-    assert ((observed - expected) ** 2 / expected).sum() < 20.5
 
 
 def test_what_a_row_draws_depends_on_its_own_key(model):

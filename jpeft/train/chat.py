@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A conversation with a model and its adapters: messages made text by the tokenizer's template, answers as they come.
+
+All adapters lie in one bank, so another one is another argument of the same compiled program.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import models
+from .._bank import bank, select
+from ..io import import_peft
+from . import tokenizer
+from .writer import Writer
+
+#: The name of the model without any adapter.
+BASE = "base"
+
+
+class Conversation:
+    """Messages so far, and who answers.
+
+    Attributes:
+      names: of those who can answer, `BASE` first.
+      speaker: the one of them who answers next.
+      messages: `{"role": ..., "content": ...}` in order.
+    """
+
+    def __init__(self, model: str | Path, adapters: Mapping[str, str | Path] | None = None, system: str | None = None):
+        """Loads a model folder and PEFT folders by name.
+
+        Raises:
+          ValueError: the tokenizer has no chat template; the adapters do not fit one bank; a name is taken.
+          FileNotFoundError, CheckpointError: a folder is not there, or not right.
+        """
+        adapters = {} if adapters is None else adapters
+        if BASE in adapters:
+            raise ValueError(f"{BASE} is the name of the model without an adapter; give {adapters[BASE]} another")
+        self._template = Template(model)
+        self.names, self.speaker, self.system = (BASE, *adapters), [*adapters, BASE][0], system
+        self._words = tokenizer.load(model)
+        self._ends = tokenizer.ends(model, self._words)
+        self._base = models.load(model, "CAUSAL_LM")
+        adapted = [import_peft(self._base, folder) for folder in adapters.values()]
+        self._bank = bank(adapted) if adapted else None
+        self.reset()
+
+    def switch(self, name: str) -> None:
+        """Another one answers from now on; what was said stays.
+
+        Raises:
+          ValueError: there is none of this name.
+        """
+        if name not in self.names:
+            raise ValueError(f"no adapter is called {name!r}; there are {', '.join(self.names)}")
+        self.speaker = name
+
+    def reset(self) -> None:
+        """Forgets what was said, but for the system's message."""
+        self.messages: list[dict[str, str]] = (
+            [] if self.system is None else [{"role": "system", "content": self.system}]
+        )
+
+    def answer(self, text: str, **options: Any) -> Iterator[str]:
+        """The answer piece by piece; once it is given, both are part of the conversation.
+
+        Args:
+          text: what the user says.
+          **options: of `Writer.stream`.
+        """
+        asked = [*self.messages, {"role": "user", "content": text}]
+        answer = ""
+        for ((piece,),) in self._writer().stream([self.prompt(asked)], **options):
+            answer += piece
+            yield piece
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The ids of messages, and of what stands before an answer; the template brings the special tokens itself."""
+        return self._words.encode_plain(self._template(messages))
+
+    def _writer(self) -> Writer:
+        if self._bank is None:
+            return Writer(self._base, self._words, self._ends)
+        model = self._bank.combine(*select(self._bank, self.names.index(self.speaker)))
+        return Writer(model, self._words, self._ends)
+
+
+class Template:
+    """The chat template of a model folder's tokenizer: messages -> text, with what stands before an answer.
+
+    Raises:
+      ValueError: the tokenizer has none.
+    """
+
+    def __init__(self, folder: str | Path):
+        from transformers import AutoTokenizer
+
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"{folder} is no folder; name a Hugging Face model folder")
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if not self._tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer of {folder} has no chat template, so nothing says how messages become text; "
+                "use jpeft generate, or name a model that was made for chat"
+            )
+
+    def __call__(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
