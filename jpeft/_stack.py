@@ -57,12 +57,19 @@ def apart(stacked: Any) -> Any:
     return Apart(_layer(stacked, i) for i in range(len(leaves[0]))) if leaves else stacked
 
 
-def take_apart(model: nnx.Module) -> None:
-    """Makes every stack of a model a list of its layers, which `scan` runs in a Python loop.
+def loops_apart() -> bool:
+    """Whether a loop that runs a model many times takes its stacks apart: on a CPU.
 
-    For a loop that runs the model many times: the compiled program slices the leaves once before it, where a scan
-    within it would copy every layer's leaves each time. The leaves are in memory twice while it runs.
+    Sliced once before the loop, no layer's leaves are copied in it, as a scan on a CPU copies them each time; but they
+    are in memory twice while it runs, for which an accelerator may have no room.
     """
+    return jax.default_backend() == "cpu"
+
+
+def take_apart(model: nnx.Module) -> None:
+    """Makes every stack of a model a list of its layers, which `scan` runs in a Python loop, where `loops_apart`."""
+    if not loops_apart():
+        return
     for _, module in list(nnx.iter_modules(model)):
         for name, layers in list(vars(module).items()):
             if hasattr(layers, "stack_size"):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import core
 from jaxtyping import Array, Bool, Float, Int
 
-from .._stack import apart
+from .._stack import apart, loops_apart
 from ..seams import InputEmbedding
 
 
@@ -136,7 +136,9 @@ def reordered(cache: Cache, rows: Int[Array, " batch"]) -> Cache:
 
 
 def taken_apart(cache: Cache) -> Cache:
-    """`cache` for a model whose stack is a list of layers (`_stack.take_apart`)."""
+    """`cache` for a model that was taken apart (`_stack.take_apart`)."""
+    if not loops_apart():
+        return cache
     return cache._replace(kv=apart(cache.kv), cross=apart(cache.cross))
 
 

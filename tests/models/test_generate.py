@@ -19,8 +19,8 @@ from transformers.generation import logits_process
 from zoo_reference import GPT2, build
 
 import jpeft
-from jpeft import models
-from jpeft.models import _sampling
+from jpeft import _stack, models
+from jpeft.models import _cache, _sampling
 from jpeft.models.llama import Llama
 
 KEY = jax.random.key(0)
@@ -103,6 +103,18 @@ def test_one_program_for_all_lengths_of_a_bucket_and_all_numbers(model, monkeypa
         models.generate(model, jnp.ones((2, seq), int), max_new_tokens=3, bucket=16, **told)
     with pytest.raises(AssertionError, match="traced"):
         models.generate(model, jnp.ones((2, 17), int), max_new_tokens=3, bucket=16, **told)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_layers_apart_and_in_a_scan_write_the_same(model, beams, monkeypatch):
+    """A loop takes a model's stacks apart on a CPU alone."""
+    told = {"max_new_tokens": NEW, "num_beams": beams}
+    apart = models.generate(model, IDS, MASK, **told)
+    monkeypatch.setattr(_stack, "loops_apart", lambda: False)
+    monkeypatch.setattr(_cache, "loops_apart", lambda: False)
+    jax.clear_caches()
+    np.testing.assert_array_equal(models.generate(model, IDS, MASK, **told), apart)
+    jax.clear_caches()
 
 
 def test_the_loop_stops_when_all_rows_have_ended(model, monkeypatch):
