@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keys of an adapter_config.json that count for no method, and what becomes of those that a method does not know."""
+"""The keys of an adapter_config.json that count for no method, and what becomes of those that none reads."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
