@@ -32,6 +32,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert tokens": ("bert", "TOKEN_CLS", _BERT),
     "bert answers": ("bert", "QUESTION_ANS", _BERT | {"num_labels": 2}),
     "bert": ("bert", "FEATURE_EXTRACTION", _BERT),
+    "roberta cls": ("roberta", "SEQ_CLS", _BERT | {"pad_token_id": 0}),
+    "xlm-roberta tokens": ("xlm-roberta", "TOKEN_CLS", _BERT | {"pad_token_id": 0}),
     "distilbert": ("distilbert", "SEQ_CLS", _DISTILBERT | {"max_position_embeddings": 24}),
     "gpt2": ("gpt2", "CAUSAL_LM", _GPT2),
     "llama": ("llama", "CAUSAL_LM", _LLAMA | {"attention_bias": True}),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random models of DistilBERT, GPT-2 and T5: transformers' and ours, and how they are run and compared."""
+"""Tiny random models of the zoo: transformers' and ours, and how they are run and compared."""
 
 import dataclasses
 import functools
@@ -149,7 +149,53 @@ T5 = Subject(
     silent=("initializer_factor", "pad_token_id", "decoder_start_token_id", "num_labels", "model_type", "hf"),
 )  # fmt: skip
 
-SUBJECTS = {"distilbert": DISTILBERT, "gpt2": GPT2, "t5": T5}
+ROBERTA = Subject(
+    config={
+        "model_type": "roberta", "vocab_size": 53, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
+        "intermediate_size": 37, "max_position_embeddings": 19, "type_vocab_size": 2, "initializer_range": 0.2,
+        "pad_token_id": 0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0,
+    },
+    variants={
+        "base": {},
+        "padding in the text": {"pad_token_id": 4, "hidden_act": "relu", "num_attention_heads": 1},
+        "gelu_new": {"hidden_act": "gelu_new", "layer_norm_eps": 1e-2, "num_hidden_layers": 3},
+    },
+    classes={
+        "SEQ_CLS": transformers.RobertaForSequenceClassification,
+        "TOKEN_CLS": transformers.RobertaForTokenClassification,
+        "QUESTION_ANS": transformers.RobertaForQuestionAnswering,
+        "FEATURE_EXTRACTION": transformers.RobertaModel,
+    },
+    rates={
+        "hidden_dropout_prob": "TOKEN_CLS", "attention_probs_dropout_prob": "QUESTION_ANS",
+        "classifier_dropout": "SEQ_CLS",
+    },
+    perturbed={
+        name: (value, "SEQ_CLS")
+        for name, value in {
+            "vocab_size": 54, "hidden_size": 27, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "intermediate_size": 38, "hidden_act": "relu", "hidden_dropout_prob": 0.3,
+            "attention_probs_dropout_prob": 0.3, "classifier_dropout": 0.4, "max_position_embeddings": 20,
+            "type_vocab_size": 3, "layer_norm_eps": 1e-3, "pad_token_id": 5, "num_labels": 3, "model_type": "bert",
+        }.items()
+    },
+    silent=("initializer_range", "hf"),
+)  # fmt: skip
+
+XLM_ROBERTA = dataclasses.replace(
+    ROBERTA,
+    config={**ROBERTA.config, "model_type": "xlm-roberta"},
+    variants={"base": {}},
+    classes={
+        "SEQ_CLS": transformers.XLMRobertaForSequenceClassification,
+        "TOKEN_CLS": transformers.XLMRobertaForTokenClassification,
+        "QUESTION_ANS": transformers.XLMRobertaForQuestionAnswering,
+        "FEATURE_EXTRACTION": transformers.XLMRobertaModel,
+    },
+    rates={},
+)
+
+SUBJECTS = {"distilbert": DISTILBERT, "gpt2": GPT2, "t5": T5, "roberta": ROBERTA, "xlm-roberta": XLM_ROBERTA}
 
 
 def labels_of(task):
@@ -186,7 +232,10 @@ def _rows(rng, seq, subject):
     mask = np.ones((3, seq), int)
     mask[1, seq - 3 :] = 0
     mask[2, : seq // 3] = 0
-    return {"input_ids": np.where(mask, rng.integers(1, subject.vocab, (3, seq)), 0), "attention_mask": mask}
+    inputs = {"input_ids": np.where(mask, rng.integers(1, subject.vocab, (3, seq)), 0), "attention_mask": mask}
+    if "type_vocab_size" in subject.config:
+        inputs["token_type_ids"] = rng.integers(0, subject.config["type_vocab_size"], (3, seq))
+    return inputs
 
 
 def seen(inputs, task):

@@ -53,7 +53,11 @@ class Names:
     def linear(self) -> frozenset[str]:
         """Names of the modules that "all-linear" means: every matrix but the output layers'."""
         kinds = {path for path, found in self.found.items() if isinstance(seams.projection(found.module), seams.Matmul)}
-        return frozenset(name for name, path in self.paths.items() if path in kinds - {*self.heads})
+        return frozenset(name for name, path in self.paths.items() if path in kinds and self.head_of(path) is None)
+
+    def head_of(self, path: str) -> str | None:
+        """The output layer that the module at `path` is, or is a part of; None of any other module."""
+        return next((head for head in self.heads if path == head or path.startswith(f"{head}/")), None)
 
     @property
     def projections(self) -> frozenset[str]:

@@ -27,14 +27,14 @@ from .._fields import names, one_of, selection
 from .._matching import matches
 from .._method import Method, Site, Start, Targets, wide
 
-_ENCODERS, _DECODERS = ("bert", "roberta"), ("llama", "mistral", "qwen2", "qwen3")
+_ENCODERS, _DECODERS = ("bert", "roberta", "xlm-roberta"), ("llama", "mistral", "qwen2", "qwen3")
 
 #: What is scaled, by placement and model type.
 TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "peft": {
         **dict.fromkeys(("llama", "mistral"), ("k_proj", "v_proj", "down_proj")),
         **dict.fromkeys(("qwen2", "qwen3"), ("q_proj", "v_proj", "down_proj")),
-        **dict.fromkeys(_ENCODERS, ("key", "value", "output.dense")),
+        **dict.fromkeys(("bert", "roberta"), ("key", "value", "output.dense")),
         "gpt2": ("c_attn", "mlp.c_proj"),
         "t5": ("k", "v", "wo"),
     },

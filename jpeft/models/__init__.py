@@ -77,7 +77,9 @@ _FAMILIES = {
     "mistral": _Family("llama", "Llama", "Mistral"),
     "qwen2": _Family("llama", "Llama", "Qwen2"),
     "qwen3": _Family("llama", "Llama", "Qwen3"),
+    "roberta": _Family("bert", "Bert", "Roberta"),
     "t5": _Family("t5", "T5", "T5"),
+    "xlm-roberta": _Family("bert", "Bert", "XLMRoberta"),
 }
 
 #: PEFT's names of tasks, and how the names of transformers' classes for them end.
