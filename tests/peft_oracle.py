@@ -42,6 +42,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama states": ("llama", "FEATURE_EXTRACTION", _LLAMA),
     "mistral": ("mistral", "CAUSAL_LM", _LLAMA | {"sliding_window": 5}),
     "qwen2": ("qwen2", "CAUSAL_LM", _LLAMA),
+    "gemma2": ("gemma2", "CAUSAL_LM", _LLAMA | {"head_dim": 6, "sliding_window": 3, "query_pre_attn_scalar": 7}),
+    "gemma3": ("gemma3_text", "CAUSAL_LM", _LLAMA | {"head_dim": 6, "sliding_window": 3, "tie_word_embeddings": True}),
+    "phi3": ("phi3", "CAUSAL_LM", _LLAMA | {"sliding_window": 5}),
     "t5": ("t5", "SEQ_2_SEQ_LM", _T5 | {"decoder_start_token_id": 0}),
     "qwen3": ("qwen3", "CAUSAL_LM", _LLAMA | {"head_dim": 6}),
 }

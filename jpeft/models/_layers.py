@@ -51,17 +51,18 @@ ACTIVATIONS = {name: _recomputed(fn) for name, fn in _ACTIVATIONS.items()}
 
 
 class RMSNorm(nnx.Module):
-    """x / √(mean(x²) + eps) · scale, over the last axis, in float32."""
+    """x / √(mean(x²) + eps) · (offset + scale), over the last axis, in float32."""
 
-    def __init__(self, features: int, eps: float, *, dtype: Any, start: float = 1.0):
+    def __init__(self, features: int, eps: float, *, dtype: Any, start: float = 1.0, offset: float = 0.0):
         self.scale = nnx.Param(jnp.full(features, start, dtype))
-        self.eps = eps
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         @_recomputed
         def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
             y = x.astype(jnp.float32)
             y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+            scale = scale.astype(jnp.float32) + self.offset if self.offset else scale
             return (y * _last_axis(scale, y.ndim)).astype(x.dtype)
 
         return norm(x, self.scale[...])
