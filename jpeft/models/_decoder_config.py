@@ -12,6 +12,9 @@ from ._rope import rope_scaling
 #: What `layer_types` may say of a layer.
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
+#: What few configs say.
+_SELDOM = ("classifier_dropout", "token_classification_bias", "partial_rotary_factor")
+
 
 class Rope(NamedTuple):
     """A layer's rotary embedding: its base, and how that is stretched."""
@@ -66,6 +69,17 @@ class DecoderConfig:
             raise ValueError(f"the rotary embedding needs an even head size; got {self.said_of_heads}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"{self.activation_name} must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
+
+    def written(self, *absent: str) -> dict[str, Any]:
+        """config.json, in the layout that every version of transformers reads.
+
+        Args:
+          absent: attributes that the model type does not have. Those that few configs have are left out at their
+            defaults.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        seldom = {name for name in _SELDOM if getattr(self, name, None) == defaults.get(name)}
+        return {name: value for name, value in _config.write(self).items() if name not in {*absent, *seldom}}
 
     def check_foreign(self, foreign: list[str]) -> None:
         """What the model type does not read must be as it is by default.

@@ -89,7 +89,7 @@ class Config(DecoderConfig):
         """config.json, in the layout that every version of transformers reads."""
         absent = [name for kind, names in _OWN.items() if kind != self.model_type for name in names]
         absent += [name for name in ("sliding_window_pattern", "layer_types") if getattr(self, name) is None]
-        return {name: value for name, value in _config.write(self).items() if name not in absent}
+        return self.written(*absent)
 
     @property
     def activation_name(self) -> str:

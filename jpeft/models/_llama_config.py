@@ -69,7 +69,7 @@ class Config(DecoderConfig):
     def to_hf(self) -> dict[str, Any]:
         """config.json, in the layout that every version of transformers reads."""
         absent = _foreign(self.model_type) + (["head_dim"] if self.head_dim is None else [])
-        return {name: value for name, value in _config.write(self).items() if name not in absent}
+        return self.written(*absent)
 
     @property
     def biases(self) -> tuple[bool, bool, bool]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import subjects
 from llama_reference import CONFIGS, QUICK, TINY
-from zoo_reference import GEMMA2, GEMMA3, GPT2, PHI3, T5, build
+from zoo_reference import build
+from zoo_subjects import GEMMA2, GEMMA3, GPT2, PHI3, T5
 
 import jpeft
 

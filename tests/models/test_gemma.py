@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from llama_reference import assert_close
-from zoo_reference import GEMMA2, GEMMA3, PHI3, SEQ, batch, build, outputs_of, torch_model
+from zoo_reference import SEQ, batch, build, outputs_of, torch_model
+from zoo_subjects import GEMMA2, GEMMA3, PHI3
 
 import jpeft
 from jpeft import models

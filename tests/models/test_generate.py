@@ -16,8 +16,9 @@ import transformers
 from llama_reference import CONFIGS, MISTRAL, TINY
 from llama_reference import torch_model as llama_torch_model
 from transformers.generation import logits_process
-from zoo_reference import GPT2, T5, build
+from zoo_reference import build
 from zoo_reference import torch_model as zoo_torch_model
+from zoo_subjects import GPT2, T5
 
 import jpeft
 from jpeft import models

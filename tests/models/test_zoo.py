@@ -13,7 +13,6 @@ import transformers
 from flax import nnx
 from llama_reference import assert_close, flat
 from zoo_reference import (
-    SUBJECTS,
     batch,
     build,
     check,
@@ -25,6 +24,7 @@ from zoo_reference import (
     torch_model,
     torch_output,
 )
+from zoo_subjects import SUBJECTS
 
 import jpeft
 from jpeft import models
