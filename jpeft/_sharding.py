@@ -35,7 +35,7 @@ Spec = tuple[Any, ...]
 
 #: Projections out of the residual stream: what they give is split over `tensor`, and so is all that follows.
 _COLUMN = (
-    *("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"),
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "lm_head"),
     *("self/query", "self/key", "self/value", "intermediate/dense"),
     *("q_lin", "k_lin", "v_lin", "lin1"),
     *("c_attn", "c_fc"),

@@ -4,8 +4,8 @@
 import numpy as np
 from llama_reference import MISTRAL, TINY
 from llama_reference import torch_model as llama_torch_model
-from zoo_reference import GPT2, T5
 from zoo_reference import torch_model as zoo_torch_model
+from zoo_subjects import GPT2, T5
 
 #: Left-padded prompts of 7, 4 and 1 tokens.
 MASK = np.arange(7)[None] >= np.array([[0], [3], [6]])

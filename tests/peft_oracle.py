@@ -25,6 +25,8 @@ _GPT2 |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _T5 = {"vocab_size": 48, "d_model": 16, "d_kv": 6, "d_ff": 20, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}
 _LLAMA = _SMALL | {"num_hidden_layers": 3, "num_key_value_heads": 2, "tie_word_embeddings": False}
 _LLAMA |= {"num_labels": 3, "pad_token_id": 0, "max_position_embeddings": 32}
+_TIED = _LLAMA | {"tie_word_embeddings": True}
+_CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 7}
 
 #: name -> (model type, task, attributes of its config)
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -32,6 +34,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert tokens": ("bert", "TOKEN_CLS", _BERT),
     "bert answers": ("bert", "QUESTION_ANS", _BERT | {"num_labels": 2}),
     "bert": ("bert", "FEATURE_EXTRACTION", _BERT),
+    "roberta cls": ("roberta", "SEQ_CLS", _BERT | {"pad_token_id": 0}),
+    "xlm-roberta tokens": ("xlm-roberta", "TOKEN_CLS", _BERT | {"pad_token_id": 0}),
     "distilbert": ("distilbert", "SEQ_CLS", _DISTILBERT | {"max_position_embeddings": 24}),
     "gpt2": ("gpt2", "CAUSAL_LM", _GPT2),
     "llama": ("llama", "CAUSAL_LM", _LLAMA | {"attention_bias": True}),
@@ -40,6 +44,13 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama states": ("llama", "FEATURE_EXTRACTION", _LLAMA),
     "mistral": ("mistral", "CAUSAL_LM", _LLAMA | {"sliding_window": 5}),
     "qwen2": ("qwen2", "CAUSAL_LM", _LLAMA),
+    "gemma2": ("gemma2", "CAUSAL_LM", _LLAMA | {"head_dim": 6, "sliding_window": 3, **_CAPS}),
+    "gemma3": (
+        "gemma3_text",
+        "CAUSAL_LM",
+        _TIED | {"head_dim": 6, "sliding_window": 3, "final_logit_softcapping": 2.0},
+    ),
+    "phi3": ("phi3", "CAUSAL_LM", _LLAMA | {"sliding_window": 5}),
     "t5": ("t5", "SEQ_2_SEQ_LM", _T5 | {"decoder_start_token_id": 0}),
     "qwen3": ("qwen3", "CAUSAL_LM", _LLAMA | {"head_dim": 6}),
 }
@@ -80,11 +91,12 @@ def folder(family: str) -> Path:
     with quiet():
         config = transformers.AutoConfig.for_model(model_type, **attributes)
         model = _AUTO[task].from_config(config)
+        one = 0 if model_type.startswith("gemma") else 1  # what its norms scale with is 1 + weight
         generator = torch.Generator().manual_seed(0)
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             norm = ("norm" in name.lower() or "ln_" in name) and name.endswith("weight")
-            weight.data = 1 + 0.2 * noise if norm else 0.25 * noise
+            weight.data = one + 0.2 * noise if norm else 0.25 * noise
         path = Path(tempfile.mkdtemp()) / "base"
         model.save_pretrained(path)
     return path

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random models of DistilBERT, GPT-2 and T5: transformers' and ours, and how they are run and compared."""
+"""Tiny random models of the zoo: transformers' and ours, and how they are run and compared."""
 
-import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,137 +16,6 @@ from jpeft import models
 SEQ = 13
 #: Tokens of a decoder beside an encoder.
 DECODER_SEQ = 7
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """One family.
-
-    Attributes:
-      config: a tiny one, two layers deep, without dropout.
-      variants: what is changed of it: every attribute that changes what the model computes; `base` is first.
-      classes: transformers' class for every task.
-      rates: the attributes that are dropout rates, and a task in which each acts.
-      perturbed: for each field of our Config that changes the program, another value; and the task it counts in.
-      causal: whether a token sees no later one.
-      silent: fields of our Config that change no program.
-    """
-
-    config: Mapping[str, Any]
-    variants: Mapping[str, Mapping[str, Any]]
-    classes: Mapping[str, Any]
-    rates: Mapping[str, str]
-    perturbed: Mapping[str, tuple[Any, str]]
-    causal: bool = False
-    silent: tuple[str, ...] = ("initializer_range", "model_type", "hf")
-
-    @property
-    def decodes(self) -> bool:
-        """Whether it is an encoder with a decoder beside it."""
-        return "SEQ_2_SEQ_LM" in self.classes
-
-    @property
-    def vocab(self) -> int:
-        return self.config["vocab_size"]
-
-
-DISTILBERT = Subject(
-    config={
-        "model_type": "distilbert", "vocab_size": 53, "dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 37,
-        "max_position_embeddings": 19, "initializer_range": 0.2, "pad_token_id": 0, "dropout": 0.0,
-        "attention_dropout": 0.0, "qa_dropout": 0.0, "seq_classif_dropout": 0.0,
-    },
-    variants={
-        "base": {},
-        "relu": {"activation": "relu", "pad_token_id": 7, "n_layers": 3, "n_heads": 1},
-        "gelu_new": {"activation": "gelu_new", "sinusoidal_pos_embds": True, "pad_token_id": None, "n_heads": 6},
-    },
-    classes={
-        "SEQ_CLS": transformers.DistilBertForSequenceClassification,
-        "TOKEN_CLS": transformers.DistilBertForTokenClassification,
-        "QUESTION_ANS": transformers.DistilBertForQuestionAnswering,
-        "FEATURE_EXTRACTION": transformers.DistilBertModel,
-    },
-    rates={
-        "dropout": "TOKEN_CLS", "attention_dropout": "TOKEN_CLS", "qa_dropout": "QUESTION_ANS",
-        "seq_classif_dropout": "SEQ_CLS",
-    },
-    perturbed={
-        "vocab_size": (54, "SEQ_CLS"), "dim": (27, "SEQ_CLS"), "n_layers": (3, "SEQ_CLS"), "n_heads": (4, "SEQ_CLS"),
-        "hidden_dim": (38, "SEQ_CLS"), "activation": ("relu", "SEQ_CLS"), "max_position_embeddings": (20, "SEQ_CLS"),
-        "dropout": (0.3, "SEQ_CLS"), "attention_dropout": (0.3, "SEQ_CLS"), "qa_dropout": (0.3, "QUESTION_ANS"),
-        "seq_classif_dropout": (0.3, "SEQ_CLS"), "pad_token_id": (5, "SEQ_CLS"), "num_labels": (3, "SEQ_CLS"),
-    },
-    silent=("initializer_range", "sinusoidal_pos_embds", "model_type", "hf"),
-)  # fmt: skip
-
-GPT2 = Subject(
-    config={
-        "model_type": "gpt2", "vocab_size": 53, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_inner": 37,
-        "n_positions": 19, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "classifier_dropout": 0.0,
-    },
-    variants={
-        "base": {},
-        "scores as they are": {"scale_attn_weights": False, "n_inner": None, "layer_norm_epsilon": 1e-2},
-        "scores by layer": {
-            "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "n_layer": 3,
-            "activation_function": "relu", "n_head": 1,
-        },
-        "untied": {"tie_word_embeddings": False},
-    },
-    classes={
-        "CAUSAL_LM": transformers.GPT2LMHeadModel,
-        "SEQ_CLS": transformers.GPT2ForSequenceClassification,
-        "TOKEN_CLS": transformers.GPT2ForTokenClassification,
-        "QUESTION_ANS": transformers.GPT2ForQuestionAnswering,
-        "FEATURE_EXTRACTION": transformers.GPT2Model,
-    },
-    rates={
-        "resid_pdrop": "CAUSAL_LM", "embd_pdrop": "CAUSAL_LM", "attn_pdrop": "CAUSAL_LM",
-        "classifier_dropout": "TOKEN_CLS",
-    },
-    perturbed={
-        "vocab_size": (54, "SEQ_CLS"), "n_positions": (20, "SEQ_CLS"), "n_embd": (27, "SEQ_CLS"),
-        "n_layer": (3, "SEQ_CLS"), "n_head": (4, "SEQ_CLS"), "n_inner": (None, "SEQ_CLS"),
-        "activation_function": ("relu", "SEQ_CLS"), "resid_pdrop": (0.3, "SEQ_CLS"), "embd_pdrop": (0.3, "SEQ_CLS"),
-        "attn_pdrop": (0.3, "SEQ_CLS"), "classifier_dropout": (None, "TOKEN_CLS"),
-        "layer_norm_epsilon": (1e-3, "SEQ_CLS"), "scale_attn_weights": (False, "SEQ_CLS"),
-        "scale_attn_by_inverse_layer_idx": (True, "SEQ_CLS"), "tie_word_embeddings": (False, "CAUSAL_LM"),
-        "pad_token_id": (5, "SEQ_CLS"), "num_labels": (3, "SEQ_CLS"),
-    },
-    causal=True,
-)  # fmt: skip
-
-T5 = Subject(
-    config={
-        "model_type": "t5", "vocab_size": 53, "d_model": 24, "d_kv": 10, "d_ff": 37, "num_layers": 2, "num_heads": 3,
-        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 11, "dropout_rate": 0.0,
-        "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "is_encoder_decoder": True,
-    },
-    variants={
-        "base": {},
-        "v1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_decoder_layers": 3},
-        "few buckets": {
-            "feed_forward_proj": "gated-silu", "num_decoder_layers": 1, "layer_norm_epsilon": 0.1, "num_heads": 1,
-            "relative_attention_num_buckets": 4, "relative_attention_max_distance": 5,
-        },
-    },
-    classes={"SEQ_2_SEQ_LM": transformers.T5ForConditionalGeneration, "FEATURE_EXTRACTION": transformers.T5Model},
-    rates={"dropout_rate": "SEQ_2_SEQ_LM"},
-    perturbed={
-        name: (value, "SEQ_2_SEQ_LM")
-        for name, value in {
-            "vocab_size": 54, "d_model": 27, "d_kv": 11, "d_ff": 38, "num_layers": 3, "num_decoder_layers": 3,
-            "num_heads": 4, "relative_attention_num_buckets": 6, "relative_attention_max_distance": 9,
-            "dropout_rate": 0.3, "layer_norm_epsilon": 1e-3, "feed_forward_proj": "gated-relu",
-            "tie_word_embeddings": False,
-        }.items()
-    },
-    silent=("initializer_factor", "pad_token_id", "decoder_start_token_id", "num_labels", "model_type", "hf"),
-)  # fmt: skip
-
-SUBJECTS = {"distilbert": DISTILBERT, "gpt2": GPT2, "t5": T5}
 
 
 def labels_of(task):
@@ -186,7 +52,10 @@ def _rows(rng, seq, subject):
     mask = np.ones((3, seq), int)
     mask[1, seq - 3 :] = 0
     mask[2, : seq // 3] = 0
-    return {"input_ids": np.where(mask, rng.integers(1, subject.vocab, (3, seq)), 0), "attention_mask": mask}
+    inputs = {"input_ids": np.where(mask, rng.integers(1, subject.vocab, (3, seq)), 0), "attention_mask": mask}
+    if "type_vocab_size" in subject.config:
+        inputs["token_type_ids"] = rng.integers(0, subject.config["type_vocab_size"], (3, seq))
+    return inputs
 
 
 def seen(inputs, task):

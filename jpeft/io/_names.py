@@ -77,7 +77,11 @@ class Names:
     @property
     def linear(self) -> frozenset[str]:
         """Names of the modules that "all-linear" means: every matrix but the output layers'."""
-        return frozenset(name for name in self.matrices if self.paths[name] not in self.heads)
+        return frozenset(name for name in self.matrices if self.head_of(self.paths[name]) is None)
+
+    def head_of(self, path: str) -> str | None:
+        """The output layer that the module at `path` is, or is a part of; None of any other module."""
+        return next((head for head in self.heads if path == head or path.startswith(f"{head}/")), None)
 
     @property
     def projections(self) -> frozenset[str]:

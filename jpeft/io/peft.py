@@ -196,7 +196,7 @@ def _written(model: Any, name: str, base: str | None) -> tuple[Codec, dict[str, 
 def _untrained_heads(model: Any, adapters: Mapping[str, Adapter], names: Names) -> list[Slot]:
     """The leaves of the task's head that are not trained: PEFT keeps every such head with the adapter all the same."""
     slots = []
-    for path in model.head if model.task in HEADS else ():
+    for path in _head_layers(model, names):
         adapter = adapters.get(path)
         if adapter is not None and adapter.acts:
             raise ValueError(
@@ -245,8 +245,8 @@ def _modules_to_save(model: Any, codec: Codec, adapters: Mapping[str, Adapter], 
     """
     saved = {path for path, adapter in adapters.items() if whole(adapter, names.found[path].module)}
     paths = {path for path in saved if not codec.copies(adapters[path], names.found[path])}
-    paths |= {*model.head} if model.task in HEADS else set()
-    chosen = {name for name, path in names.paths.items() if path in paths}
+    paths |= {*_head_layers(model, names)}
+    chosen = {_saved_as(name, path, names) for name, path in names.paths.items() if path in paths}
     chosen |= {head for name in chosen for head in names.tied.get(name, ())}
     more = {name for name in names.every if name.endswith(tuple(chosen))} - chosen if chosen else set()
     if more:
@@ -256,6 +256,17 @@ def _modules_to_save(model: Any, codec: Codec, adapters: Mapping[str, Adapter], 
         )
     automatic = HEADS.get(model.task, ())
     return sorted({name for name in chosen if not name.endswith(automatic)}.union(automatic)) or None
+
+
+def _head_layers(model: Any, names: Names) -> list[str]:
+    """Paths of the layers of the task's head, where PEFT saves heads."""
+    return [path for path in names.paths.values() if names.head_of(path)] if model.task in HEADS else []
+
+
+def _saved_as(name: str, path: str, names: Names) -> str:
+    """What PEFT calls the saved module `name`, at `path`: a head of several layers it saves as one."""
+    head = names.head_of(path)
+    return name if head is None else name.removesuffix(path.removeprefix(head).replace("/", "."))
 
 
 def _tensors(codec: Codec, slots: Iterable[Slot]) -> dict[str, np.ndarray]:

@@ -8,7 +8,8 @@ All vectors start at one, exactly the base. The paper scales the hidden activati
 the input of the second feed-forward projection. Where the vectors sit by default is a matter of `placement`:
 
   "peft"        PEFT's modules, by the model's type. For Llama and Mistral these are the paper's; for BERT the input of
-                the attention's output projection is scaled too, and for Qwen queries in the place of keys.
+                the attention's output projection is scaled too, and for Qwen and Gemma
+                queries in the place of keys.
   "paper"       keys, values, and the input of the second feed-forward projection alone.
   "adapterhub"  keys, values, and the output of the first feed-forward projection BEFORE the activation, so that
                 `gamma((x W1 + b1) * l)`: another function, except in a gated block, whose up projection is linear.
@@ -27,14 +28,15 @@ from .._fields import names, one_of, selection
 from .._matching import matches
 from .._method import Method, Site, Start, Targets, wide
 
-_ENCODERS, _DECODERS = ("bert", "roberta"), ("llama", "mistral", "qwen2", "qwen3")
+_LIKE_QWEN = ("qwen2", "qwen3", "gemma2", "gemma3_text")
+_ENCODERS, _DECODERS = ("bert", "roberta", "xlm-roberta"), ("llama", "mistral", *_LIKE_QWEN)
 
 #: What is scaled, by placement and model type.
 TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "peft": {
         **dict.fromkeys(("llama", "mistral"), ("k_proj", "v_proj", "down_proj")),
-        **dict.fromkeys(("qwen2", "qwen3"), ("q_proj", "v_proj", "down_proj")),
-        **dict.fromkeys(_ENCODERS, ("key", "value", "output.dense")),
+        **dict.fromkeys(_LIKE_QWEN, ("q_proj", "v_proj", "down_proj")),
+        **dict.fromkeys(("bert", "roberta"), ("key", "value", "output.dense")),
         "gpt2": ("c_attn", "mlp.c_proj"),
         "t5": ("k", "v", "wo"),
     },

@@ -114,6 +114,8 @@ class PromptTuning(Method):
 def word_table(model: Any, d_model: int) -> Float[Array, "vocab d_model"]:
     """The vectors of the words: the model's one table of d_model columns or, of several, the one of vocab_size rows.
 
+    They are as the layers read them: multiplied with config.embedding_scale, where there is one.
+
     Raises:
       ValueError: it cannot be told.
     """
@@ -129,4 +131,5 @@ def word_table(model: Any, d_model: int) -> Float[Array, "vocab d_model"]:
             f"the words' vectors are one of {', '.join(found) or 'none'}, and config.vocab_size={vocab} does not tell "
             "which; start with init='random' and set the trainable leaf 'prompt' yourself"
         )
-    return tables[0].astype(jnp.float32)
+    scale = getattr(getattr(model, "config", None), "embedding_scale", None)
+    return tables[0].astype(jnp.float32) * (1 if scale is None else jnp.asarray(scale, tables[0].dtype))

@@ -53,6 +53,8 @@ _LOG = logging.getLogger("jpeft")
 class _Family:
     """The models of one type: the file here, its class, and how transformers' class names start and (unusually) end.
 
+    An ending of None says that transformers has no class for the task.
+
     The file defines Config (with `from_hf`, `to_hf`), the class, WEIGHTS(config, task), TASKS, PREFIXES (what
     checkpoints with a head put before the backbone's names) and HEADS (modules that some tasks have and others lack).
     """
@@ -60,11 +62,17 @@ class _Family:
     file: str
     model: str
     prefix: str
-    endings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    endings: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
 
-    def architecture(self, task: str) -> str:
-        """transformers' class for a task."""
-        return self.prefix + ({**_ENDINGS, **self.endings})[task]
+    def architecture(self, task: str) -> str | None:
+        """transformers' class for a task; None where it has none."""
+        ending = ({**_ENDINGS, **self.endings})[task]
+        return ending and self.prefix + ending
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What the models are for."""
+        return tuple(task for task in self.module.TASKS if self.architecture(task))
 
     @property
     def module(self) -> Any:
@@ -80,15 +88,27 @@ class _Family:
         return getattr(self.module, self.model)(config, task, rngs=nnx.Rngs(key), **options)
 
 
+#: transformers has Gemma 3 with images and without; the classes of the latter say so, but for that of CAUSAL_LM.
+_GEMMA3 = {
+    "SEQ_CLS": "TextForSequenceClassification",
+    "TOKEN_CLS": None,
+    "FEATURE_EXTRACTION": "TextModel",
+}
+
 _FAMILIES = {
     "bert": _Family("bert", "Bert", "Bert"),
     "distilbert": _Family("distilbert", "DistilBert", "DistilBert"),
+    "gemma2": _Family("gemma", "Gemma", "Gemma2"),
+    "gemma3_text": _Family("gemma", "Gemma", "Gemma3", _GEMMA3),
     "gpt2": _Family("gpt2", "GPT2", "GPT2", {"CAUSAL_LM": "LMHeadModel"}),
     "llama": _Family("llama", "Llama", "Llama"),
     "mistral": _Family("llama", "Llama", "Mistral"),
+    "phi3": _Family("phi3", "Phi3", "Phi3"),
     "qwen2": _Family("llama", "Llama", "Qwen2"),
     "qwen3": _Family("llama", "Llama", "Qwen3"),
+    "roberta": _Family("bert", "Bert", "Roberta"),
     "t5": _Family("t5", "T5", "T5"),
+    "xlm-roberta": _Family("bert", "Bert", "XLMRoberta"),
 }
 
 #: PEFT's names of tasks, and how the names of transformers' classes for them end.
@@ -353,7 +373,7 @@ def _saved_task(hf: Mapping[str, Any]) -> str | None:
 
 def _configure(family: _Family, hf: Mapping[str, Any], task: str | None, num_labels: int | None) -> tuple[Any, str]:
     """The config and the task asked for, both checked."""
-    tasks = family.module.TASKS
+    tasks = family.tasks
     task = task or _saved_task(hf) or (None if hf.get("architectures") else "FEATURE_EXTRACTION")
     if task is None:
         raise ValueError(f"no task of the zoo is {hf['architectures'][0]}; pass task=, one of {', '.join(tasks)}")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one function through which every model attends.
 
-On CPU, and wherever weights are dropped out, a blocked kernel (`_blocked`): queries go in blocks of rows, keys that a
-whole block may not see are not computed, and the backward pass recomputes the weights, so that nothing is kept but q,
-k and v. Elsewhere `jax.nn.dot_product_attention`, which has kernels of its own.
+On CPU, and wherever weights are dropped out or scores bounded, a blocked kernel (`_blocked`): queries go in blocks of
+rows, keys that a whole block may not see are not computed, and the backward pass recomputes the weights, so that
+nothing is kept but q, k and v. Elsewhere `jax.nn.dot_product_attention`, which has kernels of its own.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ def attention(
     *,
     causal: bool,
     scale: float,
+    cap: float | None = None,
     window: int | Int[Array, ""] | None = None,
     places: Int[Array, "rows seq"] | None = None,
     mask: Shaped[Array | np.ndarray, "batch keys"] | None = None,
@@ -44,6 +45,8 @@ def attention(
 ) -> Float[Array, "batch seq heads d_head"]:
     """softmax(q kᵀ · scale + bias) v over the visible keys, with the softmax in float32.
 
+    With a cap, s = q kᵀ · scale becomes cap · tanh(s / cap) before the bias.
+
     Query i stands at key i + keys - seq: keys beyond seq come first, as a prefix does, and all queries see them,
     whatever their segment and window. A query that sees no key gives 0, and passes no gradient.
 
@@ -51,6 +54,7 @@ def attention(
       q, k, v: heads is a multiple of kv_heads; query heads h · heads / kv_heads and on share key head h.
       causal: whether a query sees only the keys up to its own.
       scale: usually d_head^-0.5.
+      cap: what scores approach, however great they are; None for no bound.
       window: how many keys back from its own a causal query sees, itself counted; None for all. A number, or a
         traced integer where layers of a stack differ.
       places: positions of the queries and their own keys, in which a window is then counted: in a row that holds
@@ -69,8 +73,8 @@ def attention(
         window = jnp.asarray(window)
     known = window if isinstance(window, int) else None
     limits = _Limits(window if isinstance(window, jax.Array) else None, mask, segment_ids, seed, places)
-    rules = _Rules(q.shape[1], k.shape[1], causal, known, scale, dropout)
-    if jax.default_backend() == "cpu" or seed is not None:
+    rules = _Rules(q.shape[1], k.shape[1], causal, known, scale, dropout, cap)
+    if jax.default_backend() == "cpu" or seed is not None or cap is not None:
         return _blocked(q, k, v, bias, limits, rules)
     return _library(q, k, v, bias, limits, rules)
 
@@ -112,6 +116,7 @@ class _Rules:
     window: int | None
     scale: float
     dropout: float = 0.0
+    cap: float | None = None
 
     @property
     def offset(self) -> int:
@@ -194,7 +199,7 @@ def _forward(
     qs, outs = [], []
     for queries, keys in rules.blocks(_ROWS):
         qs.append(_rows(_scaled(q[:, _cut(queries)], rules), kv_heads))
-        p, share = _softmax(qs[-1], k[:, :, _cut(keys)], bias, limits, rules, queries, keys)
+        p, share, _ = _softmax(qs[-1], k[:, :, _cut(keys)], bias, limits, rules, queries, keys)
         kept = _kept(limits, rules, p.shape, queries, keys)
         y = _product("bhqk,bhkd->bhqd", (p * kept).astype(v.dtype), v[:, :, _cut(keys)]) * share
         outs.append(_unrows(y.astype(q.dtype), heads))
@@ -211,14 +216,14 @@ def _backward(rules: _Rules, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
     dq, dk, dv, dbias = [], [], [], []
     for (queries, keys), q in zip(rules.blocks(_ROWS), qs, strict=True):
         span = _cut(keys)
-        p, share = _softmax(q, k[:, :, span], bias, limits, rules, queries, keys)
+        p, share, slope = _softmax(q, k[:, :, span], bias, limits, rules, queries, keys)
         rows = (_rows(g[:, _cut(queries)], kv_heads) * share).astype(g.dtype)
         kept = _kept(limits, rules, p.shape, queries, keys)
         dw = _product("bhqd,bhkd->bhqk", rows, v[:, :, span]) * kept
         ds = p * (dw - share * jnp.sum(p * dw, -1, keepdims=True))
         if bias is not None:
             dbias.append(_bias_gradient(ds, bias, queries, keys, rules.keys))
-        ds = ds.astype(q.dtype)
+        ds = (ds * slope).astype(q.dtype)
         dq.append(_unrows(_scaled(_product("bhqk,bhkd->bhqd", ds, k[:, :, span]), rules).astype(q.dtype), heads))
         dk.append(_among(_product("bhqk,bhqd->bhkd", ds, q), keys, rules.keys))
         dv.append(_among(_product("bhqk,bhqd->bhkd", (p * kept).astype(g.dtype), rows), keys, rules.keys))
@@ -266,12 +271,16 @@ def _kept(limits: _Limits, rules: _Rules, shape: tuple[int, ...], queries: range
 
 def _softmax(
     q: jax.Array, k: jax.Array, bias: Any, limits: _Limits, rules: _Rules, queries: range, keys: range
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, Any]:
     """exp(s - max s) for each row's scores s = q kᵀ + bias, and one over its sum; 0 for a row that sees no key.
 
-    Product, bias, maximum and exponential stand here in the order that XLA makes one kernel of.
+    Third, what a score's own gradient is multiplied with to be that of q kᵀ: the slope of the cap. Product, bias,
+    maximum and exponential stand here in the order that XLA makes one kernel of.
     """
-    s = _product("bhqd,bhkd->bhqk", q, k)
+    s, slope = _product("bhqd,bhkd->bhqk", q, k), 1.0
+    if rules.cap is not None:
+        bounded = jnp.tanh(s / rules.cap)
+        s, slope = rules.cap * bounded, 1 - jnp.square(bounded)
     if bias is not None:
         s = s + _bias_rows(bias, k.shape[1], queries, keys)
     visible = _visible(rules, limits, queries, keys)
@@ -283,7 +292,7 @@ def _softmax(
     share = 1 / jnp.sum(p, -1, keepdims=True)
     if visible is not None and limits.mask is not None:
         share = jnp.where(jnp.any(visible, -1, keepdims=True), share, 0)
-    return p, share
+    return p, share, slope
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -51,17 +51,18 @@ ACTIVATIONS = {name: _recomputed(fn) for name, fn in _ACTIVATIONS.items()}
 
 
 class RMSNorm(nnx.Module):
-    """x / √(mean(x²) + eps) · scale, over the last axis, in float32."""
+    """x / √(mean(x²) + eps) · (offset + scale), over the last axis, in float32."""
 
-    def __init__(self, features: int, eps: float, *, dtype: Any, start: float = 1.0):
+    def __init__(self, features: int, eps: float, *, dtype: Any, start: float = 1.0, offset: float = 0.0):
         self.scale = nnx.Param(jnp.full(features, start, dtype))
-        self.eps = eps
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         @_recomputed
         def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
             y = x.astype(jnp.float32)
             y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+            scale = scale.astype(jnp.float32) + self.offset if self.offset else scale
             return (y * _last_axis(scale, y.ndim)).astype(x.dtype)
 
         return norm(x, self.scale[...])
@@ -74,22 +75,33 @@ def gated(activation: str, gate: Float[Array, "*batch d_ff"], up: Float[Array, "
 
 def segment_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
     """Positions that count from 0 in each run of equal segment ids."""
-    index = jnp.arange(segment_ids.shape[1])[None]
-    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    return _since_start(jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape), segment_ids)
 
 
-def positions_of(seq: int, segment_ids: Any, limit: int) -> Int[Array, "rows seq"]:
+def positions_of(seq: int, segment_ids: Any, limit: int, text: Any = None) -> Int[Array, "rows seq"]:
     """Positions of `seq` tokens, in a packed row counted in each segment, for a model with a table of `limit` of them.
+
+    Args:
+      seq: how many tokens there are.
+      segment_ids: of a packed row, or None.
+      limit: how many positions the model has.
+      text: `[batch, seq]`, which of the tokens are counted; the others stand at -1. None counts all.
 
     Raises:
       ValueError: there are more tokens than positions.
     """
-    if segment_ids is not None:
-        return segment_positions(segment_ids)
-    if seq > limit:
+    if segment_ids is None and seq > limit:
         raise ValueError(f"{seq} tokens are more than the {limit} positions this model has; cut the input")
-    return jnp.arange(seq)[None]
+    if text is None:
+        return jnp.arange(seq)[None] if segment_ids is None else segment_positions(segment_ids)
+    before = jnp.cumsum(text, 1) - text
+    return jnp.where(text, before if segment_ids is None else _since_start(before, segment_ids), -1)
+
+
+def _since_start(count: Int[Array, "batch seq"], segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+    """What a count that never falls has grown by since the start of each run of equal segment ids."""
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return count - jax.lax.cummax(jnp.where(starts, count, 0), axis=1)
 
 
 class TokenTable(nnx.Embed):

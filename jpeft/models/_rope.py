@@ -20,6 +20,7 @@ ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
+    "longrope": (("short_factor", "long_factor"), ("factor", "attention_factor", "original_max_position_embeddings")),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
     "yarn": (
         ("factor",),
@@ -50,7 +51,8 @@ def rope_scaling(scaling: Mapping[str, Any] | Pairs | None) -> Pairs | None:
             f"rope_scaling of rope_type {kind!r} takes {', '.join(needed + optional) or 'nothing more'}; "
             f"missing: {sorted(missing)}, unknown: {sorted(unknown)}"
         )
-    return None if kind == "default" else Pairs(sorted((given | {"rope_type": kind}).items()))
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return None if kind == "default" else Pairs(sorted((plain | {"rope_type": kind}).items()))
 
 
 def rope_tables(
@@ -70,7 +72,7 @@ def rope_tables(
       positions: of the tokens.
       d_head: size of a head, even.
       theta: the base.
-      max_position: the model's context length, from which on `dynamic` stretches.
+      max_position: the model's context length, from which on `dynamic` and (by default) `longrope` stretch.
       scaling: what `rope_scaling` gave.
     """
     scaling = dict(scaling or ())
@@ -79,6 +81,8 @@ def rope_tables(
     amplitude = 1.0
     if kind == "dynamic":
         frequencies = _dynamic(positions, exponents, theta, max_position, scaling["factor"])
+    elif kind == "longrope":
+        frequencies, amplitude = _longrope(positions, theta**-exponents, scaling, max_position)
     else:
         inverse = theta**-exponents
         if kind == "linear":
@@ -95,10 +99,12 @@ def rope_tables(
 def rotate(
     x: Float[Array, "batch seq heads d_head"], tables: tuple[jax.Array, jax.Array]
 ) -> Float[Array, "batch seq heads d_head"]:
-    """Turns each pair (x_i, x_{i + d_head/2}) by its angle."""
+    """Turns each pair (x_i, x_{i + half}) by its angle, of as many as the tables have; the rest of a head stays."""
     cos, sin = tables
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+    half = cos.shape[-1]
+    y = x.astype(jnp.float32)
+    first, second, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1).astype(x.dtype)
 
 
 def _dynamic(
@@ -109,6 +115,22 @@ def _dynamic(
     d_head = 2 * len(exponents)
     base = theta * (factor * length / max_position - (factor - 1)) ** (d_head / (d_head - 2))
     return base[..., None] ** -jnp.asarray(exponents, jnp.float32)[None, None]
+
+
+def _longrope(
+    positions: jax.Array, inverse: np.ndarray, scaling: Mapping[str, Any], max_position: int
+) -> tuple[Float[Array, "batch 1 half"], float]:
+    """LongRoPE (https://arxiv.org/abs/2402.13753): a factor for every frequency, another set for rows that are long."""
+    original = scaling.get("original_max_position_embeddings") or max_position
+    factor = scaling.get("factor") or max_position / original
+    amplitude = scaling.get("attention_factor")
+    if amplitude is None:
+        amplitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    short, long = (
+        jnp.asarray(inverse / np.asarray(scaling[name]), jnp.float32)[None, None]
+        for name in ("short_factor", "long_factor")
+    )
+    return jnp.where((positions.max(-1) >= original)[:, None, None], long, short), amplitude
 
 
 def _llama3(inverse: np.ndarray, scaling: Mapping[str, Any], max_position: int) -> np.ndarray:

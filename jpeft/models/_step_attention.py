@@ -27,6 +27,7 @@ def step_attention(
     *,
     seen: Shaped[Array, "batch slots"] | None,
     scale: float,
+    cap: float | None = None,
     bias: Float[Array, "rows heads 1 covered"] | None = None,
 ) -> Float[Array, "batch 1 heads d_head"]:
     """softmax(q kᵀ · scale + bias) v over the seen slots of a cache and the new keys, with the softmax in float32.
@@ -41,6 +42,7 @@ def step_attention(
       x: the attention's input.
       seen: which of the slots are visible; None for all.
       scale: usually d_head^-0.5.
+      cap: what scores approach, however great they are; None for no bound.
       bias: of the slots and then the new keys; keys that a method puts in front get none.
     """
     k, v, mask = seam(*new, None, x)
@@ -49,6 +51,7 @@ def step_attention(
     slots = past.keys.shape[-2]
     scores = _product("bhgd,bhkd->bhgk", rows, past.keys), _product("bhgd,bkhd->bhgk", rows, k)
     s = jnp.concatenate(scores, -1)
+    s = s if cap is None else cap * jnp.tanh(s / cap)
     if bias is not None:
         front = k.shape[1] - (bias.shape[-1] - slots)
         whole = jnp.concatenate([bias[..., :slots], jnp.zeros((*bias.shape[:-1], front)), bias[..., slots:]], -1)

@@ -71,7 +71,7 @@ def visible(seq, keys, causal, window=None, mask=None, segment_ids=None):
     return seen
 
 
-def oracle(q, k, v, g, scale, seen, bias=None):
+def oracle(q, k, v, g, scale, seen, bias=None, cap=None):
     """Output and gradients in float64; a row that sees nothing is 0."""
     q, k, v, g = (torch.tensor(x, dtype=torch.float64) for x in (q, k, v, g))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
@@ -79,6 +79,7 @@ def oracle(q, k, v, g, scale, seen, bias=None):
     wide = [x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v)]
     seen = torch.tensor(seen)[:, None]
     s = torch.einsum("bqhd,bkhd->bhqk", q, wide[0]) * scale
+    s = s if cap is None else cap * torch.tanh(s / cap)
     covered = bias.shape[-1] if bias.ndim else k.shape[1]
     s = s + torch.nn.functional.pad(bias.expand(*s.shape[:3], covered), (k.shape[1] - covered, 0))
     s = s.masked_fill(~seen, -1e30)
@@ -169,6 +170,25 @@ def test_gradients_of_a_bias_under_dropout():
             return jnp.sum(attention(q, k, v, causal=True, scale=0.3, bias=bias, dropout=0.5) * g)
 
     test_util.check_grads(attend, (bias,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+CAPPED = {"causal": {"causal": True, "window": 33, "mask": PADDED}, "whole": {"causal": False, "mask": PADDED}}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", CAPPED)
+def test_a_cap_bounds_the_scores_before_the_bias(name, backend, monkeypatch):
+    """Scores of 1.2 on average, bounded by 1.3; gradients with respect to the bias do not pass the bound."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    q, k, v, g = inputs(150, 150, 4, 2)
+    bias = np.random.default_rng(1).standard_normal((1, 4, 150, 150)).astype(np.float32)
+    expected = oracle(q, k, v, g, 0.5, visible(150, 150, **CAPPED[name]), bias, cap=1.3)
+
+    def attend(q, k, v, bias):
+        return attention(q, k, v, scale=0.5, cap=1.3, bias=bias, **CAPPED[name])
+
+    for ours, theirs in zip(output_and_gradients(attend, q, k, v, g, bias), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=ATOL, rtol=ATOL)
 
 
 def test_a_window_may_be_traced():

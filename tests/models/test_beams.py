@@ -11,7 +11,8 @@ import torch
 import transformers
 from generation_reference import IDS, MASK, family
 from llama_reference import TINY
-from zoo_reference import T5, build
+from zoo_reference import build
+from zoo_subjects import T5
 
 import jpeft
 from jpeft import models

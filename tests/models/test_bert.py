@@ -182,6 +182,10 @@ def test_parameter_counts_of_the_presets():
         "bert-base-uncased": 109_482_240,
         "bert-large-uncased": 335_141_888,
         "all-MiniLM-L6-v2": 22_713_216,
+        "roberta-base": 124_645_632,
+        "roberta-large": 355_359_744,
+        "xlm-roberta-base": 278_043_648,
+        "xlm-roberta-large": 559_890_432,
     }
 
 
@@ -383,7 +387,9 @@ def test_wrong_calls_are_refused():
         model(attention_mask=mask)
     with pytest.raises(ValueError, match="20 tokens are more than the 19 positions"):
         model(np.zeros((1, 20), int))
-    with pytest.raises(ValueError, match="TOKEN_CLS has no pooler; SEQ_CLS and FEATURE_EXTRACTION have one"):
+    with pytest.raises(
+        ValueError, match="TOKEN_CLS of a bert model has no pooler; it has one for SEQ_CLS, FEATURE_EXTRACTION"
+    ):
         model.pooled(jnp.zeros((3, SEQ, 24)))
     with pytest.raises(ValueError, match="SEQ_CLS gives one output per row"):
         build("SEQ_CLS")(ids, mask, types, segment_ids=mask)

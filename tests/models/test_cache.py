@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import subjects
 from llama_reference import CONFIGS, QUICK, TINY
-from zoo_reference import GPT2, T5, build
+from zoo_reference import build
+from zoo_subjects import GEMMA2, GEMMA3, GPT2, PHI3, T5
 
 import jpeft
 
@@ -23,6 +24,8 @@ MASK = jnp.arange(TOTAL)[None] >= jnp.array([[0], [2], [5]])
 POSITIONS = jnp.maximum(jnp.cumsum(MASK, 1) - 1, 0)
 FAMILIES = {name: CONFIGS[name] for name in ("llama", "mistral", "qwen2, windows", "qwen3")}
 FAMILIES |= {"gpt2": GPT2.config, "gpt2 by layer": dict(GPT2.config) | dict(GPT2.variants["scores by layer"])}
+FAMILIES |= {"gemma2": dict(GEMMA2.config), "gemma3": dict(GEMMA3.config)}
+FAMILIES |= {"phi3": dict(PHI3.config) | dict(PHI3.variants["part of a head"])}
 KEY = jax.random.key(0)
 
 
@@ -89,7 +92,7 @@ def test_adapted_steps_are_the_whole_text(name, family):
     check(subjects.fill(model, scale=0.1))
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2, windows"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2, windows", "gemma3"])
 def test_padding_between_virtual_tokens_and_the_text_changes_nothing_in_a_window(name):
     """A window is counted in positions there: the prompt stands in front of the row, however long the padding."""
     model = build(FAMILIES[name], "CAUSAL_LM")
@@ -181,3 +184,7 @@ def test_wrong_calls_are_refused():
     assert dynamic.cache(1, 8).slots == 8
     with pytest.raises(ValueError, match=r"from 8 tokens on .* the dynamic rotary embedding"):
         dynamic.cache(1, 9)
+    longrope = build(dict(PHI3.config) | dict(PHI3.variants["long"]), "CAUSAL_LM")
+    assert longrope.cache(1, 8).slots == 8
+    with pytest.raises(ValueError, match=r"from 8 tokens on \(original_max_position_embeddings\) the longrope"):
+        longrope.cache(1, 9)

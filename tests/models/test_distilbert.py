@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from llama_reference import assert_close, flat
-from zoo_reference import DISTILBERT, SEQ, batch, build, outputs_of, torch_model
+from zoo_reference import SEQ, batch, build, outputs_of, torch_model
+from zoo_subjects import DISTILBERT
 
 import jpeft
 from jpeft import models

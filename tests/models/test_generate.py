@@ -16,7 +16,8 @@ import transformers
 from generation_reference import IDS, MASK, family
 from llama_reference import CONFIGS, TINY
 from transformers.generation import logits_process
-from zoo_reference import GPT2, build
+from zoo_reference import build
+from zoo_subjects import GPT2
 
 import jpeft
 from jpeft import _stack, models

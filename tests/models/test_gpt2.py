@@ -8,7 +8,8 @@ import pytest
 import torch
 from llama_reference import assert_close, flat
 from safetensors.torch import load_file, save_file
-from zoo_reference import GPT2, SEQ, batch, build, outputs_of, torch_model
+from zoo_reference import SEQ, batch, build, outputs_of, torch_model
+from zoo_subjects import GPT2
 
 import jpeft
 from jpeft import models

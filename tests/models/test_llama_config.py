@@ -110,7 +110,7 @@ def test_both_layouts_of_rope_are_read(name):
             {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3},
             "needs use_sliding_window and a sliding_window; got use_sliding_window=False",
         ),
-        (rope("longrope", factor=2.0), "rope_type must be one of default, linear, .*; got 'longrope'"),
+        (rope("spiral", factor=2.0), "rope_type must be one of default, linear, .*; got 'spiral'"),
         (rope("linear"), "missing: .'factor'., unknown: .."),
         (rope("linear", factor=2.0, partial_rotary_factor=0.5), "unknown: .'partial_rotary_factor'."),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

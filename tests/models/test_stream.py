@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from generation_reference import IDS, MASK
 from llama_reference import TINY
-from zoo_reference import T5, build
+from zoo_reference import build
+from zoo_subjects import T5
 
 import jpeft
 from jpeft import models

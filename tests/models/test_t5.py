@@ -14,7 +14,8 @@ import transformers
 from llama_reference import assert_close, flat
 from safetensors.torch import load_file, save_file
 from transformers.models.t5.modeling_t5 import T5Attention
-from zoo_reference import SEQ, T5, batch, build, outputs_of, torch_model
+from zoo_reference import SEQ, batch, build, outputs_of, torch_model
+from zoo_subjects import T5
 
 import jpeft
 from jpeft import models, seams
