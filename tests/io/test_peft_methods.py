@@ -205,6 +205,7 @@ def test_we_compute_the_same_from_real_peft_files(kind, family, variant, tmp_pat
     assert config_of(tmp_path / "ours") == config_of(tmp_path / "real")
 
 
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A")
 def test_projections_that_peft_left_out_are_drawn_as_it_draws_them(tmp_path):
     options = {"target_modules": TARGETS["llama"], "r": 5, "projection_prng_key": 11, "save_projection": False}
     real = oracle.train_real("llama", peft.VeraConfig(**options), tmp_path / "real")
