@@ -38,9 +38,17 @@ RATES = [(name, rate) for name, subject in SUBJECTS.items() for rate in subject.
 FIELDS = [(name, field) for name, subject in SUBJECTS.items() for field in subject.perturbed]
 
 
-def _lanes(cases, fast):
-    """The cases with `fast` in them, and the others for the slow lane: compiling takes what time there is."""
-    return [pytest.param(*case, marks=() if fast in case else pytest.mark.slow) for case in cases]
+#: Those made of the same modules as another one here: what is compared at length is of the slow lane.
+SIBLINGS = ("xlm-roberta", "gemma3_text", "phi3")
+
+
+def _lanes(cases, fast=None):
+    """The cases with `fast` in them but for siblings', and the others for the slow lane: compiling takes the time."""
+
+    def slow(name, *case):
+        return name in SIBLINGS or not (fast is None or fast in case)
+
+    return [pytest.param(*case, marks=pytest.mark.slow if slow(*case) else ()) for case in cases]
 
 
 def module_of(name):
@@ -219,9 +227,10 @@ def _trained(name, **options):
 
 _expected = functools.cache(_trained)
 OPTIONS = [{"unroll": True}, *({"remat": policy} for policy in ("full", "dots", "names", "offload"))]
-#: The fast lane has one of each family but T5, of which the contracts compare these.
+#: The fast lane has one of each family but T5, of which the contracts compare these, and siblings.
+FAST = {*SUBJECTS} - {"t5", *SIBLINGS}
 RUNS = [
-    pytest.param(name, o, id=f"{name}-{o}", marks=() if o == {"remat": "full"} and name != "t5" else pytest.mark.slow)
+    pytest.param(name, o, id=f"{name}-{o}", marks=() if o == {"remat": "full"} and name in FAST else pytest.mark.slow)
     for name in SUBJECTS
     for o in OPTIONS
 ]
@@ -240,7 +249,7 @@ def _calm(name, task):
     return outputs_of(build(SUBJECTS[name].config, task), **batch(SUBJECTS[name]))
 
 
-@pytest.mark.parametrize("name, rate", RATES)
+@pytest.mark.parametrize("name, rate", _lanes(RATES))
 def test_each_dropout_rate_is_its_own(name, rate):
     """Only the rate that is not zero acts, and it acts with a key alone."""
     subject = SUBJECTS[name]
