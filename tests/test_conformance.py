@@ -46,11 +46,15 @@ def test_every_cell_is_within_the_limit_or_a_refusal_that_is_written_down():
     assert referred == reasons
 
 
-def test_a_cell_is_measured():
-    cell = conformance.measure("prompt_tuning", "bert cls")
+@pytest.mark.parametrize("kind, family", [("prompt_tuning", "bert cls"), ("prefix_tuning", "roberta cls")])
+def test_a_cell_is_measured(kind, family):
+    cell = conformance.measure(kind, family)
     assert 0 < cell.exported < LIMIT
     assert 0 < cell.imported < LIMIT
     assert cell.again == 0
+
+
+def test_a_refusal_is_told_in_its_words():
     refused = conformance.measure("bitfit", "bert cls")
     assert refused.exported.startswith("PEFT has no format for the adapter 'bitfit'")
     assert refused == Cell(*[refused.exported] * 3)

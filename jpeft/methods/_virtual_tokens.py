@@ -120,7 +120,7 @@ def put_in_front(virtual: Virtual, place: Any, base: seams.InputEmbedding, y: An
 
 
 def moved(positions: Any, virtual: Virtual, base: seams.InputEmbedding, seq: int, segments: Any) -> Any:
-    """`positions` of a row of `seq` tokens, behind virtual ones.
+    """`positions` of a row of `seq` tokens, behind virtual ones. Those below 0, as RoBERTa's padding has, stay.
 
     Raises:
       ValueError: there are more than the model has. (Of a packed row the lengths are not known here.)
@@ -131,7 +131,8 @@ def moved(positions: Any, virtual: Virtual, base: seams.InputEmbedding, seq: int
             f"{seq} tokens behind {length} virtual ones are more than the {last} positions this model has; cut the "
             f"input to {last - length} tokens, or take fewer virtual ones"
         )
-    return jnp.asarray(positions) + virtual.count
+    positions = jnp.asarray(positions)
+    return jnp.where(positions < 0, positions, positions + virtual.count)
 
 
 def in_front(values: Any, new: jax.Array) -> jax.Array | None:
