@@ -120,7 +120,9 @@ def _export(kind: str, family: str, folder: Path) -> float:
     moved = {path: leaf + 0.2 * rng.standard_normal(leaf.shape, np.float32) for path, leaf in trainable.items()}
     model = jpeft.combine(graphdef, moved, frozen)
     jpeft.export_peft(model, folder, name=kind)
-    return _difference(model, peft.PeftModel.from_pretrained(oracle.torch_model(family), folder).eval(), kind, family)
+    base = oracle.torch_model(family)
+    real = _of_peft(lambda: peft.PeftModel.from_pretrained(base, folder))
+    return _difference(model, real.eval(), kind, family)
 
 
 def _import(kind: str, family: str, ours: Path, folder: Path) -> float:
@@ -130,11 +132,16 @@ def _import(kind: str, family: str, ours: Path, folder: Path) -> float:
     else:
         config = peft.PeftConfig.from_pretrained(str(ours))
     config.inference_mode = False
-    try:
-        real = oracle.train_real(family, config, folder, noise=NOISE.get(kind, 0.0))
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"peft itself: {error}") from error
+    real = _of_peft(lambda: oracle.train_real(family, config, folder, noise=NOISE.get(kind, 0.0)))
     return _difference(jpeft.import_peft(oracle.jax_model(family), folder), real, kind, family)
+
+
+def _of_peft(make: Callable[[], Any]) -> Any:
+    """What `make` gives, where an error is peft's own."""
+    try:
+        return make()
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ValueError(f"peft itself: {type(error).__name__}: {error}") from error
 
 
 def _again(family: str, ours: Path, back: Path) -> int:

@@ -43,6 +43,18 @@ def _forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture
+def optimised():
+    """Programs as users run them, for what depends on how XLA rounds."""
+    import jax
+
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.fixture(scope="session", name="data")
 def _data() -> Path:
     """The folder of real data sets: `$JPEFT_DATA`, else `../shared/data` beside the project."""
