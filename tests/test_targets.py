@@ -3,6 +3,7 @@
 
 import types
 import warnings
+from typing import Any
 
 import jax
 import pytest
@@ -363,5 +364,6 @@ def test_the_head_of_a_classification_task_is_trained_unless_told_not_to():
 def test_layers_beside_a_regular_expression_are_refused(kind):
     """They would pick nothing: the expression says itself which layers it means."""
     needed = {"total_steps": 10} if kind == "adalora" else {}
+    method: Any = jpeft.METHODS[kind]
     with pytest.raises(ValueError, match="with a regular expression, say the layers in it"):
-        jpeft.METHODS[kind](targets=".*up", layers=[0], **needed)
+        method(targets=".*up", layers=[0], **needed)

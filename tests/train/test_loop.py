@@ -226,11 +226,12 @@ def test_a_quantized_base_is_used_as_it_was_trained_beside(classify, scheme, tmp
     result = run(tree, "train.epochs=6")
     assert result.evaluation.metrics["accuracy"] > 0.95
     opened = saved.open_model(None, result.adapter)
-    layer = opened.model.layers.attention.query
+    layer = opened.model.layers.attention.self.query
     assert isinstance(layer.kernel, QuantizedKernel)
     assert layer.kernel.scheme == scheme
     jax.tree.map(np.testing.assert_array_equal, jpeft.partition(opened.model)[1], result.state.trainable)
-    assert str(jpeft.summary(opened.model)) in loop.dry_run(config.parse(tree))
+    counts = jpeft.summary(opened.model)
+    assert f"base: {counts.base:,} parameters, {counts.base_bytes:,} bytes" in loop.dry_run(config.parse(tree))
     assert saved.save_merged(opened, tmp_path / "merged") < 1e-5
     plain = jpeft.models.load(classify["model"]["path"], "SEQ_CLS", num_labels=2)
     merged = jpeft.models.load(tmp_path / "merged")
