@@ -185,7 +185,6 @@ METHODS: dict[str, Line] = {
         drawn=False,
         fast=("foreign",),
     ),
-    # By its own scaling of 150 a difference quotient's step would be long, and its error with it.
     "fourierft": Line(lambda targets: jpeft.FourierFT(n_frequency=5, scaling=9.0, targets=targets), identity=False),
     "houlsby with dropout": Line(
         lambda _: jpeft.Houlsby(reduction_factor=2, scaling="learned", dropout=0.3),
