@@ -106,8 +106,8 @@ def settings(encoder: Path, files: dict[str, Path], out: Path) -> Config:
                 "num_widths": 3,
             },
             "method": {"kind": "lora", "rank": 8, "alpha": 16, "targets": ["query", "value"]},
-            "optimizer": {"lr": 2e-3, "schedule": "cosine", "warmup": 0.1},
-            "train": {"epochs": 3, "batch_size": 16},
+            "optimizer": {"lr": 3e-3, "schedule": "cosine", "warmup": 0.1},
+            "train": {"epochs": 2, "batch_size": 16},
             "out": str(out),
         }
     )
