@@ -81,7 +81,8 @@ def _write_prompt(method: Any, adapters: Sequence[Adapter], names: Names) -> dic
 def _read_prompt(config: dict[str, Any], names: Names) -> Method:
     saved = _read_saved(config, names)
     _check_table(names, saved)
-    return METHODS["prompt_tuning"](num_tokens=config["num_virtual_tokens"], modules_to_save=saved)  # type: ignore[call-arg]
+    method: Any = METHODS["prompt_tuning"]
+    return method(num_tokens=config["num_virtual_tokens"], modules_to_save=saved)
 
 
 def _prompt_counted(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

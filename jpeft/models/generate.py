@@ -49,6 +49,7 @@ class Options:
       early_stopping: of a search, False by default: True stops when `num_beams` texts have ended; False when no text of
         the length reached would be better; "never" when none could be.
       bucket: prompts are padded to a multiple of this length, so that other lengths need no other program.
+      rules: of choosing a token, made of the options.
 
     Raises:
       ValueError: a number is out of its range, or an option would change nothing beside the others.
@@ -68,6 +69,7 @@ class Options:
     length_penalty: float | None = None
     early_stopping: bool | str | None = None
     bucket: int = 64
+    rules: Rules = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         texts = 1 if self.num_return_sequences is None else self.num_return_sequences
@@ -92,12 +94,8 @@ class Options:
             raise ValueError(f"a search with num_beams={self.num_beams} ends with as many texts, not with {texts}")
         if self.early_stopping not in (None, True, False, "never"):
             raise ValueError(f"early_stopping is True, False or 'never', got {self.early_stopping!r}")
-        self.rules  # noqa: B018 (checked)
-
-    @property
-    def rules(self) -> Rules:
-        """Of choosing a token."""
-        return rules(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        chosen = rules(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        object.__setattr__(self, "rules", chosen)
 
     @property
     def ends(self) -> tuple[int, ...]:
