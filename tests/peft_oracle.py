@@ -3,6 +3,7 @@
 
 import contextlib
 import functools
+import json
 import tempfile
 import unittest.mock
 import warnings
@@ -14,6 +15,7 @@ import numpy as np
 import peft
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 import jpeft
 
@@ -133,6 +135,22 @@ def jax_outputs(model: Any) -> Any:
 def seen(outputs: Any) -> Any:
     """The outputs at tokens, in one row; what stands at padding is nobody's business."""
     return outputs[MASK == 1] if outputs.ndim == 3 else outputs
+
+
+def real_outputs(model: Any, family: str) -> np.ndarray:
+    """A torch model's outputs at tokens."""
+    with torch.no_grad():
+        return seen(torch_outputs(model, FAMILIES[family][1]).numpy())
+
+
+def tensors(folder: Any) -> dict[str, np.ndarray]:
+    """Of an adapter's folder."""
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def config_of(folder: Any) -> dict[str, Any]:
+    """adapter_config.json."""
+    return json.loads((Path(folder) / "adapter_config.json").read_text())
 
 
 def load_real(family: str, adapter: Path) -> tuple[Any, Any]:

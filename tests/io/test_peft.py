@@ -2,7 +2,6 @@
 """PEFT's format both ways, held against the real peft: logits, gradients, and every tensor."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import peft
 import peft_oracle as oracle
 import pytest
 import torch
-from safetensors.numpy import load_file
+from peft_oracle import config_of, real_outputs, tensors
 from safetensors.torch import load_file as torch_file
 from safetensors.torch import save_file
 
@@ -146,19 +145,6 @@ def outputs(model):
     graphdef, trainable, frozen = jpeft.partition(model)
     run = jax.jit(lambda trainable, frozen: oracle.jax_outputs(jpeft.combine(graphdef, trainable, frozen)))
     return oracle.seen(np.array(run(trainable, frozen)))
-
-
-def real_outputs(model, family):
-    with torch.no_grad():
-        return oracle.seen(oracle.torch_outputs(model, oracle.FAMILIES[family][1]).numpy())
-
-
-def tensors(folder):
-    return load_file(Path(folder) / "adapter_model.safetensors")
-
-
-def config_of(folder):
-    return json.loads((Path(folder) / "adapter_config.json").read_text())
 
 
 @pytest.mark.parametrize("case", EXPORTS)

@@ -2,7 +2,6 @@
 """The formats of all methods that sit on modules, both ways, on every family: held against the real peft."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,8 +9,7 @@ import numpy as np
 import peft
 import peft_oracle as oracle
 import pytest
-import torch
-from safetensors.numpy import load_file
+from peft_oracle import real_outputs, tensors
 
 import jpeft
 
@@ -151,19 +149,9 @@ def outputs(model):
     return oracle.seen(np.array(jax.jit(oracle.jax_outputs)(model)))
 
 
-def real_outputs(model, family):
-    with torch.no_grad():
-        return oracle.seen(oracle.torch_outputs(model, oracle.FAMILIES[family][1]).numpy())
-
-
-def tensors(folder):
-    return load_file(Path(folder) / "adapter_model.safetensors")
-
-
 def config_of(folder):
     """adapter_config.json, with the lists that stand for sets in order."""
-    config = json.loads((Path(folder) / "adapter_config.json").read_text())
-    return {key: sorted(value) if isinstance(value, list) else value for key, value in config.items()}
+    return {key: sorted(value) if isinstance(value, list) else value for key, value in oracle.config_of(folder).items()}
 
 
 @pytest.mark.parametrize("kind, family, variant", CASES)

@@ -2,7 +2,6 @@
 """Prompts, prefixes and trained tokens in PEFT's format both ways, held against the real peft."""
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,8 +9,8 @@ import peft
 import peft_oracle as oracle
 import pytest
 import subjects
-import torch
-from safetensors.numpy import load_file, save_file
+from peft_oracle import config_of, real_outputs, tensors
+from safetensors.numpy import save_file
 from virtual_oracle import run
 
 import jpeft
@@ -101,19 +100,6 @@ def adapted(family, method):
 def outputs(model):
     more = oracle.MORE.get(model.task, {})
     return oracle.seen(run(model, oracle.IDS, oracle.MASK, **more))
-
-
-def real_outputs(model, family):
-    with torch.no_grad():
-        return oracle.seen(oracle.torch_outputs(model, oracle.FAMILIES[family][1]).numpy())
-
-
-def tensors(folder):
-    return load_file(Path(folder) / "adapter_model.safetensors")
-
-
-def config_of(folder):
-    return json.loads((Path(folder) / "adapter_config.json").read_text())
 
 
 @pytest.mark.parametrize("family, method", EXPORTS)
