@@ -26,7 +26,7 @@ import peft_oracle as oracle
 import torch
 
 import jpeft
-from jpeft.models import _FAMILIES
+from jpeft.models._families import FAMILIES
 
 PAGE = Path(__file__).parents[1] / "docs" / "conformance.md"
 #: float32 against float32 at unit scale, through three layers.
@@ -95,7 +95,7 @@ class Cell:
 
 def families() -> dict[str, str]:
     """For every model type of the zoo, the first of the oracle's models of that type."""
-    return {kind: next(name for name, (own, *_) in oracle.FAMILIES.items() if own == kind) for kind in _FAMILIES}
+    return {kind: next(name for name, (own, *_) in oracle.FAMILIES.items() if own == kind) for kind in FAMILIES}
 
 
 def measure(kind: str, family: str) -> Cell:

@@ -8,11 +8,10 @@
   ids = jpeft.models.generate(model, prompt, max_new_tokens=32)     # what it writes
 
 Each family is one file: its Config, PRESETS, modules and WEIGHTS. To add one, write the file and add its model types
-to `_FAMILIES` below.
+to the table of `_families.py`.
 """
 
 import dataclasses
-import importlib
 import json
 import logging
 import math
@@ -27,6 +26,7 @@ from flax import nnx
 
 from .._stack import REMAT_POLICIES
 from ._checkpoint import common_dtype, open_checkpoint
+from ._families import FAMILIES, Family, family_of, saved_task
 from ._folder import replacing
 from ._quantizing import reading
 from ._safetensors import CheckpointError, Tensor, names
@@ -48,78 +48,6 @@ __all__ = [
 
 _LOG = logging.getLogger("jpeft")
 
-
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    """The models of one type: the file here, its class, and how transformers' class names start and (unusually) end.
-
-    An ending of None says that transformers has no class for the task.
-
-    The file defines Config (with `from_hf`, `to_hf`), the class, WEIGHTS(config, task), TASKS, PREFIXES (what
-    checkpoints with a head put before the backbone's names) and HEADS (modules that some tasks have and others lack).
-    """
-
-    file: str
-    model: str
-    prefix: str
-    endings: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
-
-    def architecture(self, task: str) -> str | None:
-        """transformers' class for a task; None where it has none."""
-        ending = ({**_ENDINGS, **self.endings})[task]
-        return ending and self.prefix + ending
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """What the models are for."""
-        return tuple(task for task in self.module.TASKS if self.architecture(task))
-
-    @property
-    def module(self) -> Any:
-        """The file as a module, imported when it is first needed."""
-        return importlib.import_module(f".{self.file}", __package__)
-
-    def abstract(self, config: Any, task: str, options: Mapping[str, Any]) -> Any:
-        """The model with shapes in the place of arrays."""
-        return nnx.eval_shape(lambda: self.make(config, task, jax.random.key(0), options))
-
-    def make(self, config: Any, task: str, key: jax.Array, options: Mapping[str, Any]) -> Any:
-        """The model with its first values."""
-        return getattr(self.module, self.model)(config, task, rngs=nnx.Rngs(key), **options)
-
-
-#: transformers has Gemma 3 with images and without; the classes of the latter say so, but for that of CAUSAL_LM.
-_GEMMA3 = {
-    "SEQ_CLS": "TextForSequenceClassification",
-    "TOKEN_CLS": None,
-    "FEATURE_EXTRACTION": "TextModel",
-}
-
-_FAMILIES = {
-    "bert": _Family("bert", "Bert", "Bert"),
-    "distilbert": _Family("distilbert", "DistilBert", "DistilBert"),
-    "gemma2": _Family("gemma", "Gemma", "Gemma2"),
-    "gemma3_text": _Family("gemma", "Gemma", "Gemma3", _GEMMA3),
-    "gpt2": _Family("gpt2", "GPT2", "GPT2", {"CAUSAL_LM": "LMHeadModel"}),
-    "llama": _Family("llama", "Llama", "Llama"),
-    "mistral": _Family("llama", "Llama", "Mistral"),
-    "phi3": _Family("phi3", "Phi3", "Phi3"),
-    "qwen2": _Family("llama", "Llama", "Qwen2"),
-    "qwen3": _Family("llama", "Llama", "Qwen3"),
-    "roberta": _Family("bert", "Bert", "Roberta"),
-    "t5": _Family("t5", "T5", "T5"),
-    "xlm-roberta": _Family("bert", "Bert", "XLMRoberta"),
-}
-
-#: PEFT's names of tasks, and how the names of transformers' classes for them end.
-_ENDINGS = {
-    "CAUSAL_LM": "ForCausalLM",
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-    "SEQ_2_SEQ_LM": "ForConditionalGeneration",
-    "FEATURE_EXTRACTION": "Model",
-}
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -176,7 +104,7 @@ def load(
     """
     folder = Path(path)
     hf = _read_config(folder)
-    family, saved, asked = _family(hf), _saved_task(hf), task
+    family, saved, asked = family_of(hf), saved_task(hf), task
     config, task = _configure(family, hf, task, num_labels)
     tensors = open_checkpoint(folder)
     options = _options(common_dtype(tensors) if dtype is None else dtype, remat, unroll)
@@ -230,7 +158,7 @@ def build(
       >>> shapes = jax.eval_shape(lambda: nnx.state(build(config, "CAUSAL_LM", key=jax.random.key(0))))
     """
     hf = _as_hf(hf_config)
-    family = _family(hf)
+    family = family_of(hf)
     config, task = _configure(family, hf, task, num_labels)
     options = _options(dtype, remat, unroll)
     graphdef, shapes = _flatten(family.abstract(config, task, options))
@@ -246,8 +174,8 @@ def num_parameters(hf_config: Mapping[str, Any] | Any, task: str | None = None) 
       109482240
     """
     hf = _as_hf(hf_config)
-    config, task = _configure(_family(hf), hf, task, None)
-    _, shapes = _flatten(_family(hf).abstract(config, task, {}))
+    config, task = _configure(family_of(hf), hf, task, None)
+    _, shapes = _flatten(family_of(hf).abstract(config, task, {}))
     return sum(math.prod(shape.shape) for shape in shapes.values())
 
 
@@ -261,7 +189,7 @@ def save(model: Any, path: str | Path) -> None:
       CheckpointError: the model has leaves that its table does not know.
       FileExistsError: `path` holds something that is no model folder.
     """
-    family = _FAMILIES[model.config.model_type]
+    family = FAMILIES[model.config.model_type]
     _, leaves = _flatten(model)
     dtype = max(leaves.values(), key=lambda leaf: leaf.size).dtype.name
     hf = model.config.to_hf() | {"architectures": [family.architecture(model.task)], "dtype": dtype}
@@ -279,11 +207,11 @@ def weights(model: Any) -> tuple[Entry, ...]:
     """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    if model_type not in _FAMILIES or not hasattr(model, "module_names"):
+    if model_type not in FAMILIES or not hasattr(model, "module_names"):
         raise ValueError(
             f"{type(model).__name__} has no table of Hugging Face names; the models of jpeft.models have one"
         )
-    return _FAMILIES[model_type].module.WEIGHTS(config, model.task)
+    return FAMILIES[model_type].module.WEIGHTS(config, model.task)
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
@@ -315,7 +243,7 @@ def _flatten(model: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _first_values(
-    family: _Family,
+    family: Family,
     config: Any,
     task: str,
     options: Mapping[str, Any],
@@ -358,23 +286,10 @@ def _as_hf(config: Any) -> dict[str, Any]:
     return dict(config) if isinstance(config, Mapping) else config.to_hf()
 
 
-def _family(hf: Mapping[str, Any]) -> _Family:
-    model_type = hf.get("model_type")
-    if model_type not in _FAMILIES:
-        raise ValueError(f"config.json has model_type {model_type!r}; the zoo has {', '.join(_FAMILIES)}")
-    return _FAMILIES[model_type]
-
-
-def _saved_task(hf: Mapping[str, Any]) -> str | None:
-    """The task of the config's architecture; None where it names none, or one that is no task."""
-    named = (hf.get("architectures") or [None])[0]
-    return next((task for task in _ENDINGS if named == _family(hf).architecture(task)), None)
-
-
-def _configure(family: _Family, hf: Mapping[str, Any], task: str | None, num_labels: int | None) -> tuple[Any, str]:
+def _configure(family: Family, hf: Mapping[str, Any], task: str | None, num_labels: int | None) -> tuple[Any, str]:
     """The config and the task asked for, both checked."""
     tasks = family.tasks
-    task = task or _saved_task(hf) or (None if hf.get("architectures") else "FEATURE_EXTRACTION")
+    task = task or saved_task(hf) or (None if hf.get("architectures") else "FEATURE_EXTRACTION")
     if task is None:
         raise ValueError(f"no task of the zoo is {hf['architectures'][0]}; pass task=, one of {', '.join(tasks)}")
     if task not in tasks:

@@ -16,7 +16,7 @@ from zoo_subjects import GEMMA2, GEMMA3, PHI3
 
 import jpeft
 from jpeft import models
-from jpeft.models import gemma, phi3
+from jpeft.models import _families, gemma, phi3
 
 DECODERS = {"gemma2": GEMMA2, "gemma3": GEMMA3, "phi3": PHI3}
 KINDS = [("gemma2", "base"), ("gemma3", "both ropes"), ("phi3", "part of a head")]
@@ -79,7 +79,7 @@ def test_a_prompt_that_starts_as_text_is_that_text():
 
 @pytest.mark.parametrize("name, variant", [(name, v) for name, found in DECODERS.items() for v in found.variants])
 def test_a_config_survives_the_way_there_and_back(name, variant):
-    family = models._FAMILIES[DECODERS[name].config["model_type"]].module
+    family = _families.FAMILIES[DECODERS[name].config["model_type"]].module
     config = family.Config.from_hf(config_of(name, variant))
     assert family.Config.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
@@ -158,7 +158,7 @@ TYPES = ["full_attention", "sliding_attention"]
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(name, changes, message):
-    family = models._FAMILIES[DECODERS[name].config["model_type"]].module
+    family = _families.FAMILIES[DECODERS[name].config["model_type"]].module
     with pytest.raises(ValueError, match=re.escape(message)):
         family.Config.from_hf(config_of(name, "base") | changes)
 

@@ -28,6 +28,7 @@ from zoo_subjects import SUBJECTS
 
 import jpeft
 from jpeft import models
+from jpeft.models import _families
 
 #: Share of the outputs' norm: bfloat16 keeps 8 bits, 2^-8 per rounding, over some thirty roundings in a row.
 BF16_SHARE = 0.03
@@ -52,7 +53,7 @@ def _lanes(cases, fast=None):
 
 
 def module_of(name):
-    return models._FAMILIES[name].module
+    return _families.FAMILIES[name].module
 
 
 def by_token(subject):

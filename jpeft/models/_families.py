@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which file models of a type are in, and what transformers calls their classes."""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """The models of one type: the file here, its class, and how transformers' class names start and (unusually) end.
+
+    An ending of None says that transformers has no class for the task.
+
+    The file defines Config (with `from_hf`, `to_hf`), the class, WEIGHTS(config, task), TASKS, PREFIXES (what
+    checkpoints with a head put before the backbone's names) and HEADS (modules that some tasks have and others lack).
+    """
+
+    file: str
+    model: str
+    prefix: str
+    endings: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+
+    def architecture(self, task: str) -> str | None:
+        """transformers' class for a task; None where it has none."""
+        ending = ({**ENDINGS, **self.endings})[task]
+        return ending and self.prefix + ending
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What the models are for."""
+        return tuple(task for task in self.module.TASKS if self.architecture(task))
+
+    @property
+    def module(self) -> Any:
+        """The file as a module, imported when it is first needed."""
+        return importlib.import_module(f".{self.file}", __package__)
+
+    def abstract(self, config: Any, task: str, options: Mapping[str, Any]) -> Any:
+        """The model with shapes in the place of arrays."""
+        return nnx.eval_shape(lambda: self.make(config, task, jax.random.key(0), options))
+
+    def make(self, config: Any, task: str, key: jax.Array, options: Mapping[str, Any]) -> Any:
+        """The model with its first values."""
+        return getattr(self.module, self.model)(config, task, rngs=nnx.Rngs(key), **options)
+
+
+#: transformers has Gemma 3 with images and without; the classes of the latter say so, but for that of CAUSAL_LM.
+_GEMMA3 = {
+    "SEQ_CLS": "TextForSequenceClassification",
+    "TOKEN_CLS": None,
+    "FEATURE_EXTRACTION": "TextModel",
+}
+
+FAMILIES = {
+    "bert": Family("bert", "Bert", "Bert"),
+    "distilbert": Family("distilbert", "DistilBert", "DistilBert"),
+    "gemma2": Family("gemma", "Gemma", "Gemma2"),
+    "gemma3_text": Family("gemma", "Gemma", "Gemma3", _GEMMA3),
+    "gpt2": Family("gpt2", "GPT2", "GPT2", {"CAUSAL_LM": "LMHeadModel"}),
+    "llama": Family("llama", "Llama", "Llama"),
+    "mistral": Family("llama", "Llama", "Mistral"),
+    "phi3": Family("phi3", "Phi3", "Phi3"),
+    "qwen2": Family("llama", "Llama", "Qwen2"),
+    "qwen3": Family("llama", "Llama", "Qwen3"),
+    "roberta": Family("bert", "Bert", "Roberta"),
+    "t5": Family("t5", "T5", "T5"),
+    "xlm-roberta": Family("bert", "Bert", "XLMRoberta"),
+}
+
+#: PEFT's names of tasks, and how the names of transformers' classes for them end.
+ENDINGS = {
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "ForConditionalGeneration",
+    "FEATURE_EXTRACTION": "Model",
+}
+
+
+def family_of(hf: Mapping[str, Any]) -> Family:
+    """The family that a config.json is of; a model type that the zoo lacks is refused by name."""
+    model_type = hf.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"config.json has model_type {model_type!r}; the zoo has {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def saved_task(hf: Mapping[str, Any]) -> str | None:
+    """The task of the config's architecture; None where it names none, or one that is no task."""
+    named = (hf.get("architectures") or [None])[0]
+    return next((task for task in ENDINGS if named == family_of(hf).architecture(task)), None)
