@@ -13,6 +13,8 @@ from flax import nnx
 import jpeft
 from jpeft._stack import REMAT_POLICIES
 
+pytestmark = pytest.mark.costly
+
 KEY = jax.random.key(9)
 #: The same sums and their gradients in another order, in float32, through all layers; of the whole gradient's norm.
 COMPILED = 1e-5

@@ -6,11 +6,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import subjects
 from contracts.models import VOCAB
 from contracts.table import QUICK
 
 import jpeft
+
+pytestmark = pytest.mark.costly
 
 IDS = jnp.asarray(np.random.default_rng(3).integers(0, VOCAB, (3, 8)))
 #: Left-padded prompts of 5, 3 and 2 tokens, and what is written behind them.

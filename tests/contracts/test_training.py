@@ -42,6 +42,7 @@ def test_every_trainable_leaf_has_a_gradient(case):
         assert np.any(gradients), path
 
 
+@pytest.mark.costly
 def test_a_step_with_weight_decay_is_adamws(case):
     """p - rate * (g / (|g| + eps) + decay * p), with a gradient and moments of the trainable tree alone."""
     _, trainable, _ = jpeft.partition(case.filled)
