@@ -83,6 +83,7 @@ def quiet() -> Iterator[None]:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("ignore", message="Unsupported layer type .*Norm")  # peft's, of LN_TUNING
+        warnings.filterwarnings("ignore", message=r".*_pattern keys .*gate_up_proj'")  # of keys that peft made itself
         warnings.filterwarnings("ignore", category=ResourceWarning)
         yield
 
