@@ -47,8 +47,8 @@ _ROW = ("o_proj", "down_proj", "output/dense", "out_lin", "lin2", "c_proj", "*At
 _EXPERTS = {"w1": P("tensor", "fsdp", None), "w2": P("tensor", None, "fsdp"), "w3": P("tensor", "fsdp", None)}
 _TABLES = ("embed_tokens", "word_embeddings", "wte", "shared")
 
-#: The zoo's rules. A spec is about a leaf's last axes, `(d_in, d_out)` of a kernel, or `(experts, d_in, d_out)`; a layer
-#: axis in front is whole.
+#: The zoo's rules. A spec is about a leaf's last axes, `(d_in, d_out)` of a kernel, or `(experts, d_in, d_out)`; a
+#: layer axis in front is whole.
 #: The first rule that matches counts. What none matches is replicated: norms, small heads, biases of row projections.
 SHARDING_RULES: Rules = (
     *((f"**/{name}/kernel", P("fsdp", "tensor")) for name in _COLUMN),

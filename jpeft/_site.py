@@ -59,6 +59,6 @@ class Site:
         return self.lead[len(self.layers) :]
 
     def running(self, values: Any, layer: jax.Array | None) -> jax.Array:
-        """Of `values`, which are one per name along their first axis, those of the running layer, `[*together, ...]`."""
+        """Of `values`, one per name along their first axis, those of the running layer: `[*together, ...]`."""
         values = jnp.asarray(values)
         return values.reshape(-1, *self.together, *values.shape[1:])[0 if layer is None else layer]

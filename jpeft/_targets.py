@@ -77,8 +77,9 @@ def _check_grouped(method: Method, everything: list[Found], active: Layers) -> N
     for found in everything:
         if found.path in active and seams.beside(found.module) and not method.grouped:
             raise ValueError(
-                f"{found.path} are experts: of their matrices, which stand side by side, each acts on the tokens sent to "
-                f"it, and {type(method).__name__} is about one matrix for all tokens; exclude= them, or adapt them by LoRA"
+                f"{found.path} are experts: of their matrices, which stand side by side, each acts on the tokens sent "
+                f"to it, and {type(method).__name__} is about one matrix for all tokens; exclude= them, or adapt them "
+                "by LoRA"
             )
 
 

@@ -5,9 +5,9 @@ transformers 5 holds the experts of a layer in two tensors, on which PEFT's LoRA
 
   mlp.experts.gate_up_proj [experts, 2 d_ff, d_model]   lora_A [experts · r, d_model]   lora_B [2 d_ff, r · experts]
 
-Expert e has the rows `e r ... e r + r` of lora_A and the columns `e, experts + e, ...` of lora_B. Here, in checkpoints and
-in what PEFT wrote on transformers 4, each expert's w1, w3 and w2 are a module. Such files are written, since PEFT reads
-them on any version of transformers (w1 and w3 as one pair of twice the rank); both kinds are read.
+Expert e has the rows `e r ... e r + r` of lora_A and the columns `e, experts + e, ...` of lora_B. Here, in checkpoints
+and in what PEFT wrote on transformers 4, each expert's w1, w3 and w2 are a module. Such files are written, since PEFT
+reads them on any version of transformers (w1 and w3 as one pair of twice the rank); both kinds are read.
 """
 
 import dataclasses
@@ -170,7 +170,8 @@ def check_experts(kind: str, adapters: Mapping[str, Adapter], names: Names) -> N
         if missing:
             raise ValueError(
                 f"{path} is adapted and {' and '.join(missing)} not, and PEFT, for which w1 and w3 are one parameter, "
-                "reads an adapter of all three, or of w2 alone: PEFT has no form for this adapter. Merge and save the model"
+                "reads an adapter of all three, or of w2 alone: PEFT has no form for this adapter. Merge and save the "
+                "model"
             )
 
 
@@ -180,7 +181,9 @@ def _no_form(kind: str, adapter: Adapter) -> str | None:
     if adapter.saved_layers:
         return "transformers 5 has no module of this name that modules_to_save could find"
     if kind != "lora":
-        return f"in transformers 5 this is a parameter and no module, and PEFT puts LoRA alone on parameters, not {kind}"
+        return (
+            f"in transformers 5 this is a parameter and no module, and PEFT puts LoRA alone on parameters, not {kind}"
+        )
     if method.dropout:
         return "PEFT's LoRA on parameters has no dropout"
     if not all(adapter.site.active):
@@ -189,7 +192,9 @@ def _no_form(kind: str, adapter: Adapter) -> str | None:
     if ranks != {(method.rank, method.alpha)}:
         return "PEFT reads rank_pattern and alpha_pattern for none of the experts' modules"
     if method.rslora and adapter.site.path.rpartition("/")[2] in ("w1", "w3"):
-        return "PEFT reads w1 and w3 as one pair of twice the rank and alpha, which rslora=True scales by another factor"
+        return (
+            "PEFT reads w1 and w3 as one pair of twice the rank and alpha, which rslora=True scales by another factor"
+        )
     return None
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from .._quantized import SCHEMES, QuantizedKernel, check_scheme, quantize_module
 from .._projections import Matmul, registered
+from .._quantized import SCHEMES, QuantizedKernel, check_scheme, quantize_module
 from ._weights import Sharding
 
 Convert = Callable[[str, jax.Array], Mapping[str, jax.Array]]

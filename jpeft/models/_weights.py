@@ -55,7 +55,7 @@ TRANSPOSE = How((1, 0), (1, 0))
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The tensor `hf` is the leaf `path`; with `{i}` (and `{e}`), that of layer i (and expert e) is its row i (and e)."""
+    """The tensor `hf` is the leaf `path`; with `{i}` (and `{e}`) that of layer i (and expert e) is row i (and e)."""
 
     hf: str
     path: str

@@ -2,8 +2,8 @@
 """Mixtral: Mistral's decoder with a mixture of experts in each layer (Jiang et al., https://arxiv.org/abs/2401.04088).
 
 Computes what transformers' classes of this name do. Names are those of its checkpoints, `block_sparse_moe.gate` and
-`block_sparse_moe.experts.0.w1` (gate), `w3` (up) and `w2` (down), which transformers 5, too, writes, though it holds the
-experts of a layer in two tensors, `mlp.experts.gate_up_proj` and `down_proj`. Checkpoints with these are read as well.
+`block_sparse_moe.experts.0.w1` (gate), `w3` (up) and `w2` (down), which transformers 5, too, writes, though it holds
+the experts of a layer in two tensors, `mlp.experts.gate_up_proj` and `down_proj`. Checkpoints with these are read, too.
 """
 
 import dataclasses
@@ -105,6 +105,7 @@ class Mixtral(Decoder):
     """A Mixtral for one task: one of `TASKS`."""
 
     Layer: ClassVar[Any] = Layer
+    config: Config
 
     def module_names(self) -> dict[str, tuple[str, ...]]:
         """Every module's name in a checkpoint, one per layer of the stack, or per expert of each."""
@@ -112,7 +113,7 @@ class Mixtral(Decoder):
         return module_names(WEIGHTS(config, self.task), config.num_hidden_layers, config.num_local_experts)
 
 
-def WEIGHTS(config: Config, task: str) -> tuple[Entry, ...]:
+def WEIGHTS(config: DecoderConfig, task: str) -> tuple[Entry, ...]:
     """The table of weights."""
     prefix = "" if task == "FEATURE_EXTRACTION" else PREFIXES[0]
     moe, path = f"{prefix}layers.{{i}}.block_sparse_moe", "layers/block_sparse_moe"

@@ -4,10 +4,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import peft_oracle as oracle
 import pytest
-from peft_oracle import config_of, real_outputs, tensors
+from peft_oracle import config_of, real_outputs
 
 import jpeft
 
@@ -123,7 +122,9 @@ def test_other_methods_on_a_router_are_refused(tmp_path):
         jpeft.export_peft(model, tmp_path)
 
 
-@pytest.mark.parametrize("method", [jpeft.DoRA(targets=["w1"]), jpeft.IA3(targets=["w2"], feedforward=[])], ids=lambda m: m.kind)
+@pytest.mark.parametrize(
+    "method", [jpeft.DoRA(targets=["w1"]), jpeft.IA3(targets=["w2"], feedforward=[])], ids=lambda m: m.kind
+)
 def test_methods_about_one_matrix_are_refused_on_experts(method):
     with pytest.raises(ValueError, match=rf"experts/w. are experts: .* {type(method).__name__} is about one matrix"):
         jpeft.adapt(oracle.jax_model("mixtral"), method, key=jax.random.key(0))
@@ -131,7 +132,7 @@ def test_methods_about_one_matrix_are_refused_on_experts(method):
 
 @pytest.mark.parametrize("options", [{"dropout": 0.1}, {"gate": True}], ids=str)
 def test_lora_s_options_that_read_whole_texts_are_refused_on_experts(options):
-    with pytest.raises(ValueError, match="LoRA has no (dropout=0.1|gate=True) there"):
+    with pytest.raises(ValueError, match=r"LoRA has no (dropout=0.1|gate=True) there"):
         jpeft.adapt(oracle.jax_model("mixtral"), jpeft.LoRA(targets=["w2"], **options), key=jax.random.key(0))
 
 
