@@ -2,6 +2,7 @@
 """Putting methods on a model and taking them off: `adapt`, `merge`, `strip`, each giving a new model; `penalty`."""
 
 import contextlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -147,6 +148,7 @@ def _sites(planned: list[Planned], name: str) -> list[Site]:
         site = Site(
             found.path, found.names, at.active, sizes.lead, sizes.d_in, sizes.d_out, found.scanned, name,
             kind, sizes.block, sizes.heads, places.get(kind, 0), bias=acts and _has_bias(found.module),
+            beside=seams.beside(found.module),
         )  # fmt: skip
         places[kind] = places.get(kind, 0) + len(found.names) * acts
         sites.append(site)
@@ -163,8 +165,8 @@ def _adapter(planned: Planned, site: Site, method: Method, key: jax.Array, parts
     saved = {leaf: _widened(getattr(found.module, leaf)[...]) for leaf in planned.saved}
     adapter = Adapter(method, site, start, saved, planned.saved, parts)
     partly = not all(all(layers) for layers in planned.saved.values())
-    if site.lead and not found.scanned and (partly or (acts and method.depends_on_layer(site))):
-        adapter.layer_index = AdapterConstant(jnp.arange(len(site.names)).reshape(site.lead))
+    if site.layers and not found.scanned and (partly or (acts and method.depends_on_layer(site))):
+        adapter.layer_index = AdapterConstant(jnp.arange(math.prod(site.layers)).reshape(site.layers))
     return adapter
 
 

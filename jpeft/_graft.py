@@ -175,10 +175,8 @@ def _in_its_layers(module: Any, adapter: Adapter, name: str, running: bool) -> j
     saved = adapter.where_on(adapter.blend(own, adapter.saved[name][...]), own)
     if all(layers):
         return saved
-    if running:
-        mask = jnp.array(layers)[adapter.layer]
-    else:
-        mask = jnp.array(layers).reshape(lead + (1,) * (own.ndim - len(lead)))
+    mask = adapter.site.running(layers, adapter.layer) if running else jnp.array(layers).reshape(lead)
+    mask = mask.reshape(mask.shape + (1,) * (own.ndim - mask.ndim))
     return jnp.where(mask, saved, own.astype(saved.dtype))
 
 

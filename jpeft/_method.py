@@ -15,6 +15,7 @@ from flax import nnx
 
 from ._fields import Frozen
 from ._scope import current, dropout
+from ._site import Site
 
 #: What `bias=` may say: train no bias, those of the adapted projections, or all.
 BIAS_CHOICES = ("none", "lora_only", "all")
@@ -31,44 +32,6 @@ class AdapterParam(nnx.Param):
 
 class AdapterConstant(nnx.Variable):
     """A leaf that an adapter needs and never trains (a start to subtract, a layer index); it is frozen."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """One place of a model where a method acts, in numbers: no arrays, so it is part of the static graphdef.
-
-    Attributes:
-      path: the module's path in the NNX model, `"layers/attention/query"`.
-      names: its name, one per layer of a stack: the Hugging Face module name where the model has a name map, else
-        the dotted path.
-      active: which of these the method adapts, one bool per name.
-      lead: leading (layer) axes of its leaves, `(12,)` in a stack of 12, `()` outside.
-      d_in: inputs of the projection seen as a matrix; 0 for a seam without one.
-      d_out: outputs, likewise.
-      scanned: whether jpeft's own scan runs the stack, so that the scope knows the layer.
-      adapter: the adapter's name, which leaf paths and dropout masks depend on.
-      seam: kind of the seam; `"model"` for the leaves that all places of an adapter share.
-      block: which block of a layer a residual or an attention belongs to (`"attention"`, `"mlp"`, ...), or "".
-      heads: key heads of an attention; 0 elsewhere.
-      first: places of the adapter before this one, at seams of the same kind, every layer counted.
-      members: of the site of the shared leaves, all the others.
-      bias: whether the projection has a bias.
-    """
-
-    path: str
-    names: tuple[str, ...]
-    active: tuple[bool, ...]
-    lead: tuple[int, ...] = ()
-    d_in: int = 0
-    d_out: int = 0
-    scanned: bool = False
-    adapter: str = ""
-    seam: str = "projection"
-    block: str = ""
-    heads: int = 0
-    first: int = 0
-    members: tuple["Site", ...] = ()
-    bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,12 +150,12 @@ class Adapter(nnx.Module):
 
     @property
     def layer(self) -> jax.Array | None:
-        """Index of the running layer, in a stack; None outside of one.
+        """Index of the running layer, in a stack; None outside of one. The experts of a layer have one index.
 
         Raises:
           ValueError: a stack runs in a way that hides which of its layers it is in.
         """
-        if not self.site.lead:
+        if not self.site.layers:
             return None
         scanned = current().layer if self.site.scanned else None
         index = self.layer_index[...] if hasattr(self, "layer_index") else scanned
@@ -265,6 +228,8 @@ class Method(abc.ABC):
     """
 
     kind: ClassVar[str]
+    #: Whether it can act on experts, whose matrices stand side by side (`seams.Grouped`).
+    grouped: ClassVar[bool] = False
 
     @abc.abstractmethod
     def select(self, model_type: str | None) -> Targets | tuple[Targets, ...]:

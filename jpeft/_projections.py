@@ -31,6 +31,8 @@ class Projection(abc.ABC):
 
     kernel: str
     bias: str | None
+    #: How many of the leading axes are of matrices that stand side by side in one call, each with rows of its own.
+    beside: int = 0
 
     @abc.abstractmethod
     def dims(self, module: Any) -> Dims:
@@ -47,6 +49,10 @@ class Projection(abc.ABC):
     @abc.abstractmethod
     def contract(self, module: Any, x: jax.Array, matrix: jax.Array) -> jax.Array:
         """The module's input times `matrix` `[d_in, n]` in the kernel's place: `[..., n]`."""
+
+    def expand(self, module: Any, y: jax.Array, matrix: jax.Array) -> jax.Array:
+        """What `contract` gave, `[..., n]`, times another matrix `[n, m]`: `[..., m]`."""
+        return rows_times(y, matrix)
 
     @abc.abstractmethod
     def emit(self, module: Any, y: jax.Array) -> jax.Array:

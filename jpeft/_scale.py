@@ -125,8 +125,7 @@ def _scale(path: str, name: str, adapter: Adapter, value: jax.Array) -> None:
         )
     if not isinstance(adapter.method, Scaled):
         adapter.method = Scaled(adapter.method)
-    lead = site.lead
-    adapter.strength = AdapterConstant(jnp.broadcast_to(value, lead))
+    adapter.strength = AdapterConstant(jnp.broadcast_to(value, site.layers))
 
 
 def _blended(adapter: Adapter, old: Any, new: Any) -> Any:

@@ -33,6 +33,8 @@ class Scope:
       segments: `[batch, seq]` of a packed input, likewise; `seams.EVERY_SEGMENT` for a virtual token.
       prompt: which tokens are the prompt, `[batch, seq]` as given by the caller; None where all are.
       step: whether the running tokens stand behind others, virtual ones among them, that a cache holds.
+      groups: how many of the running rows, which are sorted, belong to each expert, `[experts]`; None where each expert
+        has rows of its own.
     """
 
     key: Any = None
@@ -42,6 +44,7 @@ class Scope:
     segments: Any = None
     prompt: Any = None
     step: bool = False
+    groups: Any = None
 
 
 _SCOPE: contextvars.ContextVar[Scope] = contextvars.ContextVar("jpeft_scope", default=Scope())  # noqa: B039 (frozen)

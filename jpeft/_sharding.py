@@ -43,14 +43,18 @@ _COLUMN = (
 )
 #: Projections back into it: what they get is split over `tensor`.
 _ROW = ("o_proj", "down_proj", "output/dense", "out_lin", "lin2", "c_proj", "*Attention/o", "wo")
+#: Projections of the experts of a layer, `[experts, d_in, d_out]`: the experts are split over `tensor`.
+_EXPERTS = {"w1": P("tensor", "fsdp", None), "w2": P("tensor", None, "fsdp"), "w3": P("tensor", "fsdp", None)}
 _TABLES = ("embed_tokens", "word_embeddings", "wte", "shared")
 
-#: The zoo's rules. A spec is about a leaf's last axes, `(d_in, d_out)` of a kernel; a layer axis in front is whole.
+#: The zoo's rules. A spec is about a leaf's last axes, `(d_in, d_out)` of a kernel, or `(experts, d_in, d_out)`; a
+#: layer axis in front is whole.
 #: The first rule that matches counts. What none matches is replicated: norms, small heads, biases of row projections.
 SHARDING_RULES: Rules = (
     *((f"**/{name}/kernel", P("fsdp", "tensor")) for name in _COLUMN),
     *((f"**/{name}/bias", P("tensor")) for name in _COLUMN),
     *((f"**/{name}/kernel", P("tensor", "fsdp")) for name in _ROW),
+    *((f"**/experts/{name}/kernel", spec) for name, spec in _EXPERTS.items()),
     *((f"**/{name}/embedding", P("tensor", "fsdp")) for name in _TABLES),
 )
 
@@ -181,11 +185,13 @@ def _kernel_of(path: str) -> str:
 def _of_codes(leaf: Any, spec: P) -> Spec:
     """The spec of codes or scales whose last axes are the kernel's d_in and d_out, packed; a scale may have one d_in.
 
-    A kernel of more axes than two has no axis of the codes to itself, and is replicated.
+    Experts stand in front of these two, below a layer axis. Any other kernel of more axes than two has no axis of the
+    codes to itself, and is replicated.
     """
-    if len(spec) != 2:
+    if len(spec) != 2 and not (len(spec) == 3 < leaf.ndim):
         return (None,) * leaf.ndim
-    return (None,) * (leaf.ndim - 2) + tuple(None if n == 1 else s for n, s in zip(leaf.shape[-2:], spec, strict=True))
+    own = tuple(None if n == 1 else s for n, s in zip(leaf.shape[-2:], spec[-2:], strict=True))
+    return (None,) * (leaf.ndim - len(spec)) + tuple(spec[:-2]) + own
 
 
 def _unpacked(path: str, leaf: Any) -> tuple[int, ...]:
@@ -207,9 +213,11 @@ def _derived(path: str, leaf: Any, leaves: Mapping[str, Any], specs: Mapping[str
         return specs["/".join(parts[:at] + parts[at + 3 :])]
     sides = _SIDES.get(parts[-1], (None,) * leaf.ndim)
     lead = leaf.ndim - len(sides)
-    kernels = [(_unpacked(p, leaves[p])[lead:], specs[p][lead:]) for p in own if leaves[p].ndim >= leaf.ndim]
+    like = [p for p in own if leaves[p].ndim >= leaf.ndim]
+    kernels = [(_unpacked(p, leaves[p])[lead:], specs[p][lead:]) for p in like]
     sizes = zip(sides, leaf.shape[lead:], strict=True)
-    return (None,) * lead + tuple(_side(side, size, kernels) for side, size in sizes)
+    front = next((specs[p][:lead] for p in like), (None,) * lead)
+    return (*front, *(_side(side, size, kernels) for side, size in sizes))
 
 
 def _side(side: str | None, size: int, kernels: Sequence[tuple[tuple[int, ...], Spec]]) -> Any:

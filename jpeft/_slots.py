@@ -109,7 +109,7 @@ def _padded(
 ) -> Adapter:
     """`adapter` as it stands in a slot."""
     site = adapter.site
-    extra = {"on": jnp.full(site.lead, on), **{n: v if on else jnp.zeros_like(v) for n, v in constants.items()}}
+    extra = {"on": jnp.full(site.layers, on), **{n: v if on else jnp.zeros_like(v) for n, v in constants.items()}}
     trainable, kept = ({n: _pad(v, shapes[n]) for n, v in _leaves(adapter, kind).items()}
                        for kind in (AdapterParam, AdapterConstant))  # fmt: skip
     if "layer_index" in shapes and "layer_index" not in kept:  # another of them depends on the layer

@@ -56,6 +56,7 @@ def plan(model: nnx.Module, method: Method) -> list[Planned]:
                 copied.setdefault(module.path, {}).update({n: layers for n in leaves_of(module, part.seam) if layers})
             continue
         _check_patterns(part.patterns, [n for f in everything for n in _named(f.names, found.get(f.path, ()))])
+        _check_grouped(method, everything, found)
         active |= found
         absorbed |= dict.fromkeys(found, part.absorb)
     planned = []
@@ -69,6 +70,17 @@ def plan(model: nnx.Module, method: Method) -> list[Planned]:
     if any(part.seam == "parameter" for part in asked):
         check_held(model, everything)
     return planned
+
+
+def _check_grouped(method: Method, everything: list[Found], active: Layers) -> None:
+    """Experts are for methods that know of them."""
+    for found in everything:
+        if found.path in active and seams.beside(found.module) and not method.grouped:
+            raise ValueError(
+                f"{found.path} are experts: of their matrices, which stand side by side, each acts on the tokens sent "
+                f"to it, and {type(method).__name__} is about one matrix for all tokens; exclude= them, or adapt them "
+                "by LoRA"
+            )
 
 
 def chosen(model: nnx.Module, asked: Targets) -> list[Found]:

@@ -26,7 +26,8 @@ class Found:
     Attributes:
       path: its first NNX path, `"layers/attention/query"`.
       module: the object itself.
-      names: one name per layer of its stack: Hugging Face's where the model maps it, else the dotted path.
+      names: one name per layer of its stack (of experts, per expert of each): Hugging Face's where the model maps it,
+        else the dotted path.
       aliases: every other path at which the same object stands, with its names there.
       lead: leading (layer) axes of its leaves.
       scanned: whether jpeft's own scan runs the stack.
@@ -168,7 +169,8 @@ def _found(
         joined = "/".join(map(str, path))
         named.append((joined, tuple(mapped.get(joined) or _layer_names(path, lead, around))))
     (path, names), *aliases = named
-    return Found(path, module, names, tuple(aliases), lead, len(scanned) == 1 and lead == scanned)
+    layers = lead[: len(lead) - seams.beside(module)]
+    return Found(path, module, names, tuple(aliases), lead, len(scanned) == 1 and layers == scanned)
 
 
 def _own_lead(module: Any, stacks: Stacks) -> tuple[int, ...] | None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from ._grouped import Grouped, by_expert
 from ._projections import (
     Convolution,
     Dims,
@@ -33,6 +34,7 @@ __all__ = [
     "KINDS",
     "Convolution",
     "Dims",
+    "Grouped",
     "InputEmbedding",
     "KeyValues",
     "Lookup",
@@ -40,6 +42,8 @@ __all__ = [
     "Projection",
     "Residual",
     "Sizes",
+    "beside",
+    "by_expert",
     "held",
     "kind",
     "projection",
@@ -128,6 +132,12 @@ def kind(module: Any) -> str | None:
         if isinstance(module, seam):
             return name
     return None if registered(module) is None else "projection"
+
+
+def beside(module: Any) -> int:
+    """How many of a projection's leading axes are of matrices that stand side by side; 0 of any other module."""
+    found = registered(module)
+    return 0 if found is None else found.beside
 
 
 class Sizes(NamedTuple):

@@ -45,6 +45,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama cls": ("llama", "SEQ_CLS", _LLAMA),
     "llama states": ("llama", "FEATURE_EXTRACTION", _LLAMA),
     "mistral": ("mistral", "CAUSAL_LM", _LLAMA | {"sliding_window": 5}),
+    "mixtral": ("mixtral", "CAUSAL_LM", _LLAMA | {"sliding_window": 5, "num_local_experts": 3}),
     "qwen2": ("qwen2", "CAUSAL_LM", _LLAMA),
     "gemma2": ("gemma2", "CAUSAL_LM", _LLAMA | {"head_dim": 6, "sliding_window": 3, **_CAPS}),
     "gemma3": (
@@ -82,6 +83,7 @@ def quiet() -> Iterator[None]:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("ignore", message="Unsupported layer type .*Norm")  # peft's, of LN_TUNING
+        warnings.filterwarnings("ignore", message=r".*_pattern keys .*gate_up_proj'")  # of keys that peft made itself
         warnings.filterwarnings("ignore", category=ResourceWarning)
         yield
 

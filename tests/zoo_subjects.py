@@ -21,6 +21,8 @@ class Subject:
         it needs them, what other fields are then.
       causal: whether a token sees no later one.
       silent: fields of our Config that change no program.
+      smooth: what is changed of `config` where roundings may change no choice that the model makes.
+      converted: whether a checkpoint's names are others than those of transformers' modules.
     """
 
     config: Mapping[str, Any]
@@ -30,6 +32,8 @@ class Subject:
     perturbed: Mapping[str, tuple[Any, ...]]
     causal: bool = False
     silent: tuple[str, ...] = ("initializer_range", "model_type", "hf")
+    smooth: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    converted: bool = False
 
     @property
     def decodes(self) -> bool:
@@ -316,5 +320,43 @@ PHI3 = Subject(
     causal=True,
 )  # fmt: skip
 
+MIXTRAL = Subject(
+    config={
+        "model_type": "mixtral", "vocab_size": 53, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
+        "num_local_experts": 5, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    },
+    variants={
+        "base": {},
+        "one expert each": {
+            "num_experts_per_tok": 1, "num_local_experts": 3, "sliding_window": 4, "tie_word_embeddings": True,
+            "num_key_value_heads": 4, "router_aux_loss_coef": 0.02,
+        },
+        "three experts each": {
+            "num_experts_per_tok": 3, "hidden_act": "gelu", "head_dim": 10, "rms_norm_eps": 0.1,
+            "num_hidden_layers": 3, "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 50.0},
+        },
+        "all experts": {"num_experts_per_tok": 2, "num_local_experts": 2, "num_key_value_heads": 1},
+    },
+    classes={
+        "CAUSAL_LM": transformers.MixtralForCausalLM,
+        "SEQ_CLS": transformers.MixtralForSequenceClassification,
+        "TOKEN_CLS": transformers.MixtralForTokenClassification,
+        "QUESTION_ANS": transformers.MixtralForQuestionAnswering,
+        "FEATURE_EXTRACTION": transformers.MixtralModel,
+    },
+    rates={"attention_dropout": "CAUSAL_LM", "router_jitter_noise": "CAUSAL_LM"},
+    perturbed=_DECODER | {
+        "hidden_act": ("relu", "CAUSAL_LM"), "num_local_experts": (4, "CAUSAL_LM"),
+        "num_experts_per_tok": (1, "CAUSAL_LM"), "router_jitter_noise": (0.1, "CAUSAL_LM"),
+        "max_position_embeddings": (7, "CAUSAL_LM", _DYNAMIC), "tie_word_embeddings": (True, "CAUSAL_LM"),
+        "num_hidden_layers": (3, "CAUSAL_LM"), "classifier_dropout": (0.4, "TOKEN_CLS"),
+        "token_classification_bias": (False, "TOKEN_CLS"),
+    },
+    causal=True,
+    smooth={"num_experts_per_tok": 5},
+    converted=True,
+)  # fmt: skip
+
 SUBJECTS = {"distilbert": DISTILBERT, "gpt2": GPT2, "t5": T5, "roberta": ROBERTA, "xlm-roberta": XLM_ROBERTA}
-SUBJECTS |= {"gemma2": GEMMA2, "gemma3_text": GEMMA3, "phi3": PHI3}
+SUBJECTS |= {"gemma2": GEMMA2, "gemma3_text": GEMMA3, "phi3": PHI3, "mixtral": MIXTRAL}

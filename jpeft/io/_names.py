@@ -5,9 +5,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from .. import models, seams
 from .._walk import Found, modules
-from ..models._weights import Rule, Tied, fill, rules
+from ..models._weights import Entry, Rule, Tied, fill, num_indices, rules
 
 #: The tasks whose output layer PEFT trains and saves whole, and what it calls that layer.
 HEADS = {
@@ -41,6 +43,7 @@ class Names:
       heads: paths of the task's own output layers.
       config: of the model.
       task: of the model.
+      entries: its table of weights.
     """
 
     found: Mapping[str, Found]
@@ -52,6 +55,7 @@ class Names:
     heads: tuple[str, ...]
     config: Any
     task: str
+    entries: tuple[Entry, ...]
 
     @property
     def shared(self) -> dict[str, tuple[str, ...]]:
@@ -124,11 +128,10 @@ def names_of(model: Any) -> Names:
         for parts in [name.split(".")]
         for n in range(1, 1 + len(parts))
     }
-    return Names(found, tensors, tied, copied, paths, frozenset(every), tuple(model.head), model.config, model.task)
+    heads = tuple(model.head)
+    return Names(found, tensors, tied, copied, paths, frozenset(every), heads, model.config, model.task, entries)
 
 
 def _places(rule: Rule, found: Mapping[str, Found]) -> dict[str, Place]:
-    if "{i}" not in rule.hf:
-        return {rule.hf: Place(rule.path, (), rule.how.to_hf)}
-    lead = found[rule.path.rpartition("/")[0]].lead
-    return {fill(rule.hf, i): Place(rule.path, (i,), rule.how.to_hf) for i in range(lead[0])}
+    lead = found[rule.path.rpartition("/")[0]].lead[: num_indices(rule.hf)]
+    return {fill(rule.hf, *index): Place(rule.path, index, rule.how.to_hf) for index in np.ndindex(lead)}

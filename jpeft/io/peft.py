@@ -31,6 +31,7 @@ from ._lora_codec import LORA
 from ._names import HEADS, Names, names_of
 from ._norm_tuning_codec import NORM_TUNING
 from ._oft_codec import OFT
+from ._parameters import by_module, check_experts, values
 from ._peft_folder import CONFIG, README, WEIGHTS, installing, read_config, weights_file
 from ._slots import Codec, Slot, all_slots, base_slots, host, transposed, whole
 from ._tokens_codec import TRAINABLE_TOKENS
@@ -132,8 +133,8 @@ def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None,
     folder, names = Path(folder), names_of(model)
     config = read_config(folder)
     codec = _codec(config, folder / CONFIG)
-    tensors = safetensors.header(weights_file(folder))
     _check_task(config, model, folder / CONFIG)
+    config, tensors = by_module(config, safetensors.header(weights_file(folder)), names)
     name = name or codec.kind
     try:
         adapted = adapt(model, codec.read(config, names), key=jax.random.key(0) if key is None else key, name=name)
@@ -186,6 +187,7 @@ def _written(model: Any, name: str, base: str | None) -> tuple[Codec, dict[str, 
         raise ValueError(f"PEFT has no format for the adapter {name!r}, a {kind}; it has one for {', '.join(CODECS)}")
     codec = CODECS[kind]
     _check_copied(codec, adapters, names)
+    check_experts(kind, adapters, names)
     adapters = {path: codec.portable(adapter) for path, adapter in adapters.items()}
     slots = all_slots(codec, adapters, names)
     if codec.saves:
@@ -270,12 +272,12 @@ def _saved_as(name: str, path: str, names: Names) -> str:
 
 
 def _tensors(codec: Codec, slots: Iterable[Slot]) -> dict[str, np.ndarray]:
-    values: dict[int, np.ndarray] = {}
+    leaves: dict[int, np.ndarray] = {}
     tensors = {}
     for slot in slots:
-        if id(slot.leaf) not in values:
-            values[id(slot.leaf)] = host(slot.leaf[...], slot.key)
-        tensors[codec.name(slot)] = np.ascontiguousarray(slot.sign * slot.view(values[id(slot.leaf)]))
+        if id(slot.leaf) not in leaves:
+            leaves[id(slot.leaf)] = host(slot.leaf[...], slot.key)
+        tensors[codec.name(slot)] = np.ascontiguousarray(slot.sign * slot.view(leaves[id(slot.leaf)]))
     broken = [key for key, tensor in tensors.items() if not np.isfinite(tensor).all()]
     if broken:
         raise ValueError(f"the adapter has values that are not finite, in {safetensors.names(broken)}")
@@ -302,10 +304,10 @@ def _check_task(config: Mapping[str, Any], model: Any, file: Path) -> None:
         )
 
 
-def _fill(slots: Mapping[str, Slot], tensors: Mapping[str, safetensors.Tensor], names: Names, prefix: str) -> list[str]:
+def _fill(slots: Mapping[str, Slot], tensors: Mapping[str, Any], names: Names, prefix: str) -> list[str]:
     """Sets every leaf from the file, or says all that keeps from it."""
-    values = {id(slot.leaf): host(slot.leaf[...], key).copy() for key, slot in slots.items()}
-    views = {key: slot.view(values[id(slot.leaf)]) for key, slot in slots.items()}
+    leaves = {id(slot.leaf): host(slot.leaf[...], key).copy() for key, slot in slots.items()}
+    views = {key: slot.view(leaves[id(slot.leaf)]) for key, slot in slots.items()}
     views |= {key: base for key in tensors.keys() - slots.keys() if (base := _base(key, names, prefix)) is not None}
     problems = [f"{key} is missing" for key in sorted(slots.keys() - tensors.keys())]
     problems += [f"{key} is unknown" for key in sorted(tensors.keys() - views.keys())]
@@ -315,7 +317,7 @@ def _fill(slots: Mapping[str, Slot], tensors: Mapping[str, safetensors.Tensor], 
     if problems:
         return problems
     signs = {key: slot.sign for key, slot in slots.items()}
-    read = {key: signs.get(key, 1) * _read(tensors[key]) for key in sorted(views)}
+    read = {key: signs.get(key, 1) * values(tensors[key]) for key in sorted(views)}
     for key in slots:
         views[key][...] = read[key]
     for key, view in views.items():
@@ -326,7 +328,7 @@ def _fill(slots: Mapping[str, Slot], tensors: Mapping[str, safetensors.Tensor], 
                 f"{key} differs from {'the tensor that it is tied to' if key in slots else 'the base model'}"
             )
     for leaf in {id(slot.leaf): slot.leaf for slot in slots.values()}.values():
-        leaf.set_value(jax.device_put(values[id(leaf)].astype(leaf.dtype), leaf[...].sharding))
+        leaf.set_value(jax.device_put(leaves[id(leaf)].astype(leaf.dtype), leaf[...].sharding))
     return problems
 
 
@@ -339,15 +341,9 @@ def _base(key: str, names: Names, prefix: str) -> np.ndarray | None:
     return transposed(np.asarray(getattr(names.found[path].module, leaf)[...][place.index]), place.axes)
 
 
-def _misfit(key: str, tensor: safetensors.Tensor, view: np.ndarray) -> list[str]:
+def _misfit(key: str, tensor: Any, view: np.ndarray) -> list[str]:
     if tensor.dtype not in safetensors.FLOATS:
         return [f"{key} is {tensor.dtype}, not one of {', '.join(safetensors.FLOATS)}"]
     if tensor.shape != view.shape:
         return [f"{key} is {list(tensor.shape)}, the model needs {list(view.shape)}"]
     return []
-
-
-def _read(tensor: safetensors.Tensor) -> np.ndarray:
-    out = np.empty(tensor.shape, np.float32)
-    safetensors.read(tensor, (slice(None),) * out.ndim, out)
-    return out

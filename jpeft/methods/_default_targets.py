@@ -6,7 +6,7 @@ from typing import Any
 
 #: What PEFT adapts by default, by the model's type.
 DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), ("q_proj", "v_proj")),
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3_text"), ("q_proj", "v_proj")),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta"), ("query", "value")),
     "distilbert": ("q_lin", "v_lin"),
     "gpt2": ("c_attn",),

@@ -104,10 +104,10 @@ def factors(adapter: Any, scale: Any) -> tuple[jax.Array, jax.Array]:
 def running_scale(adapter: Any, table: np.ndarray) -> Any:
     """The factors of the running layer: a number, or `[1, rank]`; in a slot of a bank they are a leaf."""
     if hasattr(adapter, "scale"):
-        return adapter.scale[...][None]
+        return adapter.scale[...][..., None, :]
     if uniform(table):
         return float(table[0, 0])
-    return jnp.asarray(table, adapter.A.dtype)[adapter.layer][None]
+    return adapter.site.running(jnp.asarray(table, adapter.A.dtype), adapter.layer)[..., None, :]
 
 
 def scale_of_all(adapter: Any, table: np.ndarray) -> jax.Array:
@@ -137,4 +137,5 @@ def dropped(adapter: Adapter, base: Any, x: Any, rate: float) -> tuple[jax.Array
 
 def change(base: Any, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """The input times `a b` in the kernel's place, `[..., d_out]`."""
-    return seams.rows_times(seams.projection(base).contract(base, x, a), b)
+    projection = seams.projection(base)
+    return projection.expand(base, projection.contract(base, x, a), b)

@@ -54,6 +54,7 @@ class LoRA(Method):
     """
 
     kind: ClassVar[str] = "lora"
+    grouped: ClassVar[bool] = True
 
     rank: int = 8
     alpha: float = 8
@@ -77,6 +78,12 @@ class LoRA(Method):
         return _low_rank.select(self, model_type, (*self.rank_pattern, *self.alpha_pattern))
 
     def start(self, site: Site, base: Any, key: jax.Array) -> Start:
+        if site.beside and (self.dropout or self.gate):
+            option = f"dropout={self.dropout}" if self.dropout else "gate=True"
+            raise ValueError(
+                f"{site.path} are experts, which read the tokens that are sent to them in an order of their own; LoRA "
+                f"has no {option} there (nor has PEFT). Adapt them by a LoRA without it, or exclude= them"
+            )
         start = _low_rank.start(self, site, base, key)
         return Start({**start.trainable, **_gate(site, base, key)}, start.constants) if self.gate else start
 

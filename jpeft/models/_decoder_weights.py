@@ -27,7 +27,9 @@ def head_size(config: DecoderConfig, task: str) -> tuple[int, bool]:
     }[task]
 
 
-def decoder_weights(config: DecoderConfig, task: str, prefix: str, norms: Sequence[str]) -> tuple[Entry, ...]:
+def decoder_weights(
+    config: DecoderConfig, task: str, prefix: str, norms: Sequence[str], *, mlp: bool = True
+) -> tuple[Entry, ...]:
     """The table of weights.
 
     Args:
@@ -35,9 +37,10 @@ def decoder_weights(config: DecoderConfig, task: str, prefix: str, norms: Sequen
       task: tells the head.
       prefix: what transformers puts before the backbone's names.
       norms: a layer's, but for those of heads.
+      mlp: whether a layer has the MLP of most families.
     """
     entries: list[Entry] = [Rule(f"{prefix}embed_tokens.weight", "embed_tokens/embedding")]
-    for name, bias in _linears(config):
+    for name, bias in _linears(config, mlp):
         entries += _linear_rules(f"{prefix}layers.{{i}}.{name}", f"layers/{name.replace('.', '/')}", bias)
     for name in [*(("self_attn.q_norm", "self_attn.k_norm") if config.head_norms else ()), *norms]:
         entries.append(Rule(f"{prefix}layers.{{i}}.{name}.weight", f"layers/{name.replace('.', '/')}/scale"))
@@ -49,13 +52,13 @@ def decoder_weights(config: DecoderConfig, task: str, prefix: str, norms: Sequen
     return tuple(entries)
 
 
-def _linears(config: DecoderConfig) -> list[tuple[str, bool]]:
+def _linears(config: DecoderConfig, mlp: bool) -> list[tuple[str, bool]]:
     """A layer's projections, and whether they have a bias."""
     bias, o_bias, mlp_bias = config.biases
     qkv = ("qkv_proj",) if config.fused else ("q_proj", "k_proj", "v_proj")
-    mlp = ("gate_up_proj", "down_proj") if config.fused else ("gate_proj", "up_proj", "down_proj")
+    gated = ("gate_up_proj", "down_proj") if config.fused else ("gate_proj", "up_proj", "down_proj")
     attention = [*((f"self_attn.{name}", bias) for name in qkv), ("self_attn.o_proj", o_bias)]
-    return [*attention, *((f"mlp.{name}", mlp_bias) for name in mlp)]
+    return [*attention, *((f"mlp.{name}", mlp_bias) for name in gated if mlp)]
 
 
 def _linear_rules(hf: str, path: str, bias: bool) -> list[Entry]:

@@ -64,6 +64,7 @@ FAMILIES = {
     "gpt2": Family("gpt2", "GPT2", "GPT2", {"CAUSAL_LM": "LMHeadModel"}),
     "llama": Family("llama", "Llama", "Llama"),
     "mistral": Family("llama", "Llama", "Mistral"),
+    "mixtral": Family("mixtral", "Mixtral", "Mixtral"),
     "phi3": Family("phi3", "Phi3", "Phi3"),
     "qwen2": Family("llama", "Llama", "Qwen2"),
     "qwen3": Family("llama", "Llama", "Qwen3"),

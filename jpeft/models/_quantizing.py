@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from .._projections import Matmul, registered
 from .._quantized import SCHEMES, QuantizedKernel, check_scheme, quantize_module
-from ..seams import projection
 from ._weights import Sharding
 
 Convert = Callable[[str, jax.Array], Mapping[str, jax.Array]]
@@ -42,6 +42,7 @@ def reading(abstract: Any, scheme: str | None, sharding: Sharding | None) -> tup
 def _quantized(model: Any, scheme: str) -> Any:
     """`model` with codes in every linear layer but the heads."""
     for path, module in list(nnx.iter_modules(model)):
-        if isinstance(module, nnx.Linear) and path[0] not in model.head:
-            quantize_module(module, projection(module), scheme)  # type: ignore[arg-type]
+        found = registered(module)
+        if isinstance(found, Matmul) and path[0] not in model.head:
+            quantize_module(module, found, scheme)
     return model

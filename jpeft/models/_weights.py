@@ -4,13 +4,16 @@
 A model's table is a tuple of entries:
 
   Rule("model.layers.{i}.self_attn.q_proj.weight", "layers/self_attn/q_proj/kernel", TRANSPOSE)
-      one tensor is one leaf; with `{i}`, one tensor per layer, stacked on the leaf's first axis.
+      one tensor is one leaf; with `{i}`, one tensor per layer, stacked on the leaf's first axis, and with `{e}` one per
+      expert of a layer, on its second.
   Tied("lm_head.weight", "embed_tokens/embedding")
       a copy of a leaf that a checkpoint may hold; it must agree with it, and is not written.
   Ignore("...rotary_emb.inv_freq")
       a tensor that is no weight. `...` stands for any start.
   Renamed(".gamma", ".weight")
-      an ending that old checkpoints use for today's.
+      an ending that some checkpoints use for the table's.
+  Joined(".experts.gate_up_proj", (".experts.{e}.w1.weight", ".experts.{e}.w3.weight"))
+      an ending of tensors that hold several of the table's, one after another; with `{e}`, for each expert in turn.
 
 A checkpoint key without an entry, an entry without its key, a leaf that nothing sets and a wrong shape are errors; all
 of them are collected and raised as one.
@@ -19,6 +22,7 @@ of them are collected and raised as one.
 import dataclasses
 import functools
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -51,7 +55,7 @@ TRANSPOSE = How((1, 0), (1, 0))
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The tensor `hf` is the leaf `path`; with `{i}` in its name, that of layer i is the leaf's row i."""
+    """The tensor `hf` is the leaf `path`; with `{i}` (and `{e}`) that of layer i (and expert e) is row i (and e)."""
 
     hf: str
     path: str
@@ -76,28 +80,44 @@ class Ignore:
 
 @dataclasses.dataclass(frozen=True)
 class Renamed:
-    """Old checkpoints end a name in `old` where it is `new` today."""
+    """Some checkpoints end a name in `old` where the table has `new`."""
 
     old: str
     new: str
 
 
-Entry = Rule | Tied | Ignore | Renamed
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Some checkpoints have one tensor, its name ending in `old`, in the place of those that end in `parts`.
+
+    It holds them one after another along its first axis; with `{e}`, its first axis counts experts, and it holds them
+    along its second for each.
+    """
+
+    old: str
+    parts: tuple[str, ...]
+
+
+Entry = Rule | Tied | Ignore | Renamed | Joined
 Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 
 
-def module_names(entries: Sequence[Entry], num_layers: int) -> dict[str, tuple[str, ...]]:
-    """Hugging Face's names of the modules: NNX path -> one name, or one per layer of a stack.
+def module_names(entries: Sequence[Entry], *sizes: int) -> dict[str, tuple[str, ...]]:
+    """Hugging Face's names of the modules: NNX path -> one name, or one per layer (and expert) of a stack.
 
     Covers every module that owns leaves, and those around it as long as both sides call them the same.
+
+    Args:
+      entries: the table.
+      sizes: how many layers there are, and experts in each.
     """
     found = {}
     for rule in rules(entries):
         path, hf = rule.path.rpartition("/")[0], rule.hf.rpartition(".")[0]
         while path:
-            found[path] = tuple(fill(hf, i) for i in range(num_layers)) if "{i}" in hf else (hf,)
+            found[path] = tuple(fill(hf, *index) for index in np.ndindex(sizes[: num_indices(hf)]))
             (path, _, name), (hf, _, hf_name) = path.rpartition("/"), hf.rpartition(".")
-            if name != hf_name:
+            if name != hf_name or hf.endswith("{e}"):
                 break
     return found
 
@@ -107,9 +127,14 @@ def rules(entries: Sequence[Entry]) -> list[Rule]:
     return [entry for entry in entries if isinstance(entry, Rule)]
 
 
-def fill(pattern: str, layer: int) -> str:
-    """`pattern` with the layer's number in the place of `{i}`."""
-    return pattern.replace("{i}", str(layer))
+def num_indices(pattern: str) -> int:
+    """How many leading axes of a leaf count tensors of this name: of layers, and of experts in each."""
+    return ("{i}" in pattern) + ("{e}" in pattern)
+
+
+def fill(pattern: str, *index: int) -> str:
+    """`pattern` with the numbers of the layer and the expert in the places of `{i}` and `{e}`."""
+    return pattern.format(**dict(zip("ie", index, strict=False)))
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -189,9 +214,8 @@ class _Part(NamedTuple):
 
 def _parts(rule: Rule, leaf: jax.ShapeDtypeStruct) -> list[_Part]:
     """The tensors that make up a leaf, layer by layer."""
-    if "{i}" not in rule.hf:
-        return [_Part(rule.hf, rule.how, leaf.shape)]
-    return [_Part(fill(rule.hf, i), rule.how, leaf.shape[1:]) for i in range(leaf.shape[0])]
+    lead = num_indices(rule.hf)
+    return [_Part(fill(rule.hf, *index), rule.how, leaf.shape[lead:]) for index in np.ndindex(leaf.shape[:lead])]
 
 
 def _in_layout(entries: Sequence[Entry], tensors: Mapping[str, Tensor], prefixes: Sequence[str]) -> tuple[Entry, ...]:
@@ -206,16 +230,35 @@ def _in_layout(entries: Sequence[Entry], tensors: Mapping[str, Tensor], prefixes
     def rename(hf: str) -> str:
         return theirs + hf.removeprefix(ours) if hf.startswith(ours) and not hf.startswith("...") else hf
 
-    return tuple(e if isinstance(e, Renamed) else dataclasses.replace(e, hf=rename(e.hf)) for e in entries)
+    return tuple(e if isinstance(e, Renamed | Joined) else dataclasses.replace(e, hf=rename(e.hf)) for e in entries)
 
 
 def _renamed(tensors: Mapping[str, Tensor], entries: Sequence[Entry]) -> dict[str, Tensor]:
+    """The tensors by the table's names, and in its parts."""
     endings = [entry for entry in entries if isinstance(entry, Renamed)]
+    joined = [entry for entry in entries if isinstance(entry, Joined)]
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        whole = next((e for e in joined if key.endswith(e.old)), None)
+        if whole is None:
+            found[next((key.removesuffix(e.old) + e.new for e in endings if key.endswith(e.old)), key)] = tensor
+        else:
+            found |= _taken_apart(key, tensor, whole)
+    return found
 
-    def today(key: str) -> str:
-        return next((key.removesuffix(e.old) + e.new for e in endings if key.endswith(e.old)), key)
 
-    return {today(key): tensor for key, tensor in tensors.items()}
+def _taken_apart(key: str, tensor: Tensor, joined: Joined) -> dict[str, Tensor]:
+    """What `tensor` holds, each by its own name; itself where its shape is of no such parts."""
+    each = "{e}" in joined.parts[0]
+    rows = tensor.shape[each : each + 1]
+    if not rows or rows[0] % len(joined.parts) or tensor.dtype not in safetensors.FLOATS:
+        return {key: tensor}
+    start = key.removesuffix(joined.old)
+    numbers = range(tensor.shape[0]) if each else (0,)
+    shape = (rows[0] // len(joined.parts), *tensor.shape[each + 1 :])
+    size = math.prod(shape) * safetensors.FLOATS[tensor.dtype].itemsize
+    keys = [start + part.format(e=e) for e in numbers for part in joined.parts]
+    return {key: Tensor(tensor.file, tensor.dtype, shape, tensor.start + i * size) for i, key in enumerate(keys)}
 
 
 def _unmapped(
@@ -252,13 +295,14 @@ def _leaf(
     leaf: jax.ShapeDtypeStruct,
     sharding: Sharding | None,
 ) -> jax.Array:
-    stacked = leaf.shape != parts[0].shape
+    lead = len(leaf.shape) - len(parts[0].shape)
+    places = np.arange(len(parts)).reshape(leaf.shape[:lead])
 
     def values(index: tuple[slice, ...]) -> np.ndarray:
         out = np.empty([len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)], leaf.dtype)
-        rows = zip(parts[index[0]], out, strict=True) if stacked else [(parts[0], out)]
-        for part, row in rows:
-            inner = index[len(index) - row.ndim :]
+        rows, inner = out.reshape(-1, *out.shape[lead:]), index[lead:]
+        for n, place in enumerate(places[index[:lead]].ravel()):
+            part, row = parts[place], rows[n, ...]  # of a scalar, too, a view
             safetensors.read(tensors[part.key], tuple(inner[axis] for axis in part.axes), row.transpose(part.axes))
         return out
 
@@ -315,7 +359,7 @@ def _sources(rule: Rule, leaf: jax.Array) -> dict[str, Source]:
     def fetch(row: int) -> np.ndarray:
         if not values:
             values.append(_host(rule.path, leaf))
-        array = values[0] if parts[0].shape == leaf.shape else values[0][row]
+        array = values[0].reshape(-1, *parts[0].shape)[row]
         if row == len(parts) - 1:
             values.clear()
         return array.transpose(parts[row].axes)

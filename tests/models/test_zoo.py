@@ -12,6 +12,7 @@ import pytest
 import transformers
 from flax import nnx
 from llama_reference import assert_close, flat
+from safetensors.numpy import load_file
 from zoo_reference import (
     batch,
     build,
@@ -126,7 +127,7 @@ def test_any_task_starts_from_any_checkpoint(name, tmp_path):
 def test_bfloat16_stays_near_float32(name, tmp_path):
     subject = SUBJECTS[name]
     task = by_token(subject)
-    theirs = torch_model(subject.config, task, subject.classes)
+    theirs = torch_model({**subject.config, **subject.smooth}, task, subject.classes)
     theirs.save_pretrained(tmp_path)
     inputs, real = batch(subject), seen(batch(subject), task)
     expected = torch_output(theirs, task, inputs).detach().numpy()[real]
@@ -138,11 +139,16 @@ def test_bfloat16_stays_near_float32(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
-def test_module_names_are_transformers(name):
+def test_module_names_are_transformers(name, tmp_path):
     subject = SUBJECTS[name]
     for task, torch_class in subject.classes.items():
         ours = build(subject.config, task)
-        theirs = {name for name, _ in torch_class(transformers.AutoConfig.for_model(**subject.config)).named_modules()}
+        model = torch_class(transformers.AutoConfig.for_model(**subject.config))
+        theirs = {name for name, _ in model.named_modules()}
+        if subject.converted:
+            model.save_pretrained(tmp_path)
+            keys = (key.split(".") for key in load_file(tmp_path / "model.safetensors"))
+            theirs = {".".join(key[:n]) for key in keys for n in range(1, len(key))}
         found = ours.module_names()
         assert {name for names in found.values() for name in names} <= theirs
         assert {path.rpartition("/")[0] for path in flat(ours)} <= found.keys()
@@ -281,7 +287,7 @@ def test_labels_size_the_head(name):
 
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_every_kernel_and_table_has_a_place_on_a_mesh(name):
-    """But for heads, positions, types of tokens and T5's biases, which are small."""
+    """But for heads, positions, types of tokens, T5's biases and routers, which are small."""
     config = next(preset for preset in module_of(name).PRESETS.values() if preset.model_type == name)
     model = nnx.eval_shape(lambda: models.build(config, by_token(SUBJECTS[name]), key=jax.random.key(0)))
     place = jpeft.placement(jpeft.mesh("data=2,fsdp=2,tensor=2"))
@@ -296,5 +302,6 @@ def test_every_kernel_and_table_has_a_place_on_a_mesh(name):
         "token_type",
         "wpe",
         "relative_attention_bias",
+        "block_sparse_moe/gate",
     )
     assert not {path for path in whole if not any(part in path for part in small)}
