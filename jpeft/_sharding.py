@@ -38,6 +38,7 @@ _COLUMN = (
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "lm_head"),
     *("self/query", "self/key", "self/value", "intermediate/dense"),
     *("q_lin", "k_lin", "v_lin", "lin1"),
+    *("query_proj", "key_proj", "value_proj", "pos_query_proj", "pos_key_proj", "embed_proj", "conv/conv"),
     *("c_attn", "c_fc"),
     *("*Attention/q", "*Attention/k", "*Attention/v", "wi", "wi_0", "wi_1"),
 )

@@ -187,6 +187,61 @@ XLM_ROBERTA = dataclasses.replace(
     rates={},
 )
 
+_CONV = {"conv_kernel_size": 3}
+DEBERTA = Subject(
+    config={
+        "model_type": "deberta-v2", "vocab_size": 53, "hidden_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 3, "intermediate_size": 37, "max_position_embeddings": 19, "type_vocab_size": 2,
+        "initializer_range": 0.2, "pad_token_id": 0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        "relative_attention": True, "position_buckets": 6, "max_relative_positions": 9, "pos_att_type": "p2c|c2p",
+    },
+    variants={
+        "base": {},
+        "v3": {
+            "position_biased_input": False, "share_att_key": True, "norm_rel_ebd": "layer_norm", "type_vocab_size": 0,
+            "max_relative_positions": -1, "num_attention_heads": 1, "hidden_act": "relu",
+        },
+        "v2 xlarge": {
+            "position_biased_input": False, "share_att_key": True, "norm_rel_ebd": "layer_norm", "conv_act": "gelu",
+            "conv_kernel_size": 3, "attention_head_size": 8, "num_hidden_layers": 3, "layer_norm_eps": 1e-2,
+        },
+        "c2p": {
+            "pos_att_type": ["c2p"], "position_buckets": 16, "max_relative_positions": 12, "conv_kernel_size": 5,
+            "conv_groups": 4, "pooler_hidden_act": "tanh",
+        },
+        "p2c": {"pos_att_type": ["p2c"], "position_buckets": -1, "embedding_size": 10, "pad_token_id": None},
+        "shared c2p": {
+            "pos_att_type": ["c2p"], "share_att_key": True, "max_relative_positions": 4, "position_buckets": -1,
+            "embedding_size": 31,
+        },
+        "unscored": {"pos_att_type": [], "norm_rel_ebd": "layer_norm", "conv_kernel_size": 1},
+        "absolute": {"relative_attention": False, "conv_kernel_size": 3},
+    },
+    classes={
+        "TOKEN_CLS": transformers.DebertaV2ForTokenClassification,
+        "SEQ_CLS": transformers.DebertaV2ForSequenceClassification,
+        "QUESTION_ANS": transformers.DebertaV2ForQuestionAnswering,
+        "FEATURE_EXTRACTION": transformers.DebertaV2Model,
+    },
+    rates={
+        "hidden_dropout_prob": "QUESTION_ANS", "attention_probs_dropout_prob": "TOKEN_CLS", "cls_dropout": "SEQ_CLS",
+        "pooler_dropout": "SEQ_CLS",
+    },
+    perturbed={
+        name: (value, "SEQ_CLS")
+        for name, value in {
+            "vocab_size": 54, "hidden_size": 27, "embedding_size": 10, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "intermediate_size": 38, "hidden_act": "relu", "hidden_dropout_prob": 0.3,
+            "attention_probs_dropout_prob": 0.3, "max_position_embeddings": 20, "position_biased_input": False,
+            "type_vocab_size": 0, "relative_attention": False, "max_relative_positions": 10, "position_buckets": 8,
+            "pos_att_type": ("p2c",), "share_att_key": True, "norm_rel_ebd": "layer_norm", "conv_kernel_size": 1,
+            "pooler_dropout": 0.3, "pooler_hidden_act": "relu", "cls_dropout": 0.3, "layer_norm_eps": 1e-3,
+            "pad_token_id": 5, "num_labels": 3,
+        }.items()
+    } | {"conv_groups": (4, "SEQ_CLS", _CONV), "conv_act": ("relu", "SEQ_CLS", _CONV)},
+    silent=("initializer_range", "model_type", "hf"),
+)  # fmt: skip
+
 _DECODER = {
     "vocab_size": (54, "CAUSAL_LM"), "hidden_size": (32, "CAUSAL_LM"), "intermediate_size": (38, "CAUSAL_LM"),
     "num_hidden_layers": (4, "CAUSAL_LM"), "num_attention_heads": (2, "CAUSAL_LM"),
@@ -359,4 +414,4 @@ MIXTRAL = Subject(
 )  # fmt: skip
 
 SUBJECTS = {"distilbert": DISTILBERT, "gpt2": GPT2, "t5": T5, "roberta": ROBERTA, "xlm-roberta": XLM_ROBERTA}
-SUBJECTS |= {"gemma2": GEMMA2, "gemma3_text": GEMMA3, "phi3": PHI3, "mixtral": MIXTRAL}
+SUBJECTS |= {"deberta-v2": DEBERTA, "gemma2": GEMMA2, "gemma3_text": GEMMA3, "phi3": PHI3, "mixtral": MIXTRAL}

@@ -30,6 +30,7 @@ _HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads")
 
 #: Models on which PEFT's prefixes are something else, by their type.
 _NO_PREFIX = {
+    "deberta-v2": "transformers' DeBERTa takes no keys and values from outside",
     "distilbert": "transformers' DistilBERT takes no keys and values from outside",
     "t5": (
         "it puts them in T5's decoder alone, where a query adds to each the bias of a past token's distance, which "

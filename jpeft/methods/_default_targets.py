@@ -8,6 +8,7 @@ from typing import Any
 DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3_text"), ("q_proj", "v_proj")),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta"), ("query", "value")),
+    "deberta-v2": ("query_proj", "value_proj"),
     "distilbert": ("q_lin", "v_lin"),
     "gpt2": ("c_attn",),
     "t5": ("q", "v"),

@@ -37,17 +37,20 @@ TARGETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         **dict.fromkeys(("llama", "mistral"), ("k_proj", "v_proj", "down_proj")),
         **dict.fromkeys(_LIKE_QWEN, ("q_proj", "v_proj", "down_proj")),
         **dict.fromkeys(("bert", "roberta"), ("key", "value", "output.dense")),
+        "deberta-v2": ("key_proj", "value_proj", "output.dense"),
         "gpt2": ("c_attn", "mlp.c_proj"),
         "t5": ("k", "v", "wo"),
     },
     "paper": {
         **dict.fromkeys(_DECODERS, ("k_proj", "v_proj", "down_proj")),
         **dict.fromkeys(_ENCODERS, ("key", "value", "layers/output/dense")),
+        "deberta-v2": ("key_proj", "value_proj", "layers/output/dense"),
         "t5": ("k", "v", "wo"),
     },
     "adapterhub": {
         **dict.fromkeys(_DECODERS, ("k_proj", "v_proj", "up_proj")),
         **dict.fromkeys(_ENCODERS, ("key", "value", "intermediate.dense")),
+        "deberta-v2": ("key_proj", "value_proj", "intermediate.dense"),
     },
 }
 

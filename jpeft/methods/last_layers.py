@@ -18,7 +18,7 @@ from .._method import Method, Site, Targets
 #: What stands between the last layer and the head, by the model's type; not every task has it.
 FINAL: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"), ("norm",)),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), ("pooler.dense",)),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "deberta-v2"), ("pooler.dense",)),
     "distilbert": ("pre_classifier",),
     "gpt2": ("ln_f",),
     "t5": ("decoder.final_layer_norm",),

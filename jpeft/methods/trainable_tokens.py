@@ -25,7 +25,7 @@ DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"), ("embed_tokens",)
     ),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "distilbert"), ("word_embeddings",)),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "deberta-v2", "distilbert"), ("word_embeddings",)),
     "gpt2": ("wte",),
     "t5": ("shared",),
 }

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modules that BERT and RoBERTa are made of, small to large."""
+"""The modules that BERT and RoBERTa are made of, small to large.
+
+DeBERTa's layers are the same around another self-attention; its Config has the same names for what they read.
+"""
 
 from typing import Any
 
@@ -16,10 +19,10 @@ from ._layer_norm import LayerNorm
 from ._layers import ACTIVATIONS, token_table
 
 
-def linear(config: Config, d_in: int, d_out: int, rngs: nnx.Rngs, dtype: Any) -> nnx.Linear:
-    """A projection with a bias, and first values as transformers draws them."""
+def linear(config: Any, d_in: int, d_out: int, rngs: nnx.Rngs, dtype: Any, *, use_bias: bool = True) -> nnx.Linear:
+    """A projection with first values as transformers draws them."""
     init = nnx.initializers.normal(config.initializer_range)
-    return nnx.Linear(d_in, d_out, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
+    return nnx.Linear(d_in, d_out, use_bias=use_bias, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
 
 
 class Embeddings(nnx.Module):
@@ -89,7 +92,7 @@ class SelfAttention(nnx.Module):
 class Output(nnx.Module):
     """The end of a block: back to d_model, and onto the stream, which is normalised after."""
 
-    def __init__(self, config: Config, d_in: int, path: str, block: str, *, rngs: nnx.Rngs, dtype: Any):
+    def __init__(self, config: Any, d_in: int, path: str, block: str, *, rngs: nnx.Rngs, dtype: Any):
         self.dropout_rate = config.hidden_dropout_prob
         self.path = path
         self.dense = linear(config, d_in, config.hidden_size, rngs, dtype)
@@ -103,8 +106,8 @@ class Output(nnx.Module):
 class Attention(nnx.Module):
     """The first block of a layer."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype: Any):
-        self.self = SelfAttention(config, rngs=rngs, dtype=dtype)
+    def __init__(self, config: Any, attend: Any, *, rngs: nnx.Rngs, dtype: Any):
+        self.self = attend(config, rngs=rngs, dtype=dtype)
         path = "layers/attention/output/dropout"
         self.output = Output(config, config.hidden_size, path, "attention", rngs=rngs, dtype=dtype)
 
@@ -112,7 +115,7 @@ class Attention(nnx.Module):
 class Intermediate(nnx.Module):
     """The wide half of the MLP."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype: Any):
+    def __init__(self, config: Any, *, rngs: nnx.Rngs, dtype: Any):
         self.hidden_act = config.hidden_act
         self.dense = linear(config, config.hidden_size, config.intermediate_size, rngs, dtype)
 
@@ -121,17 +124,20 @@ class Intermediate(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Self-attention, then an MLP; each is added to the stream and normalised."""
+    """Self-attention, then an MLP; each is added to the stream and normalised.
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype: Any):
-        self.attention = Attention(config, rngs=rngs, dtype=dtype)
+    `attend` is the class of the former, which is called with the stream and whatever else the layer is.
+    """
+
+    def __init__(self, config: Any, attend: Any = SelfAttention, *, rngs: nnx.Rngs, dtype: Any):
+        self.attention = Attention(config, attend, rngs=rngs, dtype=dtype)
         self.intermediate = Intermediate(config, rngs=rngs, dtype=dtype)
         path = "layers/output/dropout"
         self.output = Output(config, config.intermediate_size, path, "mlp", rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "batch seq d_model"], mask: Any, segment_ids: Any) -> Any:
+    def __call__(self, x: Float[Array, "batch seq d_model"], *context: Any) -> Float[Array, "batch seq d_model"]:
         x = checkpoint_name(x, "block_input")
-        h = self.attention.self(x, mask, segment_ids)
+        h = self.attention.self(x, *context)
         x = checkpoint_name(self.attention.output(h, x), "attention_output")
         return checkpoint_name(self.output(self.intermediate(x), x), "mlp_output")
 

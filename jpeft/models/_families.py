@@ -58,6 +58,7 @@ _GEMMA3 = {
 
 FAMILIES = {
     "bert": Family("bert", "Bert", "Bert"),
+    "deberta-v2": Family("deberta", "Deberta", "DebertaV2"),
     "distilbert": Family("distilbert", "DistilBert", "DistilBert"),
     "gemma2": Family("gemma", "Gemma", "Gemma2"),
     "gemma3_text": Family("gemma", "Gemma", "Gemma3", _GEMMA3),

@@ -78,19 +78,19 @@ def segment_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch
     return _since_start(jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape), segment_ids)
 
 
-def positions_of(seq: int, segment_ids: Any, limit: int, text: Any = None) -> Int[Array, "rows seq"]:
-    """Positions of `seq` tokens, in a packed row counted in each segment, for a model with a table of `limit` of them.
+def positions_of(seq: int, segment_ids: Any, limit: int | None, text: Any = None) -> Int[Array, "rows seq"]:
+    """Positions of `seq` tokens, in a packed row counted in each segment, for a model that has `limit` of them.
 
     Args:
       seq: how many tokens there are.
       segment_ids: of a packed row, or None.
-      limit: how many positions the model has.
+      limit: how many positions the model has a vector for; None where it takes any.
       text: `[batch, seq]`, which of the tokens are counted; the others stand at -1. None counts all.
 
     Raises:
       ValueError: there are more tokens than positions.
     """
-    if segment_ids is None and seq > limit:
+    if limit is not None and segment_ids is None and seq > limit:
         raise ValueError(f"{seq} tokens are more than the {limit} positions this model has; cut the input")
     if text is None:
         return jnp.arange(seq)[None] if segment_ids is None else segment_positions(segment_ids)
@@ -130,6 +130,14 @@ def last_token(hidden: Float[Array, "batch seq d_model"], mask: Any) -> Float[Ar
     if mask is None:
         return hidden[:, -1]
     index = jnp.max(jnp.where(mask != 0, jnp.arange(mask.shape[1])[None], 0), axis=1)
+    return jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
+
+
+def first_token(hidden: Float[Array, "batch seq d_model"], mask: Any) -> Float[Array, "batch d_model"]:
+    """The state of each row's first token that is not masked; of virtual tokens, which no mask covers, the first."""
+    if mask is None or hidden.shape[1] > mask.shape[1]:
+        return hidden[:, 0]
+    index = jnp.argmax(mask != 0, axis=1)
     return jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
 
 

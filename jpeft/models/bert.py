@@ -24,8 +24,9 @@ from .._scope import dropout, scope
 from ..seams import InputEmbedding
 from ._bert_config import PRESETS, Config
 from ._bert_layers import ClassificationHead, Embeddings, Layer, Pooler, linear
+from ._bert_weights import layer_rules, linear_rules, norm_rules
 from ._layers import in_front, positions_of
-from ._weights import TRANSPOSE, Entry, Ignore, Renamed, Rule, module_names
+from ._weights import Entry, Ignore, Renamed, Rule, module_names
 
 __all__ = ["HEADS", "PREFIXES", "PRESETS", "TASKS", "WEIGHTS", "Bert", "Config"]
 
@@ -181,24 +182,8 @@ _BACKBONE = (
     Rule("embeddings.word_embeddings.weight", "embeddings/word_embeddings/embedding"),
     Rule("embeddings.position_embeddings.weight", "embeddings/position_embeddings/embedding"),
     Rule("embeddings.token_type_embeddings.weight", "embeddings/token_type_embeddings/embedding"),
-    Rule("embeddings.LayerNorm.weight", "embeddings/LayerNorm/scale"),
-    Rule("embeddings.LayerNorm.bias", "embeddings/LayerNorm/bias"),
-    Rule("encoder.layer.{i}.attention.self.query.weight", "layers/attention/self/query/kernel", TRANSPOSE),
-    Rule("encoder.layer.{i}.attention.self.query.bias", "layers/attention/self/query/bias"),
-    Rule("encoder.layer.{i}.attention.self.key.weight", "layers/attention/self/key/kernel", TRANSPOSE),
-    Rule("encoder.layer.{i}.attention.self.key.bias", "layers/attention/self/key/bias"),
-    Rule("encoder.layer.{i}.attention.self.value.weight", "layers/attention/self/value/kernel", TRANSPOSE),
-    Rule("encoder.layer.{i}.attention.self.value.bias", "layers/attention/self/value/bias"),
-    Rule("encoder.layer.{i}.attention.output.dense.weight", "layers/attention/output/dense/kernel", TRANSPOSE),
-    Rule("encoder.layer.{i}.attention.output.dense.bias", "layers/attention/output/dense/bias"),
-    Rule("encoder.layer.{i}.attention.output.LayerNorm.weight", "layers/attention/output/residual/norm/scale"),
-    Rule("encoder.layer.{i}.attention.output.LayerNorm.bias", "layers/attention/output/residual/norm/bias"),
-    Rule("encoder.layer.{i}.intermediate.dense.weight", "layers/intermediate/dense/kernel", TRANSPOSE),
-    Rule("encoder.layer.{i}.intermediate.dense.bias", "layers/intermediate/dense/bias"),
-    Rule("encoder.layer.{i}.output.dense.weight", "layers/output/dense/kernel", TRANSPOSE),
-    Rule("encoder.layer.{i}.output.dense.bias", "layers/output/dense/bias"),
-    Rule("encoder.layer.{i}.output.LayerNorm.weight", "layers/output/residual/norm/scale"),
-    Rule("encoder.layer.{i}.output.LayerNorm.bias", "layers/output/residual/norm/bias"),
+    *norm_rules("embeddings.LayerNorm", "embeddings/LayerNorm"),
+    *layer_rules("encoder.layer.{i}", ("query", "key", "value")),
 )
 
 _NO_WEIGHTS = (
@@ -212,12 +197,7 @@ _NO_WEIGHTS = (
 def WEIGHTS(config: Config, task: str) -> tuple[Entry, ...]:
     """The table of weights for `task`."""
     prefix = PREFIXES[config.is_roberta] if task in _HEAD else ""
-    rules = _BACKBONE + (_linear_rules("pooler.dense") if task in _pooled(config) else ())
+    rules = _BACKBONE + (linear_rules("pooler.dense") if task in _pooled(config) else ())
     rules = tuple(dataclasses.replace(rule, hf=prefix + rule.hf) for rule in rules)
     layers = ("classifier.dense", "classifier.out_proj") if _deep(config, task) else _HEAD.get(task, ())
-    return rules + tuple(rule for layer in layers for rule in _linear_rules(layer)) + _NO_WEIGHTS
-
-
-def _linear_rules(name: str) -> tuple[Rule, ...]:
-    path = name.replace(".", "/")
-    return Rule(f"{name}.weight", f"{path}/kernel", TRANSPOSE), Rule(f"{name}.bias", f"{path}/bias")
+    return rules + tuple(rule for layer in layers for rule in linear_rules(layer)) + _NO_WEIGHTS
