@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from ._partition import GraphDef, combine, partition
     from ._quantize import dequantize, quantize
     from ._scale import disable, scale
-    from ._scope import dropout_key, prompt_tokens
+    from ._scope import dropout_key, max_segments, prompt_tokens
     from ._sharding import SHARDING_RULES, optimizer_state, placement, shard, shardings
     from ._summary import summary
     from ._walk import sites
@@ -56,7 +56,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "_mesh": ("mesh", "local_rows", "shard_batch", "gather"),
     "_sharding": ("SHARDING_RULES", "placement", "shardings", "shard", "optimizer_state"),
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
-    "_scope": ("dropout_key", "prompt_tokens"),
+    "_scope": ("dropout_key", "max_segments", "prompt_tokens"),
     "seams": ("register",),
     "io": ("export_peft", "import_peft", "export_merged"),
 }
@@ -119,6 +119,7 @@ __all__ = [
     "local_rows",
     "loftq",
     "mask",
+    "max_segments",
     "merge",
     "mesh",
     "models",

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
 from ._dropout import drop, make_seed
+from ._fields import whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Scope:
         where nothing says.
       segments: `[batch, seq]` of a packed input, likewise; `seams.EVERY_SEGMENT` for a virtual token.
       prompt: which tokens are the prompt, `[batch, seq]` as given by the caller; None where all are.
+      max_segments: how many examples a packed row has at most; None where nothing says.
       step: whether the running tokens stand behind others, virtual ones among them, that a cache holds.
       groups: how many of the running rows, which are sorted, belong to each expert, `[experts]`; None where each expert
         has rows of its own.
@@ -43,6 +45,7 @@ class Scope:
     text: Any = None
     segments: Any = None
     prompt: Any = None
+    max_segments: int | None = None
     step: bool = False
     groups: Any = None
 
@@ -108,6 +111,32 @@ def prompt_tokens(mask: Any) -> Iterator[None]:
       ...     logits = model(input_ids, attention_mask)
     """
     with scope(prompt=None if mask is None else jnp.asarray(mask)):
+        yield
+
+
+@contextlib.contextmanager
+def max_segments(count: int) -> Iterator[None]:
+    """Says how many examples a packed row (`segment_ids`) has at most, for every model called inside the block.
+
+    Prompts on a bidirectional model need it inside `jax.jit`: each example has a copy of the virtual tokens, and a
+    compiled program has room for `count` of them in every row, used or not. Elsewhere they are counted. A row of more
+    examples is an error where they can be counted, and in a compiled program NaN.
+
+    Args:
+      count: the most examples that a row of the batch holds; padding is none.
+
+    Raises:
+      ValueError: it is no number of examples.
+
+    Example:
+      >>> @jax.jit
+      ... def run(trainable, frozen, batch):
+      ...     with jpeft.max_segments(8):
+      ...         model = jpeft.combine(graphdef, trainable, frozen)
+      ...         return model(batch["input_ids"], batch["attention_mask"], segment_ids=batch["segment_ids"])
+    """
+    whole("max_segments", "count", count)
+    with scope(max_segments=count):
         yield
 
 

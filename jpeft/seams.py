@@ -98,7 +98,7 @@ class InputEmbedding(nnx.Module):
 
     e: `[batch, seq, d_model]`. positions: `[batch or 1, seq]`. mask: `[batch, seq]`, 0 for padding, or None.
     segments: `[batch, seq]` of a packed input, or None. A method may put virtual tokens in front, in all four; the
-    segment of a virtual token is `EVERY_SEGMENT`.
+    segment of a virtual token is that of the example that it is for, or `EVERY_SEGMENT`.
 
     Args:
       d_model: width of e.
@@ -114,7 +114,7 @@ class InputEmbedding(nnx.Module):
         return split_embedded(e), positions, mask, segments
 
 
-#: The segment of a virtual token: it is seen from all segments of a packed row, and sees itself and its like.
+#: The segment of a virtual token for all examples of a packed row: all see it, and it sees itself and its like.
 EVERY_SEGMENT = -1
 
 #: The kinds of seam, in words for an error.

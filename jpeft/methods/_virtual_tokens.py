@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import core
 from jaxtyping import Array, Float
 
 from .. import seams
 from .._fields import one_of
 from .._method import Site, Targets
 from .._scope import current, fold_path
+from ._packed import each, everybody
 
 #: Whose input a prompt may stand in front of; by default the first of these that the model has.
 INPUTS = ("encoder", "decoder")
@@ -89,49 +91,55 @@ def padded(method: Any, adapter: Any, size: int) -> tuple[Any, dict[str, jax.Arr
 def put_in_front(virtual: Virtual, place: Any, base: seams.InputEmbedding, y: Any) -> tuple[Any, ...]:
     """The input seam's outputs with a place's prompt in front of every row; the text's positions go up by its length.
 
-    What is no token of this slot of a bank stands before those that are, and nobody sees it. In a step the prompt is
-    in the cache, and positions alone go up.
+    The examples of a packed row share one prompt in a causal model, where it sees nothing but itself; elsewhere what it
+    becomes depends on the text, and each has a copy, with the example's segment. What is no token of this slot of a
+    bank stands before those that are, and nobody sees it. In a step the prompt is in the cache, and positions alone go
+    up.
 
     Raises:
-      ValueError: a packed row of a bidirectional model; more positions than the model has.
+      ValueError: more positions than the model has; more examples than `jpeft.max_segments` allows. In a compiled
+        program, where neither is known of a packed row, that row is NaN.
     """
     e, positions, mask, segments = y
-    if segments is not None and not base.causal:
-        raise ValueError(
-            f"tokens of the {base.block} see those after them, so what a prompt becomes depends on the text, and the "
-            "examples of a packed row (segment_ids) cannot share one; give each example a row of its own"
-        )
     prompt = virtual.tokens[place]
     length = len(prompt)
     positions = moved(positions, virtual, base, e.shape[1], segments)
     if current().step:
         return e, positions, mask, segments
-    shape, seen, first = (len(e), length), jnp.ones(length, bool), 0
+    own = segments is not None and not base.causal
+    owners = each(segments, mask) if own else everybody(len(e))
+    if own:
+        e = jnp.where(owners.whole[:, None, None], e, jnp.nan)
+    seen, first = jnp.ones(length, bool), 0
     if virtual.present is not None:
         first = length - virtual.count
         prompt, seen = jnp.roll(prompt, first, 0), jnp.roll(virtual.present, first)
-        mask = jnp.ones(e.shape[:2], bool) if mask is None else mask
+    if mask is None and (own or virtual.present is not None):
+        mask = jnp.ones(e.shape[:2], bool)
+    copies = owners.ids.shape[1]
     count = jnp.maximum(jnp.arange(length, dtype=positions.dtype) - first, 0)
-    count = jnp.broadcast_to(count, (len(positions), length))
-    e = jnp.concatenate([jnp.broadcast_to(prompt.astype(e.dtype), (*shape, e.shape[-1])), e], 1)
-    mask = in_front(mask, jnp.broadcast_to(seen, shape))
-    segments = in_front(segments, jnp.full(shape, seams.EVERY_SEGMENT))
-    return e, jnp.concatenate([count, positions], 1), mask, segments
+    count = jnp.broadcast_to(jnp.tile(count, copies), (len(positions), copies * length))
+    front = jnp.broadcast_to(jnp.tile(prompt.astype(e.dtype), (copies, 1)), (len(e), copies * length, e.shape[-1]))
+    mask = in_front(mask, (owners.there[..., None] & seen[None, None]).reshape(len(e), -1))
+    segments = in_front(segments, jnp.repeat(owners.ids, length, axis=1))
+    return jnp.concatenate([front, e], 1), jnp.concatenate([count, positions], 1), mask, segments
 
 
 def moved(positions: Any, virtual: Virtual, base: seams.InputEmbedding, seq: int, segments: Any) -> Any:
     """`positions` of a row of `seq` tokens, behind virtual ones. Those below 0, as RoBERTa's padding has, stay.
 
     Raises:
-      ValueError: there are more than the model has. (Of a packed row the lengths are not known here.)
+      ValueError: there are more than the model has. (Of a packed row that is only known where the positions are.)
     """
     last, length = base.max_positions, virtual.tokens.shape[1]
-    if last is not None and segments is None and seq + length > last:
+    positions = jnp.asarray(positions)
+    if segments is not None:
+        seq = 0 if isinstance(positions, core.Tracer) else int(positions.max()) + 1
+    if last is not None and seq + length > last:
         raise ValueError(
             f"{seq} tokens behind {length} virtual ones are more than the {last} positions this model has; cut the "
             f"input to {last - length} tokens, or take fewer virtual ones"
         )
-    positions = jnp.asarray(positions)
     return jnp.where(positions < 0, positions, positions + virtual.count)
 
 

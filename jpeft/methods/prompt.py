@@ -32,7 +32,7 @@ class PromptTuning(Method):
     """Prompt tuning: vectors that are trained in front of every input.
 
     On a causal model the prompt sees itself alone, so one serves all the examples of a packed row, exactly. On a
-    bidirectional one packed rows are refused.
+    bidirectional one each example has a copy (`jpeft.max_segments`).
 
     Args:
       num_tokens: length of the prompt.

@@ -107,8 +107,7 @@ class Decoder(nnx.Module):
             if positions is None:
                 positions = jnp.arange(e.shape[1])[None] if segment_ids is None else segment_positions(segment_ids)
             x, places, mask, segments = self.input_embedding(e, positions, attention_mask, segment_ids)
-            self._check_windows(x.shape[1] - e.shape[1], segments)
-            with scope(**in_front(x.shape[1] - e.shape[1], e.shape[:2], attention_mask, segment_ids)):
+            with scope(**in_front(x.shape[1] - e.shape[1], e.shape[:2], attention_mask, segments)):
                 x, _ = self._run(x, places, mask, segments, virtual=x.shape[1] - e.shape[1])
             return self.norm(x[:, x.shape[1] - e.shape[1] :])
 
@@ -196,7 +195,7 @@ class Decoder(nnx.Module):
         """The layers' last states and, if they are to be kept, all layers' keys and values of `x`."""
         ropes, kinds = self._ropes(places)
         every, windows = self._windows()
-        counted = places if virtual and segments is None else None
+        counted = places if virtual else None
 
         def body(layer: Any, x: jax.Array, own: tuple[Any, Any, KV | None]) -> tuple[jax.Array, KV | None]:
             window, past = (every if own[0] is None else own[0]), own[2]
@@ -228,14 +227,6 @@ class Decoder(nnx.Module):
             return tables[0], None
         stacked: Any = jax.tree.map(lambda *found: jnp.stack(found), *tables)
         return stacked, jnp.asarray([kinds.index(kind) for kind in config.ropes], jnp.int32)
-
-    def _check_windows(self, virtual: int, segment_ids: Any) -> None:
-        """A window is counted in places of the row, which in a packed one are not distances to the virtual tokens."""
-        if virtual and segment_ids is not None and any(window is not None for window in self.config.windows):
-            raise ValueError(
-                f"of {virtual} virtual tokens in front of a packed row (segment_ids) its later examples would see "
-                "fewer than by themselves, for this model attends within a window; give each example a row of its own"
-            )
 
     def _windows(self) -> tuple[int | None, jax.Array | None]:
         """The window of every layer, or where they differ an array of them."""

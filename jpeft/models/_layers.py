@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ..seams import EVERY_SEGMENT, held
+from ..seams import held
 
 
 def _gelu(x: jax.Array) -> jax.Array:
@@ -141,12 +141,13 @@ def first_token(hidden: Float[Array, "batch seq d_model"], mask: Any) -> Float[A
     return jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
 
 
-def in_front(virtual: int, shape: tuple[int, ...], mask: Any, segment_ids: Any) -> dict[str, Any]:
-    """What the scope says of the layers' tokens, `virtual` ones in front of a text of `shape` `[batch, seq]`."""
-    front = ((0, 0), (virtual, 0))
+def in_front(virtual: int, shape: tuple[int, ...], mask: Any, segments: Any) -> dict[str, Any]:
+    """What the scope says of the layers' tokens, `virtual` ones in front of a text of `shape` `[batch, seq]`.
+
+    `mask` is of the text; `segments` are of the virtual tokens too, as the input seam gives them.
+    """
     text = jnp.ones(shape, bool) if mask is None else jnp.broadcast_to(mask != 0, shape)
-    segments = None if segment_ids is None else jnp.pad(segment_ids, front, constant_values=EVERY_SEGMENT)
-    return {"text": jnp.pad(text, front), "segments": segments}
+    return {"text": jnp.pad(text, ((0, 0), (virtual, 0))), "segments": segments}
 
 
 def _last_axis(x: jax.Array, ndim: int) -> jax.Array:

@@ -130,7 +130,7 @@ class Bert(nnx.Module):
             def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
                 return layer(x, mask, segments), None
 
-            with scope(**in_front(e.shape[1] - seq, (*e.shape[:1], seq), attention_mask, segment_ids)):
+            with scope(**in_front(e.shape[1] - seq, (*e.shape[:1], seq), attention_mask, segments)):
                 x = _stack.scan(self.layers, body, x, remat_policy=self.remat, unroll=self.unroll)[0]
             return x if self.task == "SEQ_CLS" else x[:, x.shape[1] - seq :]
 

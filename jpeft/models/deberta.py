@@ -130,7 +130,7 @@ class Deberta(nnx.Module):
             x = self.embeddings(e, places, self._token_types(token_type_ids, e.shape[1]), mask)
             # tokens that attend to one another stand one apart, unless their positions are given
             far = self._relative(e.shape[1], None if positions is None else places)
-            with scope(**in_front(e.shape[1] - seq, (*e.shape[:1], seq), attention_mask, segment_ids)):
+            with scope(**in_front(e.shape[1] - seq, (*e.shape[:1], seq), attention_mask, segments)):
                 x = self._run(x, mask, segments, far)
             return x if self.task == "SEQ_CLS" else x[:, x.shape[1] - seq :]
 

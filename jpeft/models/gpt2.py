@@ -252,7 +252,7 @@ class GPT2(nnx.Module):
             if positions is None:
                 positions = positions_of(e.shape[1], segment_ids, self.config.n_positions)
             x, places, mask, segments = self.input_embedding(e, positions, attention_mask, segment_ids)
-            with scope(**in_front(x.shape[1] - e.shape[1], e.shape[:2], attention_mask, segment_ids)):
+            with scope(**in_front(x.shape[1] - e.shape[1], e.shape[:2], attention_mask, segments)):
                 x, _ = self._run(x, places, mask, segments)
             return self.ln_f(x[:, x.shape[1] - e.shape[1] :])
 

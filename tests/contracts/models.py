@@ -123,6 +123,7 @@ class Model:
       scans: whether jpeft's own scan runs it, with `remat` and `unroll`.
       decodes: whether a decoder stands beside an encoder; both are given the same tokens.
       caches: whether what it has read can be kept in a cache.
+      packs: whether a row may hold several examples.
     """
 
     build: Callable[[], Any]
@@ -133,9 +134,13 @@ class Model:
     scans: bool = True
     decodes: bool = False
     caches: bool = False
+    packs: bool = False
 
-    def run(self, model: Any, ids: Any, mask: Any = None, positions: Any = None) -> jax.Array:
-        """Its outputs, one row per token."""
+    def run(self, model: Any, ids: Any, mask: Any = None, positions: Any = None, segments: Any = None) -> jax.Array:
+        """Its outputs, one row per token; of packed rows, with room for four examples."""
+        if segments is not None:
+            with jpeft.max_segments(4):
+                return model(ids, mask, segment_ids=segments)
         if self.decodes:
             decoder = {"decoder_input_ids": ids, "decoder_attention_mask": mask, "decoder_positions": positions}
             return model(ids, mask, positions=positions, **decoder)
@@ -149,8 +154,10 @@ def _zoo(config: Mapping[str, Any], task: str) -> Callable[[], Any]:
 TIED = LLAMA | {"tie_word_embeddings": True}
 MODELS = {
     "foreign": Model(lambda: Foreign(nnx.Rngs(0)), ("query", "up", "embed"), ("up",), masks=False, scans=False),
-    "bert": Model(_zoo(BERT, "TOKEN_CLS"), ("query", "output.dense", "word_embeddings"), ("query",), causal=False),
-    "llama": Model(_zoo(LLAMA, "CAUSAL_LM"), ("q_proj", "down_proj", "lm_head"), ("q_proj",), caches=True),
+    "bert": Model(
+        _zoo(BERT, "TOKEN_CLS"), ("query", "output.dense", "word_embeddings"), ("query",), causal=False, packs=True
+    ),
+    "llama": Model(_zoo(LLAMA, "CAUSAL_LM"), ("q_proj", "down_proj", "lm_head"), ("q_proj",), caches=True, packs=True),
     "t5": Model(_zoo(T5, "SEQ_2_SEQ_LM"), ("q", "wo", "shared"), ("q",), causal=False, decodes=True, caches=True),
     "quantized llama": Model(
         lambda: jpeft.quantize(_zoo(LLAMA, "CAUSAL_LM")(), "nf4_double"),

@@ -33,6 +33,7 @@ class Line:
       on: the models on which it has a meaning; the others refuse it.
       fast: the models on which it is tested in the fast lane.
       exact: whether its gradient is that of its output, rather than with a part of it held constant.
+      packs: whether a row may hold several examples, where the model allows it.
     """
 
     make: Callable[[Any], Any]
@@ -43,6 +44,7 @@ class Line:
     on: tuple[str, ...] = ("foreign", "bert", "llama", "quantized llama", "t5")
     fast: tuple[str, ...] = ("foreign",)
     exact: bool = True
+    packs: bool = True
 
 
 def tables_aside(targets: Any) -> Any:
@@ -283,6 +285,7 @@ METHODS: dict[str, Line] = {
     ),
     "gated prefix tuning": Line(
         lambda targets: jpeft.PrefixTuning(num_tokens=3, gate=True),
+        packs=False,
         targeted=False,
         identity=False,
         merges=False,
@@ -342,10 +345,10 @@ class Case:
         method = self.line.make(targets or self.row.targets)
         return jpeft.adapt(self.base if base is None else base, method, key=key)
 
-    def run(self, model: Any, ids: Any, mask: Any = None, positions: Any = None) -> np.ndarray:
-        """Outputs under jit, as float32."""
+    def run(self, model: Any, *inputs: Any, **options: Any) -> np.ndarray:
+        """Outputs under jit, as float32; inputs as of `Model.run`."""
         graphdef, trainable, frozen = jpeft.partition(model)
-        return np.asarray(_run(graphdef, self.model, trainable, frozen, ids, mask, positions), np.float32)
+        return np.asarray(_run(graphdef, self.model, trainable, frozen, inputs, options), np.float32)
 
     def loss(self, graphdef: jpeft.GraphDef) -> Callable[..., jax.Array]:
         """(trainable, frozen, ids, key) -> a loss with every output in it, under dropout where the method has any."""
@@ -365,8 +368,8 @@ class Case:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
-def _run(graphdef, name, trainable, frozen, ids, mask, positions):
-    return MODELS[name].run(jpeft.combine(graphdef, trainable, frozen), ids, mask, positions)
+def _run(graphdef, name, trainable, frozen, inputs, options):
+    return MODELS[name].run(jpeft.combine(graphdef, trainable, frozen), *inputs, **options)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)

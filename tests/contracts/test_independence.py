@@ -14,6 +14,17 @@ import jpeft
 
 #: The same numbers summed over another shape of batch or row, in float32.
 SHAPE = subjects.FLOAT32
+#: Likewise, of rows that hold more.
+PACKED = 1e-5
+
+#: What packed rows are tested of in the fast lane.
+QUICK = ("p-tuning on bert", "gated prefix tuning on bert", "noreft on bert")
+PACKING = [
+    pytest.param(case, id=name, marks=() if name in QUICK else pytest.mark.slow)
+    for case in CASES
+    if case.row.packs
+    for name in [f"{case.method} on {case.model}"]
+]
 
 
 def test_a_row_does_not_depend_on_another(case):
@@ -51,6 +62,25 @@ def test_padding_changes_nothing(case, side):
     assert subjects.error(padded[:, tokens], alone) < SHAPE
     ids[mask == 0] = 3
     np.testing.assert_array_equal(case.run(model, ids, mask, positions)[:, tokens], padded[:, tokens])
+
+
+@pytest.mark.parametrize("packing", PACKING)
+def test_an_example_of_a_packed_row_is_as_by_itself(packing):
+    """One example in a row, two or three, with padding between and at the end; or it is refused."""
+    segments = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [5, 5, 0, 4, 6, 6, 6, 6], [3] * 7 + [0]])
+    mask, ids = (segments > 0) * 1, np.random.default_rng(1).integers(1, VOCAB, segments.shape)
+    if not packing.line.packs:
+        with pytest.raises(ValueError, match="packed row"):
+            packing.run(packing.filled, ids, mask, segments=segments)
+        return
+    packed = packing.run(packing.filled, ids, mask, segments=segments)
+    owns = [(row, segments[row] == i) for row in range(3) for i in np.unique(segments[row]) if i]
+    alone, seen = np.zeros((len(owns), 8), ids.dtype), np.zeros((len(owns), 8), ids.dtype)
+    for at, (row, own) in enumerate(owns):
+        alone[at, : own.sum()], seen[at, : own.sum()] = ids[row][own], 1
+    expected = packing.run(packing.filled, alone, seen)
+    for at, (row, own) in enumerate(owns):
+        assert subjects.error(packed[row][own], expected[at, : own.sum()]) < PACKED
 
 
 def test_a_start_does_not_depend_on_the_other_targets(case):

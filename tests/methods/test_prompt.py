@@ -78,17 +78,6 @@ def test_one_prompt_serves_a_packed_row():
             assert subjects.error(packed[row][own], run(model, ids[row][own][None])[0]) < subjects.FLOAT32
 
 
-def test_packed_rows_are_refused_where_one_prompt_cannot_serve_them():
-    bert = adapted(jpeft.models.build(BERT, "TOKEN_CLS", key=KEY))
-    with pytest.raises(ValueError, match=r"tokens of the encoder see those after them.* give each example a row"):
-        bert(IDS, segment_ids=np.zeros_like(IDS))
-    windowed = LLAMA | {"model_type": "mistral", "sliding_window": 4}
-    mistral = adapted(jpeft.models.build(windowed, "CAUSAL_LM", key=KEY))
-    with pytest.raises(ValueError, match=r"of 3 virtual tokens in front of a packed row.* within a window; give each"):
-        mistral(IDS, segment_ids=np.zeros_like(IDS))
-    assert run(mistral, IDS).shape == (*IDS.shape, 11)
-
-
 @pytest.mark.parametrize("config, task", [(BERT, "TOKEN_CLS"), (LLAMA, "CAUSAL_LM")], ids=["bert", "llama"])
 def test_the_text_stands_behind_the_prompt(config, task):
     """Positions given or not, the real ones go up by the prompt's length: as inputs_embeds of the base say it too."""
