@@ -37,12 +37,14 @@ Spec = tuple[Any, ...]
 _COLUMN = (
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "lm_head"),
     *("self/query", "self/key", "self/value", "intermediate/dense"),
-    *("q_lin", "k_lin", "v_lin", "lin1"),
+    *("q_lin", "k_lin", "v_lin", "lin1", "fc1"),
     *("c_attn", "c_fc"),
     *("*Attention/q", "*Attention/k", "*Attention/v", "wi", "wi_0", "wi_1"),
 )
 #: Projections back into it: what they get is split over `tensor`.
-_ROW = ("o_proj", "down_proj", "output/dense", "out_lin", "lin2", "c_proj", "*Attention/o", "wo")
+_ROW = ("o_proj", "down_proj", "output/dense", "out_lin", "lin2", "fc2", "c_proj", "*Attention/o", "wo")
+#: Convolutions that make an image or a sound into the residual stream.
+_CONVOLUTIONS = ("patch_embeddings/projection",)
 _TABLES = ("embed_tokens", "word_embeddings", "wte", "shared")
 
 #: The zoo's rules. A spec is about a leaf's last axes, `(d_in, d_out)` of a kernel; a layer axis in front is whole.
@@ -52,6 +54,7 @@ SHARDING_RULES: Rules = (
     *((f"**/{name}/bias", P("tensor")) for name in _COLUMN),
     *((f"**/{name}/kernel", P("tensor", "fsdp")) for name in _ROW),
     *((f"**/{name}/embedding", P("tensor", "fsdp")) for name in _TABLES),
+    *((f"**/{name}/kernel", P("fsdp")) for name in _CONVOLUTIONS),
 )
 
 #: What the last axes of an adapter's leaf are on the kernel: `A` is [d_in, rank], `B` is [rank, d_out]; so LoHa's.

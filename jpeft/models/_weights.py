@@ -5,6 +5,8 @@ A model's table is a tuple of entries:
 
   Rule("model.layers.{i}.self_attn.q_proj.weight", "layers/self_attn/q_proj/kernel", TRANSPOSE)
       one tensor is one leaf; with `{i}`, one tensor per layer, stacked on the leaf's first axis.
+  Rule("layers.{i}.mlp.fc1.weight", "layers/mlp/fc1/kernel", TRANSPOSE, "encoder.layer.{i}.intermediate.dense.weight")
+      the same, where files keep an older name than transformers' module has; what is read may have either.
   Tied("lm_head.weight", "embed_tokens/embedding")
       a copy of a leaf that a checkpoint may hold; it must agree with it, and is not written.
   Ignore("...rotary_emb.inv_freq")
@@ -51,11 +53,15 @@ TRANSPOSE = How((1, 0), (1, 0))
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The tensor `hf` is the leaf `path`; with `{i}` in its name, that of layer i is the leaf's row i."""
+    """The tensor `hf` is the leaf `path`; with `{i}` in its name, that of layer i is the leaf's row i.
+
+    Files call it `file`, where that is not what transformers calls it in the model.
+    """
 
     hf: str
     path: str
     how: How = COPY
+    file: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +149,8 @@ def load_leaves(
       CheckpointError: naming every unmapped key, missing key, leaf without a rule, wrong shape and wrong dtype.
     """
     entries = _in_layout(entries, tensors, prefixes)
-    tensors = _renamed(tensors, entries)
     parts = {rule.path: _parts(rule, shapes[rule.path]) for rule in rules(entries) if rule.path in shapes}
+    tensors = _renamed(tensors, entries, {part.file: part.key for leaf in parts.values() for part in leaf})
     for path in [path for path in parts if path.startswith(tuple(fresh))]:
         if not any(part.key in tensors for part in parts[path]):
             del parts[path]
@@ -172,9 +178,10 @@ def load_leaves(
 
 
 class _Part(NamedTuple):
-    """One tensor's share of a leaf: its name, how its axes lie, and its shape inside the leaf."""
+    """One tensor's share of a leaf: its name, that in a file, how its axes lie, and its shape inside the leaf."""
 
     key: str
+    file: str
     how: How
     shape: tuple[int, ...]
 
@@ -189,9 +196,10 @@ class _Part(NamedTuple):
 
 def _parts(rule: Rule, leaf: jax.ShapeDtypeStruct) -> list[_Part]:
     """The tensors that make up a leaf, layer by layer."""
+    file = rule.file or rule.hf
     if "{i}" not in rule.hf:
-        return [_Part(rule.hf, rule.how, leaf.shape)]
-    return [_Part(fill(rule.hf, i), rule.how, leaf.shape[1:]) for i in range(leaf.shape[0])]
+        return [_Part(rule.hf, file, rule.how, leaf.shape)]
+    return [_Part(fill(rule.hf, i), fill(file, i), rule.how, leaf.shape[1:]) for i in range(leaf.shape[0])]
 
 
 def _in_layout(entries: Sequence[Entry], tensors: Mapping[str, Tensor], prefixes: Sequence[str]) -> tuple[Entry, ...]:
@@ -206,13 +214,22 @@ def _in_layout(entries: Sequence[Entry], tensors: Mapping[str, Tensor], prefixes
     def rename(hf: str) -> str:
         return theirs + hf.removeprefix(ours) if hf.startswith(ours) and not hf.startswith("...") else hf
 
-    return tuple(e if isinstance(e, Renamed) else dataclasses.replace(e, hf=rename(e.hf)) for e in entries)
+    def renamed(entry: Entry) -> Entry:
+        if isinstance(entry, Renamed):
+            return entry
+        file = {"file": rename(entry.file or entry.hf)} if isinstance(entry, Rule) else {}
+        return dataclasses.replace(entry, hf=rename(entry.hf), **file)
+
+    return tuple(map(renamed, entries))
 
 
-def _renamed(tensors: Mapping[str, Tensor], entries: Sequence[Entry]) -> dict[str, Tensor]:
+def _renamed(tensors: Mapping[str, Tensor], entries: Sequence[Entry], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors by the table's names, given those by what files call them."""
     endings = [entry for entry in entries if isinstance(entry, Renamed)]
 
     def today(key: str) -> str:
+        if key in names:
+            return names[key]
         return next((key.removesuffix(e.old) + e.new for e in endings if key.endswith(e.old)), key)
 
     return {today(key): tensor for key, tensor in tensors.items()}
@@ -321,7 +338,8 @@ def _sources(rule: Rule, leaf: jax.Array) -> dict[str, Source]:
         return array.transpose(parts[row].axes)
 
     return {
-        part.key: Source(part.tensor_shape, leaf.dtype, functools.partial(fetch, row)) for row, part in enumerate(parts)
+        part.file: Source(part.tensor_shape, leaf.dtype, functools.partial(fetch, row))
+        for row, part in enumerate(parts)
     }
 
 
