@@ -37,15 +37,17 @@ Spec = tuple[Any, ...]
 _COLUMN = (
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "lm_head"),
     *("self/query", "self/key", "self/value", "intermediate/dense"),
-    *("q_lin", "k_lin", "v_lin", "lin1"),
+    *("q_lin", "k_lin", "v_lin", "lin1", "fc1"),
     *("query_proj", "key_proj", "value_proj", "pos_query_proj", "pos_key_proj", "embed_proj", "conv/conv"),
     *("c_attn", "c_fc"),
     *("*Attention/q", "*Attention/k", "*Attention/v", "wi", "wi_0", "wi_1"),
 )
 #: Projections back into it: what they get is split over `tensor`.
-_ROW = ("o_proj", "down_proj", "output/dense", "out_lin", "lin2", "c_proj", "*Attention/o", "wo")
+_ROW = ("o_proj", "down_proj", "output/dense", "out_lin", "lin2", "fc2", "c_proj", "*Attention/o", "wo")
 #: Projections of the experts of a layer, `[experts, d_in, d_out]`: the experts are split over `tensor`.
 _EXPERTS = {"w1": P("tensor", "fsdp", None), "w2": P("tensor", None, "fsdp"), "w3": P("tensor", "fsdp", None)}
+#: Convolutions that make an image or a sound into the residual stream.
+_CONVOLUTIONS = ("patch_embeddings/projection",)
 _TABLES = ("embed_tokens", "word_embeddings", "wte", "shared")
 
 #: The zoo's rules. A spec is about a leaf's last axes, `(d_in, d_out)` of a kernel, or `(experts, d_in, d_out)`; a
@@ -57,6 +59,7 @@ SHARDING_RULES: Rules = (
     *((f"**/{name}/kernel", P("tensor", "fsdp")) for name in _ROW),
     *((f"**/experts/{name}/kernel", spec) for name, spec in _EXPERTS.items()),
     *((f"**/{name}/embedding", P("tensor", "fsdp")) for name in _TABLES),
+    *((f"**/{name}/kernel", P("fsdp")) for name in _CONVOLUTIONS),
 )
 
 #: What the last axes of an adapter's leaf are on the kernel: `A` is [d_in, rank], `B` is [rank, d_out]; so LoHa's.

@@ -57,6 +57,8 @@ PLACES: dict[tuple[str, str], dict[str, Any]] = {
     ("ia3", "distilbert"): {"targets": ("k_lin", "v_lin", "lin2"), "feedforward": ("lin2",)},
     ("ia3", "phi3"): {"targets": ("qkv_proj", "down_proj"), "feedforward": ("down_proj",)},
     ("ia3", "xlm-roberta tokens"): {"targets": ("key", "value", "output.dense"), "feedforward": ("output.dense",)},
+    ("ia3", "vit"): {"targets": ("k_proj", "v_proj", "fc2"), "feedforward": ("fc2",)},
+    **{(kind, "vit"): {"targets": ("q_proj", "v_proj", "fc1")} for kind in ON_MATRICES},
     **{(kind, "phi3"): {"targets": ("qkv_proj", "o_proj")} for kind in ON_MATRICES},
 }
 #: The rows that are compared, where not all are: to a prompt PEFT's RoBERTa is given embeddings, of which it counts
@@ -140,7 +142,7 @@ def _of_peft(make: Callable[[], Any]) -> Any:
     """What `make` gives, where an error is peft's own."""
     try:
         return make()
-    except (ValueError, RuntimeError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ValueError(f"peft itself: {type(error).__name__}: {error}") from error
 
 

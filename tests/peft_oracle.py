@@ -28,6 +28,8 @@ _T5 = {"vocab_size": 48, "d_model": 16, "d_kv": 6, "d_ff": 20, "num_layers": 3, 
 _LLAMA = _SMALL | {"num_hidden_layers": 3, "num_key_value_heads": 2, "tie_word_embeddings": False}
 _LLAMA |= {"num_labels": 3, "pad_token_id": 0, "max_position_embeddings": 32}
 _TIED = _LLAMA | {"tie_word_embeddings": True}
+_VIT = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4, "num_hidden_layers": 3, "num_labels": 3}
+_VIT |= {"image_size": 8, "patch_size": 4, "num_channels": 2}
 _CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 7}
 
 #: name -> (model type, task, attributes of its config)
@@ -55,6 +57,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "phi3": ("phi3", "CAUSAL_LM", _LLAMA | {"sliding_window": 5}),
     "t5": ("t5", "SEQ_2_SEQ_LM", _T5 | {"decoder_start_token_id": 0}),
+    "vit": ("vit", "IMAGE_CLS", _VIT),
     "qwen3": ("qwen3", "CAUSAL_LM", _LLAMA | {"head_dim": 6}),
 }
 
@@ -62,6 +65,7 @@ _AUTO = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
     "TOKEN_CLS": transformers.AutoModelForTokenClassification,
     "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "IMAGE_CLS": transformers.AutoModelForImageClassification,
     "FEATURE_EXTRACTION": transformers.AutoModel,
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
     "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
@@ -72,8 +76,14 @@ _RNG = np.random.default_rng(0)
 IDS = _RNG.integers(1, 48, (3, 8))
 MASK = np.array([[1] * 5 + [0] * 3, [0] * 2 + [1] * 6, [1] * 8])
 IDS[MASK == 0] = 0
-#: What the models of a task take beside these: a decoder's tokens.
-MORE = {"SEQ_2_SEQ_LM": {"decoder_input_ids": IDS[::-1].copy(), "decoder_attention_mask": MASK}}
+_TOKENS = {"input_ids": IDS, "attention_mask": MASK}
+#: What models take, by their type, where it is not these rows alone.
+_INPUTS: dict[str, dict[str, Any]] = {
+    "t5": {**_TOKENS, "decoder_input_ids": IDS[::-1].copy(), "decoder_attention_mask": MASK},
+    "vit": {"pixel_values": _RNG.standard_normal((3, 2, 8, 8)).astype(np.float32)},
+}
+#: What is no type of a task in PEFT, whose own call models with tokens.
+UNTYPED = ("vit",)
 
 
 @contextlib.contextmanager
@@ -118,10 +128,14 @@ def jax_model(family: str) -> Any:
     return jpeft.models.load(folder(family), FAMILIES[family][1])
 
 
+def inputs_of(model: Any) -> dict[str, Any]:
+    """What a model takes, torch's or jpeft's: three rows."""
+    return _INPUTS.get(model.config.model_type, _TOKENS)
+
+
 def torch_outputs(model: Any, task: str) -> torch.Tensor:
     """Logits `[3, ...]`, or the last hidden state, for `IDS`; those of virtual tokens in front are left out."""
-    more = {name: torch.tensor(value) for name, value in MORE.get(task, {}).items()}
-    out = model(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(MASK), **more)
+    out = model(**{name: torch.tensor(value) for name, value in inputs_of(model).items()})
     if task == "QUESTION_ANS":
         outputs = torch.stack([out.start_logits, out.end_logits], -1)
     else:
@@ -131,7 +145,7 @@ def torch_outputs(model: Any, task: str) -> torch.Tensor:
 
 def jax_outputs(model: Any) -> Any:
     """The same of a jpeft model."""
-    return model(IDS, MASK, **MORE.get(model.task, {}))
+    return model(**inputs_of(model))
 
 
 def seen(outputs: Any) -> Any:
@@ -183,7 +197,8 @@ def train_real(family: str, config: Any, adapter: Path, dtype: Any = torch.float
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of what some cases here are about
         config = peft.LoraConfig(**config) if isinstance(config, dict) else config
-        config.task_type = FAMILIES[family][1]
+        model_type, task, _ = FAMILIES[family]
+        config.task_type = None if model_type in UNTYPED else task
         model = peft.get_peft_model(base, config)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         for weight in weights:

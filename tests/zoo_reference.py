@@ -12,6 +12,8 @@ from flax import nnx
 from llama_reference import QUICK, assert_close, flat
 
 from jpeft import models
+from jpeft.models import vit
+from jpeft.models._families import LABELLED
 
 SEQ = 13
 #: Tokens of a decoder beside an encoder.
@@ -20,7 +22,7 @@ DECODER_SEQ = 7
 
 def labels_of(task):
     """The size of a head in these tests."""
-    return 5 if task in ("SEQ_CLS", "TOKEN_CLS") else 2
+    return 5 if task in LABELLED else 2
 
 
 def torch_model(config, task, classes, seed=0):
@@ -41,7 +43,7 @@ def torch_model(config, task, classes, seed=0):
 def batch(subject, seed=0):
     """Three rows: whole, padded right, padded left; and those of a decoder, padded likewise."""
     rng = np.random.default_rng(seed)
-    inputs = _rows(rng, SEQ, subject)
+    inputs = _images(rng, subject) if subject.reads == "pixel_values" else _rows(rng, SEQ, subject)
     if subject.decodes:
         decoder = _rows(rng, DECODER_SEQ, subject)
         inputs |= {f"decoder_{name}": value for name, value in decoder.items()}
@@ -58,9 +60,23 @@ def _rows(rng, seq, subject):
     return inputs
 
 
+def _images(rng, subject):
+    """Three images; of the second patches at the end are hidden, of the third one behind the class token."""
+    config = vit.Config.from_hf(subject.config)
+    mask = np.ones((3, 1 + config.grid[0] * config.grid[1]), int)
+    mask[1, -2:] = mask[2, 1] = 0
+    pixels = rng.standard_normal((3, config.num_channels, *config.image), np.float32)
+    return {"pixel_values": pixels, "attention_mask": mask}
+
+
+def by_row(task):
+    """Whether a task has one output for a row."""
+    return task in ("SEQ_CLS", "IMAGE_CLS")
+
+
 def seen(inputs, task):
     """Which of the outputs are at tokens."""
-    if task == "SEQ_CLS":
+    if by_row(task):
         return np.ones(3, bool)
     return inputs.get("decoder_attention_mask", inputs["attention_mask"]).astype(bool)
 

@@ -2,48 +2,10 @@
 """The families that the tests of the zoo go through: a tiny config of each, and what may be changed of it."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
+import sense_subjects
 import transformers
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """One family.
-
-    Attributes:
-      config: a tiny one, two layers deep, without dropout.
-      variants: what is changed of it: every attribute that changes what the model computes; `base` is first.
-      classes: transformers' class for every task.
-      rates: the attributes that are dropout rates, and a task in which each acts.
-      perturbed: for each field of our Config that changes the program, another value; the task it counts in; and, if
-        it needs them, what other fields are then.
-      causal: whether a token sees no later one.
-      silent: fields of our Config that change no program.
-      smooth: what is changed of `config` where roundings may change no choice that the model makes.
-      converted: whether a checkpoint's names are others than those of transformers' modules.
-    """
-
-    config: Mapping[str, Any]
-    variants: Mapping[str, Mapping[str, Any]]
-    classes: Mapping[str, Any]
-    rates: Mapping[str, str]
-    perturbed: Mapping[str, tuple[Any, ...]]
-    causal: bool = False
-    silent: tuple[str, ...] = ("initializer_range", "model_type", "hf")
-    smooth: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    converted: bool = False
-
-    @property
-    def decodes(self) -> bool:
-        """Whether it is an encoder with a decoder beside it."""
-        return "SEQ_2_SEQ_LM" in self.classes
-
-    @property
-    def vocab(self) -> int:
-        return self.config["vocab_size"]
-
+from zoo_subject import Subject
 
 DISTILBERT = Subject(
     config={
@@ -414,4 +376,5 @@ MIXTRAL = Subject(
 )  # fmt: skip
 
 SUBJECTS = {"distilbert": DISTILBERT, "gpt2": GPT2, "t5": T5, "roberta": ROBERTA, "xlm-roberta": XLM_ROBERTA}
-SUBJECTS |= {"deberta-v2": DEBERTA, "gemma2": GEMMA2, "gemma3_text": GEMMA3, "phi3": PHI3, "mixtral": MIXTRAL}
+SUBJECTS |= {"deberta-v2": DEBERTA, "mixtral": MIXTRAL, "gemma2": GEMMA2, "gemma3_text": GEMMA3, "phi3": PHI3}
+SUBJECTS |= sense_subjects.SUBJECTS

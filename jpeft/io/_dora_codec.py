@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from .. import seams
 from .._method import Adapter, Start
 from ..methods import METHODS
 from ._lora_codec import LORA, on_the_base
@@ -29,6 +30,8 @@ def _slots(adapter: Any, module: Any, names: Names) -> list[Slot]:
                 f"{name} is {', '.join(names.tied[name])} as well, of which PEFT's DoRA would take other lengths, "
                 "along the other axis; leave it out of targets, or merge and save the whole model"
             )
+    if isinstance(seams.projection(module), seams.Convolution):
+        raise ValueError(f"{site.path} is a convolution; jpeft writes PEFT's DoRA of matrices and embeddings alone")
     lengths = per_layer(site, lambda i: [Slot("lora_magnitude_vector", adapter.m)])
     return LORA.slots(adapter, module, names) + lengths
 

@@ -101,19 +101,35 @@ def on_the_base(adapter: Any) -> Adapter:
 
 def _slots(adapter: Any, module: Any, names: Names) -> list[Slot]:
     site, projection = adapter.site, seams.projection(module)
-    if not isinstance(projection, seams.Matmul | seams.Lookup):
+    if not isinstance(projection, seams.Matmul | seams.Lookup | seams.Convolution):
         raise ValueError(
-            f"{site.path} is a {base_type(module).__name__}; PEFT's LoRA files are written of matrices and embeddings"
+            f"{site.path} is a {base_type(module).__name__}; PEFT's LoRA files are written of matrices, embeddings and "
+            "convolutions"
         )
-    ranks, plain = adapter.method.ranks(site), isinstance(projection, seams.Matmul)
+    ranks, plain = adapter.method.ranks(site), not isinstance(projection, seams.Lookup)
 
     def tensors(i: int) -> list[Slot]:
         a, b = (slice(None), slice(ranks[i])), (slice(ranks[i]),)
+        if isinstance(projection, seams.Convolution):
+            return _of_windows(adapter, module, a, b)
         keys = ("lora_A.weight", "lora_B.weight") if plain else ("lora_embedding_A", "lora_embedding_B")
         return [Slot(keys[0], adapter.A, a, (1, 0)), Slot(keys[1], adapter.B, b, (1, 0))]
 
     slots = per_layer(site, tensors)
     return slots + [slot for own in slots for slot in ([] if plain else _of_heads(own, names))]
+
+
+def _of_windows(adapter: Any, module: Any, a: tuple[Any, ...], b: tuple[Any, ...]) -> list[Slot]:
+    """The tensors of a convolution, as torch has them: A `[rank, in, *window]`, and B, whose window is of 1."""
+    window = len(module.kernel_size)
+    (rank,) = (s.stop for s in b)
+    first = (*module.kernel_size, module.in_features, rank)
+    last = (rank, module.out_features, *(1,) * window)
+    outer = (window + 1, window, *range(window))
+    return [
+        Slot("lora_A.weight", adapter.A, a, outer, shape=first),
+        Slot("lora_B.weight", adapter.B, b, (1, 0, *range(2, 2 + window)), shape=last),
+    ]
 
 
 def _of_heads(slot: Slot, names: Names) -> list[Slot]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from .. import models, seams
 from .._walk import Found, modules
+from ..models._families import FAMILIES
 from ..models._weights import Entry, Rule, Tied, fill, num_indices, rules
 
 #: The tasks whose output layer PEFT trains and saves whole, and what it calls that layer.
@@ -56,6 +57,21 @@ class Names:
     config: Any
     task: str
     entries: tuple[Entry, ...]
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's type of the task. Of a model that reads no tokens there is none: those types call it with tokens."""
+        return self.task if FAMILIES[self.config.model_type].reads == "input_ids" else None
+
+    @property
+    def auto_mapping(self) -> dict[str, str]:
+        """The class of the model in transformers, which PEFT writes down where there is no type of task."""
+        family = FAMILIES[self.config.model_type]
+        name = family.prefix.lower()
+        return {
+            "base_model_class": str(family.architecture(self.task)),
+            "parent_library": f"transformers.models.{name}.modeling_{name}",
+        }
 
     @property
     def shared(self) -> dict[str, tuple[str, ...]]:

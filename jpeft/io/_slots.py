@@ -34,7 +34,7 @@ class Slot:
       axes: order in which the leaf's axes are the tensor's; None keeps it.
       sign: 1, or -1 where the tensor is the leaf's negative.
       prefix: what stands before the key in the file; None for the codec's own.
-      shape: of a tensor that runs several of the leaf's axes together; None keeps them.
+      shape: the leaf's axes run together or cut apart, before they are put in order; None keeps them.
     """
 
     key: str
@@ -47,8 +47,8 @@ class Slot:
 
     def view(self, values: np.ndarray) -> np.ndarray:
         """The tensor, but for its sign, as a view of its leaf's `values`."""
-        view = transposed(values[self.index], self.axes)
-        return view if self.shape is None else view.reshape(self.shape)
+        view = values[self.index]
+        return transposed(view if self.shape is None else view.reshape(self.shape), self.axes)
 
 
 @dataclasses.dataclass(frozen=True)

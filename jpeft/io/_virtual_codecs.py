@@ -56,6 +56,7 @@ def _prompt(adapter: Any) -> list[Slot]:
 
 
 def _write_prompt(method: Any, adapters: Sequence[Adapter], names: Names) -> dict[str, Any]:
+    _check_tokens(names)
     sites = [adapter.site for adapter in adapters if adapter.site.seam == "input"]
     blocks = sorted((site.block for site in sites), reverse=True)  # an encoder's before a decoder's
     wanted = max(found.module.block for found in names.found.values() if isinstance(found.module, seams.InputEmbedding))
@@ -120,6 +121,7 @@ def _prefix(adapter: Any) -> list[Slot]:
 
 
 def _write_prefix(method: Any, adapters: Sequence[Adapter], names: Names) -> dict[str, Any]:
+    _check_tokens(names)
     _check_model(names)
     sites = [adapter.site for adapter in adapters if adapter.site.seam == "keys_values"]
     if method.gate:
@@ -178,8 +180,18 @@ def _attentions(names: Names) -> Iterator[tuple[int, int]]:
 # Both ---------------------------------------------------------------------------------------------------------------
 
 
+def _check_tokens(names: Names) -> None:
+    """Refuses a model that reads no tokens."""
+    if names.task_type is None:
+        raise ValueError(
+            f"PEFT's virtual tokens go with models that are called with tokens, and a {names.config.model_type} model "
+            "is not: PEFT has no form for this adapter"
+        )
+
+
 def _read_saved(config: Mapping[str, Any], names: Names) -> list[str]:
     """Checks the keys of a configuration, and gives the paths of the modules that are saved whole."""
+    _check_tokens(names)
     check_keys(config, "virtual tokens", _KNOWN)
     tokens = config.get("num_virtual_tokens")
     if not isinstance(tokens, int) or tokens < 1:

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from .. import models
+from .. import models, seams
 from .._adapt import merge
 from .._graft import grafts
 from .._partition import combine, partition
@@ -25,8 +26,9 @@ def export_merged(model: Any, folder: str | Path, tokenizer_from: str | Path | N
       tokenizer_from: a model folder whose tokenizer is copied along.
 
     Returns:
-      The drift: how far, at most, a logit of the merged model is from the adapted one's, on two rows of random tokens.
-      Zero but for rounding; a bfloat16 base rounds the change to its own 8 bits. It is logged with the logits' size.
+      The drift: how far, at most, a logit of the merged model is from the adapted one's, on two rows of random tokens
+      (random numbers for a model that reads none). Zero but for rounding; a bfloat16 base rounds the change to its own
+      8 bits. It is logged with the logits' size.
 
     Raises:
       ValueError: the model has no adapter, or one that has no merged form.
@@ -44,7 +46,20 @@ def export_merged(model: Any, folder: str | Path, tokenizer_from: str | Path | N
 
 
 def _logits(model: Any) -> jax.Array:
-    shape = 2, min(32, model.config.max_position_embeddings)
-    tokens = jax.random.randint(jax.random.key(0), shape, 0, model.config.vocab_size)
     graphdef, trainable, frozen = partition(model)
-    return jax.jit(lambda trainable, frozen: combine(graphdef, trainable, frozen)(tokens))(trainable, frozen)
+    call = jax.jit(lambda trainable, frozen, read, more: combine(graphdef, trainable, frozen)(read, **more))
+    return call(trainable, frozen, *_inputs(model))
+
+
+def _inputs(model: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Two rows of what the model reads, and those of a decoder beside an encoder."""
+    key = jax.random.key(0)
+    tokens = {
+        seam.block: jax.random.randint(key, (2, min(32, seam.max_positions or 32)), 0, model.config.vocab_size)
+        for _, seam in nnx.iter_modules(model)
+        if isinstance(seam, seams.InputEmbedding) and hasattr(model.config, "vocab_size")
+    }
+    more = {"decoder_input_ids": tokens["decoder"]} if hasattr(model, "decode") else {}
+    if hasattr(model, "input_shape"):
+        return jax.random.normal(key, (2, *model.input_shape)), more
+    return tokens["encoder" if "encoder" in tokens else "decoder"], more

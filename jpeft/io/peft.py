@@ -97,7 +97,7 @@ def export_peft(
         sources = {key: safetensors.Source(t.shape, t.dtype, lambda t=t: t) for key, t in sorted(tensors.items())}
         safetensors.write(new / WEIGHTS, sources, {"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        (new / README).write_text(render(card or Card(), config, row))
+        (new / README).write_text(render(card or Card(), config, row, model.task))
     return Path(folder)
 
 
@@ -216,13 +216,13 @@ def _config(
     """adapter_config.json, with every key that PEFT writes."""
     method = next((a.method for a in adapters.values() if a.acts), next(iter(adapters.values())).method)
     config = {
-        "auto_mapping": None,  # set by PEFT only where there is no task_type
+        "auto_mapping": None if names.task_type else names.auto_mapping,  # by which PEFT finds the class of the base
         "base_model_name_or_path": base,
         "inference_mode": True,
         "peft_type": codec.peft_type,
         "peft_version": PEFT_VERSION,
         "revision": None,
-        "task_type": model.task,
+        "task_type": names.task_type,
         **codec.write(method, list(adapters.values()), names),
     }
     saved = sorted(path for path, adapter in adapters.items() if adapter.saved_layers)

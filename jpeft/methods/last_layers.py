@@ -22,7 +22,8 @@ FINAL: Mapping[str, tuple[str, ...]] = {
     "distilbert": ("pre_classifier",),
     "gpt2": ("ln_f",),
     "t5": ("decoder.final_layer_norm",),
-    "vit": ("layernorm", "pooler.dense"),
+    "vit": ("layernorm",),
+    "whisper": ("decoder.layer_norm",),
 }
 
 

@@ -26,7 +26,7 @@ from flax import nnx
 
 from .._stack import REMAT_POLICIES
 from ._checkpoint import common_dtype, open_checkpoint
-from ._families import FAMILIES, Family, family_of, saved_task
+from ._families import FAMILIES, LABELLED, Family, family_of, saved_task
 from ._folder import replacing
 from ._quantizing import reading
 from ._safetensors import CheckpointError, Tensor, names
@@ -80,9 +80,9 @@ def load(
 
     Args:
       path: the folder.
-      task: `CAUSAL_LM`, `SEQ_2_SEQ_LM`, `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS` or `FEATURE_EXTRACTION` (hidden
-        states); None keeps what the config's architecture says. Asked for another one than was saved, the backbone is
-        loaded, the saved head is dropped and the new one initialised; warnings name the weights of both.
+      task: `CAUSAL_LM`, `SEQ_2_SEQ_LM`, `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS`, `IMAGE_CLS` or `FEATURE_EXTRACTION`
+        (hidden states); None keeps what the config's architecture says. Asked for another one than was saved, the
+        backbone is loaded, the saved head is dropped and the new one initialised; warnings name the weights of both.
       dtype: of storage and computation; None keeps the checkpoint's.
       key: for a new head's first values; `jax.random.key(0)` by default.
       num_labels: size of a classification head; None keeps the config's. Another size means a new head.
@@ -120,7 +120,7 @@ def load(
         sharding,
         prefixes=family.module.PREFIXES,
         droppable=[f"{head}." for head in heads],
-        fresh=[f"{head}/" for head in heads],
+        fresh=[f"{head}/" for head in heads or getattr(family.module, "OPTIONAL", ())],
         convert=convert,
     )
     fresh = sorted({*shapes} - {*leaves} - {*kernels})
@@ -294,8 +294,8 @@ def _configure(family: Family, hf: Mapping[str, Any], task: str | None, num_labe
         raise ValueError(f"no task of the zoo is {hf['architectures'][0]}; pass task=, one of {', '.join(tasks)}")
     if task not in tasks:
         raise ValueError(f"{hf['model_type']} has the tasks {', '.join(tasks)}; got {task!r}")
-    if num_labels is not None and (task not in ("SEQ_CLS", "TOKEN_CLS") or num_labels < 1):
-        raise ValueError(f"num_labels is 1 or more and belongs to SEQ_CLS and TOKEN_CLS; got {num_labels} with {task}")
+    if num_labels is not None and (task not in LABELLED or num_labels < 1):
+        raise ValueError(f"num_labels is 1 or more and belongs to {', '.join(LABELLED)}; got {num_labels} with {task}")
     config = family.module.Config.from_hf(hf)
     wanted = 2 if task == "QUESTION_ANS" else num_labels  # the start and the end of an answer
     return (config if wanted is None else dataclasses.replace(config, num_labels=wanted)), task

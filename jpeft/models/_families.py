@@ -17,13 +17,17 @@ class Family:
     An ending of None says that transformers has no class for the task.
 
     The file defines Config (with `from_hf`, `to_hf`), the class, WEIGHTS(config, task), TASKS, PREFIXES (what
-    checkpoints with a head put before the backbone's names) and HEADS (modules that some tasks have and others lack).
+    checkpoints with a head put before the backbone's names) and HEADS (modules that some tasks have and others lack);
+    and may define OPTIONAL (modules that a checkpoint of the task itself may lack).
+
+    `reads` is the first argument of a call: tokens, or what an image or a sound was made into.
     """
 
     file: str
     model: str
     prefix: str
     endings: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    reads: str = "input_ids"
 
     def architecture(self, task: str) -> str | None:
         """transformers' class for a task; None where it has none."""
@@ -71,18 +75,23 @@ FAMILIES = {
     "qwen3": Family("llama", "Llama", "Qwen3"),
     "roberta": Family("bert", "Bert", "Roberta"),
     "t5": Family("t5", "T5", "T5"),
+    "vit": Family("vit", "ViT", "ViT", reads="pixel_values"),
     "xlm-roberta": Family("bert", "Bert", "XLMRoberta"),
 }
 
-#: PEFT's names of tasks, and how the names of transformers' classes for them end.
+#: Names of tasks, PEFT's where it has one, and how the names of transformers' classes for them end.
 ENDINGS = {
     "CAUSAL_LM": "ForCausalLM",
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
+    "IMAGE_CLS": "ForImageClassification",
     "SEQ_2_SEQ_LM": "ForConditionalGeneration",
     "FEATURE_EXTRACTION": "Model",
 }
+
+#: The tasks whose head has `num_labels` outputs.
+LABELLED = ("SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS")
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:

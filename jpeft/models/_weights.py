@@ -6,6 +6,8 @@ A model's table is a tuple of entries:
   Rule("model.layers.{i}.self_attn.q_proj.weight", "layers/self_attn/q_proj/kernel", TRANSPOSE)
       one tensor is one leaf; with `{i}`, one tensor per layer, stacked on the leaf's first axis, and with `{e}` one per
       expert of a layer, on its second.
+  Rule("layers.{i}.mlp.fc1.weight", "layers/mlp/fc1/kernel", TRANSPOSE, "encoder.layer.{i}.intermediate.dense.weight")
+      the same, where files keep an older name than transformers' module has; what is read may have either.
   Tied("lm_head.weight", "embed_tokens/embedding")
       a copy of a leaf that a checkpoint may hold; it must agree with it, and is not written.
   Ignore("...rotary_emb.inv_freq")
@@ -55,11 +57,15 @@ TRANSPOSE = How((1, 0), (1, 0))
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The tensor `hf` is the leaf `path`; with `{i}` (and `{e}`) that of layer i (and expert e) is row i (and e)."""
+    """The tensor `hf` is the leaf `path`; with `{i}` (and `{e}`) that of layer i (and expert e) is row i (and e).
+
+    Files call it `file`, where that is not what transformers calls it in the model.
+    """
 
     hf: str
     path: str
     how: How = COPY
+    file: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +174,8 @@ def load_leaves(
       CheckpointError: naming every unmapped key, missing key, leaf without a rule, wrong shape and wrong dtype.
     """
     entries = _in_layout(entries, tensors, prefixes)
-    tensors = _renamed(tensors, entries)
     parts = {rule.path: _parts(rule, shapes[rule.path]) for rule in rules(entries) if rule.path in shapes}
+    tensors = _renamed(tensors, entries, {part.file: part.key for leaf in parts.values() for part in leaf})
     for path in [path for path in parts if path.startswith(tuple(fresh))]:
         if not any(part.key in tensors for part in parts[path]):
             del parts[path]
@@ -197,9 +203,10 @@ def load_leaves(
 
 
 class _Part(NamedTuple):
-    """One tensor's share of a leaf: its name, how its axes lie, and its shape inside the leaf."""
+    """One tensor's share of a leaf: its name, that in a file, how its axes lie, and its shape inside the leaf."""
 
     key: str
+    file: str
     how: How
     shape: tuple[int, ...]
 
@@ -215,7 +222,10 @@ class _Part(NamedTuple):
 def _parts(rule: Rule, leaf: jax.ShapeDtypeStruct) -> list[_Part]:
     """The tensors that make up a leaf, layer by layer."""
     lead = num_indices(rule.hf)
-    return [_Part(fill(rule.hf, *index), rule.how, leaf.shape[lead:]) for index in np.ndindex(leaf.shape[:lead])]
+    return [
+        _Part(fill(rule.hf, *index), fill(rule.file or rule.hf, *index), rule.how, leaf.shape[lead:])
+        for index in np.ndindex(leaf.shape[:lead])
+    ]
 
 
 def _in_layout(entries: Sequence[Entry], tensors: Mapping[str, Tensor], prefixes: Sequence[str]) -> tuple[Entry, ...]:
@@ -230,17 +240,25 @@ def _in_layout(entries: Sequence[Entry], tensors: Mapping[str, Tensor], prefixes
     def rename(hf: str) -> str:
         return theirs + hf.removeprefix(ours) if hf.startswith(ours) and not hf.startswith("...") else hf
 
-    return tuple(e if isinstance(e, Renamed | Joined) else dataclasses.replace(e, hf=rename(e.hf)) for e in entries)
+    def renamed(entry: Entry) -> Entry:
+        if isinstance(entry, Renamed | Joined):
+            return entry
+        file = {"file": rename(entry.file or entry.hf)} if isinstance(entry, Rule) else {}
+        return dataclasses.replace(entry, hf=rename(entry.hf), **file)
+
+    return tuple(map(renamed, entries))
 
 
-def _renamed(tensors: Mapping[str, Tensor], entries: Sequence[Entry]) -> dict[str, Tensor]:
-    """The tensors by the table's names, and in its parts."""
+def _renamed(tensors: Mapping[str, Tensor], entries: Sequence[Entry], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors by the table's names, given those by what files call them, and in its parts."""
     endings = [entry for entry in entries if isinstance(entry, Renamed)]
     joined = [entry for entry in entries if isinstance(entry, Joined)]
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         whole = next((e for e in joined if key.endswith(e.old)), None)
-        if whole is None:
+        if key in names:
+            found[names[key]] = tensor
+        elif whole is None:
             found[next((key.removesuffix(e.old) + e.new for e in endings if key.endswith(e.old)), key)] = tensor
         else:
             found |= _taken_apart(key, tensor, whole)
@@ -365,7 +383,8 @@ def _sources(rule: Rule, leaf: jax.Array) -> dict[str, Source]:
         return array.transpose(parts[row].axes)
 
     return {
-        part.key: Source(part.tensor_shape, leaf.dtype, functools.partial(fetch, row)) for row, part in enumerate(parts)
+        part.file: Source(part.tensor_shape, leaf.dtype, functools.partial(fetch, row))
+        for row, part in enumerate(parts)
     }
 
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses of fine-tuning, one per task: functions of a model and a batch, for any `jax.grad`.
 
-A batch holds `input_ids`, `attention_mask` `[batch seq]` and `labels`, and may hold `token_type_ids`, `segment_ids`
-and `positions`. A label of -100 is ignored, so a row or a token of padding weighs nothing. Every loss is a mean over
-the labels that count; `SUMS` gives sum and count apart, for means over several batches.
+A batch holds what the model reads and `labels`: `input_ids` `[batch seq]`, or the `pixel_values` of images or the
+`input_features` of sounds; and it may hold `attention_mask`, `token_type_ids`, `segment_ids` and `positions`. A label
+of -100 is ignored, so a row or a token of padding weighs nothing. Every loss is a mean over the labels that count;
+`SUMS` gives sum and count apart, for means over several batches.
 
   CAUSAL_LM     labels `[batch seq]`, the tokens themselves: position t is to predict label t + 1 (as transformers does)
-  SEQ_CLS       labels `[batch]`
+  SEQ_CLS       labels `[batch]`; IMAGE_CLS likewise
   TOKEN_CLS     labels `[batch seq]`, not shifted
   QUESTION_ANS  labels `[batch 2]`, first and last token of the answer; the mean over both
   SEQ_2_SEQ_LM  labels `[batch out]`, what the decoder is to write; it reads them shifted right from its start token,
@@ -28,7 +29,9 @@ from ._head import IGNORED, head_nll, nll
 Batch = Mapping[str, Any]
 Sums = tuple[Float[Array, ""], Float[Array, ""]]
 
-#: Entries of a batch that a model takes beside `input_ids` and `attention_mask`.
+#: What a model may read.
+_READ = ("input_ids", "pixel_values", "input_features")
+#: Entries of a batch that a model of the zoo takes beside it and `attention_mask`.
 _EXTRAS = ("token_type_ids", "segment_ids", "positions")
 
 
@@ -36,8 +39,8 @@ def lm_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Arr
     """Mean over the labelled tokens of -log p(token | the tokens before it), in nats.
 
     A model of the zoo computes logits only where a label is. Any other is called as `model(input_ids,
-    attention_mask)` and must return logits `[batch seq vocab]`. The prompt of an example is what stands before its
-    first label, unless `jpeft.prompt_tokens` says otherwise.
+    attention_mask)`, or without a mask where the batch has none, and must return logits `[batch seq vocab]`. The prompt
+    of an example is what stands before its first label, unless `jpeft.prompt_tokens` says otherwise.
 
     Args:
       model: an nnx model, adapted or not.
@@ -84,7 +87,7 @@ def lm_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int 
     with scope(prompt=prompt):
         if not hasattr(model, "hidden"):
             return nll(logits_of(model, batch, key), targets), _count(targets)
-        hidden = model.hidden(batch["input_ids"], batch["attention_mask"], **_extras(batch), key=key)
+        hidden = model.hidden(*_inputs(batch), **_extras(batch), key=key)
         return head_nll(model.logits, hidden, targets, key, groups=groups), _count(targets)
 
 
@@ -110,7 +113,7 @@ def seq2seq_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups:
     inputs = {name: batch[name] for name in ("decoder_input_ids", "decoder_attention_mask") if name in batch}
     if "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = model.decoder_inputs(labels)
-    hidden = model.hidden(batch["input_ids"], batch["attention_mask"], **_extras(batch), **inputs, key=key)
+    hidden = model.hidden(*_inputs(batch), **_extras(batch), **inputs, key=key)
     return head_nll(model.logits, hidden, labels, key, groups=groups), _count(labels)
 
 
@@ -120,6 +123,7 @@ SUMS: Mapping[str, Callable[..., Sums]] = {
     "SEQ_CLS": cls_sums,
     "TOKEN_CLS": cls_sums,
     "QUESTION_ANS": qa_sums,
+    "IMAGE_CLS": cls_sums,
     "SEQ_2_SEQ_LM": seq2seq_sums,
 }
 
@@ -159,6 +163,15 @@ def _count(labels: Any) -> jax.Array:
     return (labels != IGNORED).sum().astype(jnp.float32)
 
 
+def _inputs(batch: Batch) -> tuple[Any, ...]:
+    """What a model reads, and the mask of it where there is one: the first arguments of a call."""
+    found = [name for name in _READ if name in batch]
+    if len(found) != 1:
+        raise ValueError(f"a batch holds one of {', '.join(_READ)}, which the model reads; got {', '.join(batch)}")
+    mask = (batch["attention_mask"],) if "attention_mask" in batch else ()
+    return batch[found[0]], *mask
+
+
 def _extras(batch: Batch) -> dict[str, Any]:
     return {name: batch[name] for name in _EXTRAS if name in batch}
 
@@ -166,6 +179,6 @@ def _extras(batch: Batch) -> dict[str, Any]:
 def logits_of(model: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
     """A model's logits for a batch; one that takes no `key` gets it through the scope."""
     if hasattr(model, "hidden"):
-        return model(batch["input_ids"], batch["attention_mask"], **_extras(batch), key=key)
+        return model(*_inputs(batch), **_extras(batch), key=key)
     with scope() if key is None else dropout_key(key):
-        return model(batch["input_ids"], batch["attention_mask"])
+        return model(*_inputs(batch))

@@ -22,7 +22,7 @@ def moved(model, method):
     return jpeft.combine(graphdef, leaves, frozen)
 
 
-@pytest.mark.parametrize("family", ["bert cls", "llama tied", "qwen2"])
+@pytest.mark.parametrize("family", ["bert cls", "llama tied", "qwen2", "gpt2", "t5", "vit"])
 def test_transformers_computes_the_same(family, tmp_path, monkeypatch):
     targets = ["embed_tokens", "q_proj"] if family == "llama tied" else "all-linear"
     model = moved(oracle.jax_model(family), jpeft.LoRA(rank=3, alpha=5, targets=targets, bias="lora_only"))
@@ -31,7 +31,7 @@ def test_transformers_computes_the_same(family, tmp_path, monkeypatch):
     monkeypatch.setattr(oracle, "folder", lambda _: tmp_path / "merged")
     with torch.no_grad():
         logits = oracle.torch_outputs(oracle.torch_model(family), oracle.FAMILIES[family][1]).numpy()
-    ours = np.array(model(oracle.IDS, oracle.MASK))
+    ours = np.array(oracle.jax_outputs(model))
     np.testing.assert_allclose(oracle.seen(ours), oracle.seen(logits), atol=ATOL, rtol=0)
 
 

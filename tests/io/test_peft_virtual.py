@@ -98,8 +98,7 @@ def adapted(family, method):
 
 
 def outputs(model):
-    more = oracle.MORE.get(model.task, {})
-    return oracle.seen(run(model, oracle.IDS, oracle.MASK, **more))
+    return oracle.seen(run(model, **oracle.inputs_of(model)))
 
 
 @pytest.mark.parametrize("family, method", EXPORTS)

@@ -182,7 +182,7 @@ def test_wrong_tasks_are_refused(folder):
     with pytest.raises(ValueError, match=r"bert has the tasks SEQ_CLS, .*; got 'CAUSAL_LM'"):
         models.load(folder, "CAUSAL_LM")
     with pytest.raises(
-        ValueError, match="num_labels is 1 or more and belongs to SEQ_CLS and TOKEN_CLS; got 4 with QUES"
+        ValueError, match="num_labels is 1 or more and belongs to SEQ_CLS, TOKEN_CLS, IMAGE_CLS; got 4 with QUES"
     ):
         models.load(folder, "QUESTION_ANS", num_labels=4)
     with pytest.raises(ValueError, match=r"remat must be one of none, dots, .*; got 'some'"):

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from zoo_reference import (
     batch,
     build,
+    by_row,
     check,
     cotangent,
     gradients_of,
@@ -59,7 +60,7 @@ def module_of(name):
 
 def by_token(subject):
     """A task with an output per token."""
-    return next(task for task in subject.classes if task != "SEQ_CLS")
+    return next(task for task in subject.classes if not by_row(task))
 
 
 # Against transformers -------------------------------------------------------------------------------------------------
@@ -89,8 +90,8 @@ def test_gradients_of_every_task_are_transformers(name, task, tmp_path):
 
 def _check(name, task, variant, folder, **options):
     subject = SUBJECTS[name]
-    config = {**subject.config, **subject.variants[variant]}
-    check(torch_model(config, task, subject.classes), task, batch(subject), folder, **options)
+    subject = subject.changed(subject.variants[variant])
+    check(torch_model(subject.config, task, subject.classes), task, batch(subject), folder, **options)
 
 
 @pytest.mark.parametrize("name, task", TASKS)
@@ -161,14 +162,14 @@ def test_module_names_are_transformers(name, tmp_path):
 def _jaxpr(name, task, **changes):
     subject, family = SUBJECTS[name], module_of(name)
     config = dataclasses.replace(family.Config.from_hf(subject.config), **changes)
-    inputs = batch(subject)
+    inputs = batch(subject if subject.reads == "input_ids" else subject.changed(changes))
     shapes = nnx.eval_shape(lambda: models.build(config, task, key=jax.random.key(0)))
     graphdef, state = nnx.split(shapes)
 
-    def loss(state, ids, key):
-        return jnp.sum(nnx.merge(graphdef, state)(**inputs | {"input_ids": ids}, key=key))
+    def loss(state, read, key):
+        return jnp.sum(nnx.merge(graphdef, state)(**inputs | {subject.reads: read}, key=key))
 
-    closed = jax.make_jaxpr(jax.grad(loss))(state, inputs["input_ids"], jax.random.key(0))
+    closed = jax.make_jaxpr(jax.grad(loss))(state, inputs[subject.reads], jax.random.key(0))
     return str(closed), [np.asarray(constant).tolist() for constant in closed.consts]
 
 
@@ -204,13 +205,19 @@ def test_a_row_does_not_depend_on_the_others(name):
     model = build(subject.config, by_token(subject))
     inputs = batch(subject)
     others = {
-        name: np.concatenate([value[:1], (value[[0, 0]] + name.endswith("input_ids")) % subject.vocab])
-        for name, value in inputs.items()
+        name: np.concatenate([value[:1], _another(name, value[[0, 0]], subject)]) for name, value in inputs.items()
     }
     np.testing.assert_array_equal(outputs_of(model, **inputs)[0], outputs_of(model, **others)[0])
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+def _another(name, values, subject):
+    """Other values of what a model reads; of the rest the same."""
+    if name == subject.reads != "input_ids":
+        return values + 1
+    return (values + 1) % subject.vocab if name.endswith("input_ids") else values
+
+
+@pytest.mark.parametrize("name", [name for name, subject in SUBJECTS.items() if subject.reads == "input_ids"])
 def test_padding_is_not_seen(name):
     subject = SUBJECTS[name]
     task = by_token(subject)
@@ -277,7 +284,7 @@ def test_each_dropout_rate_is_its_own(name, rate):
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_labels_size_the_head(name):
     subject = SUBJECTS[name]
-    for task in {"SEQ_CLS", "TOKEN_CLS"} & subject.classes.keys():
+    for task in {*_families.LABELLED} & subject.classes.keys():
         options = {"key": jax.random.key(0), "num_labels": labels_of(task)}
         shape = jax.eval_shape(
             lambda task=task, options=options: models.build(subject.config, task, **options)(**batch(subject))
@@ -287,7 +294,7 @@ def test_labels_size_the_head(name):
 
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_every_kernel_and_table_has_a_place_on_a_mesh(name):
-    """But for heads, positions, types of tokens, what is of distances, and routers, which are small."""
+    """But for heads, poolers, positions, types of tokens, what is of distances, and routers, which are small."""
     config = next(preset for preset in module_of(name).PRESETS.values() if preset.model_type == name)
     model = nnx.eval_shape(lambda: models.build(config, by_token(SUBJECTS[name]), key=jax.random.key(0)))
     place = jpeft.placement(jpeft.mesh("data=2,fsdp=2,tensor=2"))
@@ -299,6 +306,8 @@ def test_every_kernel_and_table_has_a_place_on_a_mesh(name):
         "bias",
         "scale",
         "position_embeddings",
+        "cls_token",
+        "pooler",
         "token_type",
         "wpe",
         "relative_attention_bias",
