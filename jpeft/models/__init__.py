@@ -15,7 +15,6 @@ import dataclasses
 import json
 import logging
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .._stack import REMAT_POLICIES
-from ._checkpoint import common_dtype, open_checkpoint
+from ._checkpoint import common_dtype, open_checkpoint, read_config
 from ._families import FAMILIES, Family, family_of, saved_task
+from ._files import CheckpointError, about, copy_file, is_file, names
 from ._folder import replacing
 from ._quantizing import reading
-from ._safetensors import CheckpointError, Tensor, names
+from ._safetensors import Tensor
 from ._weights import Entry, Sharding, load_leaves, save_leaves
 from .generate import Options, generate, stream
 
@@ -102,27 +102,31 @@ def load(
       >>> model = load("all-MiniLM-L6-v2", task="SEQ_CLS", num_labels=4)
       >>> logits = model(input_ids, attention_mask)  # [batch, 4]
     """
-    folder = Path(path)
-    hf = _read_config(folder)
-    family, saved, asked = family_of(hf), saved_task(hf), task
-    config, task = _configure(family, hf, task, num_labels)
-    tensors = open_checkpoint(folder)
-    options = _options(common_dtype(tensors) if dtype is None else dtype, remat, unroll)
-    abstract = family.abstract(config, task, options)
-    _, shapes = _flatten(abstract)
-    changed = asked not in (None, saved) or num_labels not in (None, family.module.Config.from_hf(hf).num_labels)
-    heads = family.module.HEADS if changed else ()
-    codes, kernels, convert = reading(abstract, quantize, sharding)
-    leaves = load_leaves(
-        _without(tensors, abstract.head) if changed and saved else tensors,
-        family.module.WEIGHTS(config, task),
-        shapes,
-        sharding,
-        prefixes=family.module.PREFIXES,
-        droppable=[f"{head}." for head in heads],
-        fresh=[f"{head}/" for head in heads],
-        convert=convert,
-    )
+    folder, asked = Path(path), task
+    hf = read_config(folder)
+    with about(folder / "config.json"):
+        family, saved = family_of(hf), saved_task(hf)
+        config, task = _configure(family, hf, task, num_labels)
+    options = _options(jnp.float32 if dtype is None else dtype, remat, unroll)
+    with about(folder):
+        tensors = open_checkpoint(folder)
+        if dtype is None:
+            options["dtype"] = common_dtype(tensors)
+        abstract = family.abstract(config, task, options)
+        _, shapes = _flatten(abstract)
+        changed = asked not in (None, saved) or num_labels not in (None, family.config(hf).num_labels)
+        heads = family.module.HEADS if changed else ()
+        codes, kernels, convert = reading(abstract, quantize, sharding)
+        leaves = load_leaves(
+            _without(tensors, abstract.head) if changed and saved else tensors,
+            family.module.WEIGHTS(config, task),
+            shapes,
+            sharding,
+            prefixes=family.module.PREFIXES,
+            droppable=[f"{head}." for head in heads],
+            fresh=[f"{head}/" for head in heads],
+            convert=convert,
+        )
     fresh = sorted({*shapes} - {*leaves} - {*kernels})
     if fresh:
         _LOG.warning("initialised anew, to be trained: %s", ", ".join(fresh))
@@ -196,7 +200,7 @@ def save(model: Any, path: str | Path) -> None:
     hf.pop("torch_dtype", None)
     with replacing(Path(path)) as folder:
         save_leaves(folder, weights(model), leaves)
-        (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
+        (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def weights(model: Any) -> tuple[Entry, ...]:
@@ -216,12 +220,12 @@ def weights(model: Any) -> tuple[Entry, ...]:
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
     """Copies a model folder's tokenizer into another, and returns the names of the files copied."""
-    copied = [name for name in _TOKENIZER_FILES if (Path(source) / name).is_file()]
+    copied = [name for name in _TOKENIZER_FILES if is_file(Path(source) / name)]
     if not copied:
         raise FileNotFoundError(f"{source} holds none of a tokenizer's files: {', '.join(_TOKENIZER_FILES)}")
     Path(target).mkdir(parents=True, exist_ok=True)
     for name in copied:
-        shutil.copy2(Path(source) / name, Path(target) / name)
+        copy_file(Path(source) / name, Path(target) / name)
     return copied
 
 
@@ -271,24 +275,13 @@ def _without(tensors: Mapping[str, Tensor], heads: Sequence[str]) -> dict[str, T
     return kept
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"no {file}; a model folder holds config.json and model.safetensors")
-    try:
-        hf = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    return hf
-
-
 def _as_hf(config: Any) -> dict[str, Any]:
     return dict(config) if isinstance(config, Mapping) else config.to_hf()
 
 
 def _configure(family: Family, hf: Mapping[str, Any], task: str | None, num_labels: int | None) -> tuple[Any, str]:
     """The config and the task asked for, both checked."""
-    tasks = family.tasks
+    config, tasks = family.config(hf), family.tasks
     task = task or saved_task(hf) or (None if hf.get("architectures") else "FEATURE_EXTRACTION")
     if task is None:
         raise ValueError(f"no task of the zoo is {hf['architectures'][0]}; pass task=, one of {', '.join(tasks)}")
@@ -296,6 +289,5 @@ def _configure(family: Family, hf: Mapping[str, Any], task: str | None, num_labe
         raise ValueError(f"{hf['model_type']} has the tasks {', '.join(tasks)}; got {task!r}")
     if num_labels is not None and (task not in ("SEQ_CLS", "TOKEN_CLS") or num_labels < 1):
         raise ValueError(f"num_labels is 1 or more and belongs to SEQ_CLS and TOKEN_CLS; got {num_labels} with {task}")
-    config = family.module.Config.from_hf(hf)
     wanted = 2 if task == "QUESTION_ANS" else num_labels  # the start and the end of an answer
     return (config if wanted is None else dataclasses.replace(config, num_labels=wanted)), task

@@ -29,7 +29,8 @@ import numpy as np
 
 from . import _safetensors as safetensors
 from ._checkpoint import write_checkpoint
-from ._safetensors import CheckpointError, Source, Tensor, names
+from ._files import CheckpointError, names
+from ._safetensors import Source, Tensor
 
 _LOG = logging.getLogger("jpeft")
 
@@ -215,7 +216,11 @@ def _renamed(tensors: Mapping[str, Tensor], entries: Sequence[Entry]) -> dict[st
     def today(key: str) -> str:
         return next((key.removesuffix(e.old) + e.new for e in endings if key.endswith(e.old)), key)
 
-    return {today(key): tensor for key, tensor in tensors.items()}
+    found = {today(key): tensor for key, tensor in tensors.items()}
+    if len(found) < len(tensors):
+        twice = [key for key in tensors if today(key) != key and today(key) in tensors]
+        raise CheckpointError(f"the checkpoint has under today's names too: {names(twice)}")
+    return found
 
 
 def _unmapped(

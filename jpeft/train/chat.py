@@ -95,11 +95,9 @@ class Template:
     """
 
     def __init__(self, folder: str | Path):
-        from transformers import AutoTokenizer
-
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"{folder} is no folder; name a Hugging Face model folder")
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._tokenizer: Any = tokenizer.auto_tokenizer(folder)
         if not self._tokenizer.chat_template:
             raise ValueError(
                 f"the tokenizer of {folder} has no chat template, so nothing says how messages become text; "

@@ -10,7 +10,7 @@ from flax import nnx
 from .. import models
 from .._summary import summary
 from .._walk import sites
-from .job import read_hf_config
+from ..models._checkpoint import read_config
 from .saved import open_model
 
 
@@ -21,7 +21,7 @@ def describe(model: str | Path | None, adapter: str | Path | None) -> str:
         return f"{_kind(opened.model)}, base {opened.base}\n{summary(opened.model)}"
     if model is None:
         raise ValueError("name a model folder, an adapter folder, or both")
-    hf = read_hf_config(model)
+    hf = read_config(model)
     shapes = nnx.eval_shape(lambda: models.build(hf, key=jax.random.key(0)))
     lines = [f"{_kind(shapes)}, {summary(shapes).base:,} parameters; where a method can act:"]
     for site in sites(shapes):

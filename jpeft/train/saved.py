@@ -9,13 +9,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from .. import models
+from .._quantized import SCHEMES
+from ..io import _peft_folder as peft
 from ..io import export_merged, export_peft, import_peft
 from ..io.card import Card
+from ..models import CheckpointError
+from ..models import _safetensors as safetensors
+from ..models._checkpoint import read_config
+from ..models._files import is_file, read_json, write_text
 from . import tokenizer
-from .job import read_hf_config
 
 #: Beside PEFT's files: what they have no place for.
 INFO = "jpeft.json"
@@ -56,7 +59,7 @@ def save_adapter(model: Any, folder: str | Path, base: str | Path, info: Info, c
     """Writes an adapter in PEFT's format, with the base's tokenizer and `info` beside it."""
     folder = export_peft(model, folder, base=str(base), card=card)
     models.copy_tokenizer(base, folder)
-    (folder / INFO).write_text(json.dumps(dataclasses.asdict(info), indent=2) + "\n", encoding="utf-8")
+    write_text(folder / INFO, json.dumps(dataclasses.asdict(info), indent=2) + "\n")
 
 
 def save_merged(opened: Opened, folder: str | Path) -> float:
@@ -66,7 +69,7 @@ def save_merged(opened: Opened, folder: str | Path) -> float:
         file = Path(folder) / "config.json"
         names = dict(enumerate(opened.info.label_names))
         labels = {"id2label": {str(i): name for i, name in names.items()}, "label2id": {v: k for k, v in names.items()}}
-        file.write_text(json.dumps(read_hf_config(folder) | labels, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_text(file, json.dumps(read_config(folder) | labels, indent=2, sort_keys=True) + "\n")
     return drift
 
 
@@ -86,7 +89,7 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
         loaded = models.load(model)
         return Opened(loaded, tokenizer.load(model), _hf_info(model, loaded.task), Path(model))
     folder = Path(adapter)
-    config = _adapter_config(folder)
+    config = peft.read_config(folder)
     base = model or config.get("base_model_name_or_path")
     if not base or not Path(base).is_dir():
         raise FileNotFoundError(f"{folder} was trained on {base!r}, which is no folder here; name it by --model")
@@ -122,36 +125,36 @@ def _without_warnings() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        below = folder / "adapter" / "adapter_config.json"
-        hint = f"; did you mean {below.parent}?" if below.is_file() else ""
-        raise FileNotFoundError(f"no {file}; an adapter folder holds it{hint}")
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def _info(folder: Path) -> Info:
     """What jpeft wrote beside the adapter; nothing is known of one that it did not write."""
     file = folder / INFO
-    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    names = values.get("label_names")
-    return Info(names and tuple(names), values.get("max_length"), values.get("quantize"))
+    if not is_file(file):
+        return Info(None, None)
+    match values := read_json(file):
+        case {"label_names": None | [str(), str(), *_], "max_length": None | int(), **rest} if (
+            {*rest} <= {"quantize"}
+            and all(isinstance(name, str) for name in values["label_names"] or ())
+            and (values["max_length"] is None or values["max_length"] > 0)
+            and values.get("quantize") in (None, *SCHEMES)
+        ):
+            names = values["label_names"]
+            return Info(names and tuple(names), values["max_length"], values.get("quantize"))
+    raise CheckpointError(
+        f"{file} must hold label_names (a list of names, or null), max_length (a whole number, or null) and quantize "
+        f"(one of {', '.join(SCHEMES)}, or null), and holds {values!r:.200}"
+    )
 
 
 def _hf_info(folder: str | Path, task: str) -> Info:
-    labels = read_hf_config(folder).get("id2label")
+    labels = read_config(folder).get("id2label")
     if task != "SEQ_CLS":
         return Info(None, None)
-    names = [labels[key] for key in sorted(labels, key=int)] if labels else ["LABEL_0", "LABEL_1"]
+    names = [str(labels[key]) for key in sorted(labels, key=int)] if labels else ["LABEL_0", "LABEL_1"]
     return Info(tuple(names), None)
 
 
 def _num_labels(folder: Path) -> int | None:
     """Size of the classification head that an adapter brings along; None where it brings none."""
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        return None
-    with safe_open(file, "numpy") as tensors:
-        heads = [key for key in tensors.keys() if key.endswith((".classifier.weight", ".score.weight"))]  # noqa: SIM118 (no mapping)
-        return tensors.get_slice(heads[0]).get_shape()[0] if heads else None
+    tensors = safetensors.header(peft.weights_file(folder))
+    heads = [t for key, t in tensors.items() if key.endswith((".classifier.weight", ".score.weight")) and t.shape]
+    return heads[0].shape[0] if heads else None
