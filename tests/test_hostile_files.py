@@ -44,11 +44,11 @@ def test_links_are_followed_to_files_and_to_nothing_else(folder, tmp_path):
         models.load(folder)
 
 
-@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "a/b", "..", ".", "", "a\0b", "x" * 300])
+@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "a/b", "..", "", "a\0b", "*.safetensors", "model.bin"])
 def test_an_index_names_files_of_its_folder(folder, name):
     (folder / SINGLE).unlink()
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises((CheckpointError, FileNotFoundError), match=r"outside of its folder|lacks the shards"):
+    with pytest.raises(CheckpointError, match=r"outside of its folder|that are no safetensors"):
         models.load(folder)
 
 

@@ -13,6 +13,8 @@ from ..models._files import about, is_file, read_json
 from ._values import check_values
 
 CONFIG, WEIGHTS, README = "adapter_config.json", "adapter_model.safetensors", "README.md"
+#: What jpeft keeps beside PEFT's files.
+INFO = "jpeft.json"
 _PICKLE = "adapter_model.bin"
 
 

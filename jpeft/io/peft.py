@@ -25,6 +25,7 @@ from .._walk import own_leaves
 from ..models import CheckpointError
 from ..models import _safetensors as safetensors
 from ..models._files import about
+from ..models._hub import adapter_folder
 from ._adalora_codec import ADALORA
 from ._dora_codec import DORA
 from ._fourierft_codec import FOURIERFT
@@ -112,7 +113,15 @@ def check_export(model: Any, name: str | None = None) -> None:
     _written(fold(model), _adapter_name(model, name), None)
 
 
-def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None, name: str | None = None) -> Any:
+def import_peft(
+    model: Any,
+    folder: str | Path,
+    *,
+    key: jax.Array | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Any:
     """`model` with the adapter that PEFT saved in `folder` on it, to be used or trained on; `model` is untouched.
 
     Tensors in float16 and bfloat16 become float32. A copy of the base, as PEFT puts beside an adapted embedding, must
@@ -123,20 +132,23 @@ def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None,
 
     Args:
       model: the base, a model of the zoo.
-      folder: with adapter_config.json and adapter_model.safetensors.
+      folder: with adapter_config.json and adapter_model.safetensors; or, where there is none of that name, an id on
+        the hub, `"org/name"`.
       key: PRNG key for leaves that a method's file leaves out by its format. LoRA's leaves out none, so that with it
         no key changes anything; `jax.random.key(0)` by default.
       name: the adapter's name in leaf paths; by default the kind of method that it was trained as.
+      revision, local_files_only: of the hub, as `jpeft.models.load` takes them.
 
     Raises:
       FileNotFoundError: no adapter there, or a pickled one.
+      PermissionError, ConnectionError, ImportError: the hub refuses, cannot be reached, or has no package here.
       CheckpointError: a damaged file, or tensors that do not fit the model: all of them in one message.
       ValueError: the configuration asks for what is not supported, or for what the model does not have.
 
     Example:
       >>> model = jpeft.import_peft(jpeft.models.load("llama-3.2-1b"), "adapter")
     """
-    folder, names = Path(folder), names_of(model)
+    folder, names = adapter_folder(folder, revision, local_files_only), names_of(model)
     config = read_config(folder)
     codec = _codec(config, folder / CONFIG)
     tensors = safetensors.header(weights_file(folder))

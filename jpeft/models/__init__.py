@@ -24,10 +24,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .._stack import REMAT_POLICIES
-from ._checkpoint import common_dtype, open_checkpoint, read_config
+from ._checkpoint import TOKENIZER_FILES, common_dtype, open_checkpoint, read_config
 from ._families import FAMILIES, Family, family_of, saved_task
 from ._files import CheckpointError, about, copy_file, is_file, names
 from ._folder import replacing
+from ._hub import model_folder
 from ._quantizing import reading
 from ._safetensors import Tensor
 from ._weights import Entry, Sharding, load_leaves, save_leaves
@@ -49,21 +50,6 @@ __all__ = [
 _LOG = logging.getLogger("jpeft")
 
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-)
-
-
 def load(
     path: str | Path,
     task: str | None = None,
@@ -75,11 +61,13 @@ def load(
     unroll: bool = False,
     sharding: Sharding | None = None,
     quantize: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
 ) -> Any:
     """A model from a Hugging Face folder: config.json and model.safetensors, or its shards.
 
     Args:
-      path: the folder.
+      path: the folder; or, where there is no folder of that name, an id on the hub, `"org/name"`.
       task: `CAUSAL_LM`, `SEQ_2_SEQ_LM`, `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS` or `FEATURE_EXTRACTION` (hidden
         states); None keeps what the config's architecture says. Asked for another one than was saved, the backbone is
         loaded, the saved head is dropped and the new one initialised; warnings name the weights of both.
@@ -92,17 +80,21 @@ def load(
         puts all on the default device.
       quantize: a scheme of `jpeft.quantize`, for all linear layers but the head; each leaf is quantized as it is read,
         so that the whole model is never there in floats.
+      revision: a branch, a tag or a commit on the hub; main by default.
+      local_files_only: take from the hub's cache what is there, and ask the hub for nothing.
 
     Raises:
-      FileNotFoundError: no folder, no config.json, no safetensors, or a missing shard.
-      CheckpointError: a damaged file, or tensors that do not fit the model; the message names every one.
+      FileNotFoundError: no folder and no id on the hub, no config.json, no safetensors, or a missing shard.
+      PermissionError, ConnectionError, ImportError: the hub refuses, cannot be reached, or has no package here.
+      CheckpointError: a damaged file, weights that are not finite, or tensors that do not fit the model; the message
+        names every one.
       ValueError: a model type, task or config attribute that is not supported.
 
     Example:
       >>> model = load("all-MiniLM-L6-v2", task="SEQ_CLS", num_labels=4)
       >>> logits = model(input_ids, attention_mask)  # [batch, 4]
     """
-    folder, asked = Path(path), task
+    folder, asked = model_folder(path, revision, local_files_only), task
     hf = read_config(folder)
     with about(folder / "config.json"):
         family, saved = family_of(hf), saved_task(hf)
@@ -220,9 +212,9 @@ def weights(model: Any) -> tuple[Entry, ...]:
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
     """Copies a model folder's tokenizer into another, and returns the names of the files copied."""
-    copied = [name for name in _TOKENIZER_FILES if is_file(Path(source) / name)]
+    copied = [name for name in TOKENIZER_FILES if is_file(Path(source) / name)]
     if not copied:
-        raise FileNotFoundError(f"{source} holds none of a tokenizer's files: {', '.join(_TOKENIZER_FILES)}")
+        raise FileNotFoundError(f"{source} holds none of a tokenizer's files: {', '.join(TOKENIZER_FILES)}")
     Path(target).mkdir(parents=True, exist_ok=True)
     for name in copied:
         copy_file(Path(source) / name, Path(target) / name)

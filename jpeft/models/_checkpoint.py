@@ -4,6 +4,7 @@
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,20 @@ _LOG = logging.getLogger("jpeft")
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+#: What a tokenizer may lie in.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -55,15 +70,32 @@ def open_checkpoint(folder: Path) -> dict[str, Tensor]:
     raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}")
 
 
-def _open_shards(folder: Path) -> dict[str, Tensor]:
-    index = folder / INDEX
+def shard_files(folder: Path) -> list[str]:
+    """The names of the files that a folder's index names.
+
+    Raises:
+      CheckpointError: it has no weight_map, or names what is no safetensors file in its folder.
+    """
+    return sorted({*_weight_map(folder / INDEX).values()})
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index} must be JSON with a weight_map from tensor to file")
-    files = sorted(set(weight_map.values()))
-    outside = [file for file in files if Path(file).name != file or file in ("", ".", "..")]
+    outside = [file for file in weight_map.values() if Path(file).name != file or file in ("", ".", "..")]
     if outside:
         raise CheckpointError(f"{index} names files outside of its folder: {names(outside)}")
+    strange = [file for file in weight_map.values() if not re.fullmatch(r"[\w.-]+\.safetensors", file)]
+    if strange:
+        raise CheckpointError(f"{index} names files that are no safetensors: {names({*strange})}")
+    return weight_map
+
+
+def _open_shards(folder: Path) -> dict[str, Tensor]:
+    index = folder / INDEX
+    weight_map = _weight_map(index)
+    files = sorted({*weight_map.values()})
     missing = [file for file in files if not is_file(folder / file)]
     if missing:
         raise FileNotFoundError(f"{folder} lacks the shards {names(missing)} that {INDEX} names")

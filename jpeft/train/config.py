@@ -32,7 +32,7 @@ class Model:
     """The base model.
 
     Attributes:
-      path: a Hugging Face folder.
+      path: a Hugging Face folder, or an id on the hub.
       task: `SEQ_CLS` or `CAUSAL_LM`.
       dtype: of the base's storage and computation; None keeps the checkpoint's. Adapters are float32.
       remat: what a layer keeps for the backward pass: `none`, `dots`, `full`, `names` or `offload`.

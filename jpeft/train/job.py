@@ -16,6 +16,7 @@ from .._sharding import placement, shard
 from .._summary import Summary, summary
 from ..io.peft import check_export
 from ..models._checkpoint import read_config
+from ..models._hub import model_folder
 from . import config as configuration
 from . import data, tokenizer
 from .config import Config
@@ -62,7 +63,7 @@ def read_data(config: Config) -> Dataset:
     Raises:
       FileNotFoundError, DataError: see `data`.
     """
-    words, task, options = tokenizer.load(config.model.path), config.model.task, config.data
+    words, task, options = tokenizer.load(model_folder(config.model.path)), config.model.task, config.data
     rows = data.read_rows(options, task, "train")
     names = None
     if task == "SEQ_CLS":
@@ -129,7 +130,7 @@ def _check_saving(model: Any) -> None:
 def count(config: Config, label_names: tuple[str, ...] | None) -> Summary:
     """The counts of the adapted model by shape alone, without reading its weights."""
     method, key = configuration.method(config.method), jax.random.key(0)
-    hf, num_labels = read_config(config.model.path), None if label_names is None else len(label_names)
+    hf, num_labels = read_config(model_folder(config.model.path)), None if label_names is None else len(label_names)
 
     def adapted() -> Any:
         base = models.build(hf, config.model.task, key=key, num_labels=num_labels)

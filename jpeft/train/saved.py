@@ -13,15 +13,14 @@ from .. import models
 from .._quantized import SCHEMES
 from ..io import _peft_folder as peft
 from ..io import export_merged, export_peft, import_peft
+from ..io._peft_folder import INFO
 from ..io.card import Card
 from ..models import CheckpointError
 from ..models import _safetensors as safetensors
 from ..models._checkpoint import read_config
 from ..models._files import is_file, read_json, write_text
+from ..models._hub import adapter_folder, is_id, model_folder
 from . import tokenizer
-
-#: Beside PEFT's files: what they have no place for.
-INFO = "jpeft.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,18 +46,20 @@ class Opened:
       model: adapted, or plain where no adapter was given.
       tokenizer, info: of its folder.
       base: the base's folder.
+      name: what the base was named by: the folder, or an id on the hub.
     """
 
     model: Any
     tokenizer: tokenizer.Tokenizer
     info: Info
     base: Path
+    name: str
 
 
 def save_adapter(model: Any, folder: str | Path, base: str | Path, info: Info, card: Card) -> None:
-    """Writes an adapter in PEFT's format, with the base's tokenizer and `info` beside it."""
+    """Writes an adapter in PEFT's format, with `info` and the tokenizer of the base, a folder or an id, beside it."""
     folder = export_peft(model, folder, base=str(base), card=card)
-    models.copy_tokenizer(base, folder)
+    models.copy_tokenizer(model_folder(base), folder)
     write_text(folder / INFO, json.dumps(dataclasses.asdict(info), indent=2) + "\n")
 
 
@@ -77,22 +78,24 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
     """Loads a base or merged model, and an adapter on it.
 
     Args:
-      model: a Hugging Face folder; None is the base that the adapter names.
-      adapter: a PEFT folder; None is the model as it is.
+      model: a Hugging Face folder, or an id on the hub; None is the base that the adapter names.
+      adapter: a PEFT folder, or an id; None is the model as it is.
 
     Raises:
       FileNotFoundError, CheckpointError, ValueError: a folder is not there, or not right.
     """
     if adapter is None:
         if model is None:
-            raise ValueError("name a model folder, an adapter folder, or both")
-        loaded = models.load(model)
-        return Opened(loaded, tokenizer.load(model), _hf_info(model, loaded.task), Path(model))
-    folder = Path(adapter)
+            raise ValueError("name a model, an adapter, or both")
+        base = model_folder(model)
+        loaded = models.load(base)
+        return Opened(loaded, tokenizer.load(base), _hf_info(base, loaded.task), base, str(model))
+    folder = adapter_folder(adapter)
     config = peft.read_config(folder)
-    base = model or config.get("base_model_name_or_path")
-    if not base or not Path(base).is_dir():
-        raise FileNotFoundError(f"{folder} was trained on {base!r}, which is no folder here; name it by --model")
+    name = model or config.get("base_model_name_or_path")
+    if not name or not (Path(name).is_dir() or is_id(name)):
+        raise FileNotFoundError(f"{folder} was trained on {name!r}, which is no folder here; name it by --model")
+    base = model_folder(name, config.get("revision") if model is None and not Path(name).exists() else None)
     info = _info(folder)
     num_labels = len(info.label_names) if info.label_names else _num_labels(folder)
     with _without_warnings():  # of a head without weights: the adapter brings it
@@ -100,7 +103,7 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
     adapted = import_peft(loaded, folder)
     if loaded.task == "SEQ_CLS" and info.label_names is None:
         info = dataclasses.replace(info, label_names=tuple(f"LABEL_{i}" for i in range(loaded.config.num_labels)))
-    return Opened(adapted, tokenizer.load(base), info, Path(base))
+    return Opened(adapted, tokenizer.load(base), info, base, str(name))
 
 
 def label_names(opened: Opened) -> Sequence[str]:
