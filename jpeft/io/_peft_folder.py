@@ -2,7 +2,6 @@
 """The files of a PEFT adapter: found, opened, and put in place together."""
 
 import contextlib
-import json
 import os
 import shutil
 import uuid
@@ -10,9 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..models import CheckpointError
+from ..models._files import about, is_file, read_json
+from ._values import check_values
 
 CONFIG, WEIGHTS, README = "adapter_config.json", "adapter_model.safetensors", "README.md"
+#: What jpeft keeps beside PEFT's files.
+INFO = "jpeft.json"
 _PICKLE = "adapter_model.bin"
 
 
@@ -22,25 +24,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
       FileNotFoundError: there is none.
       CheckpointError: it is no JSON object.
+      ValueError: it has values of another type than PEFT's.
     """
     file = folder / CONFIG
-    if not file.is_file():
-        below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        hint = f"; its subfolders {', '.join(below)} have one each" if below else "; PEFT's save_pretrained writes it"
+    if not is_file(file):
+        below = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG}"))
+        hint = f"; did you mean {' or '.join(below)}?" if below else "; PEFT's save_pretrained writes it"
         raise FileNotFoundError(f"no {file}{hint}")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, holds a {type(config).__name__}")
+    config = read_json(file)
+    with about(file):
+        check_values(config)
     return config
 
 
 def weights_file(folder: Path) -> Path:
     """The safetensors file; a FileNotFoundError where there is none, or only a pickle."""
     file = folder / WEIGHTS
-    if file.is_file():
+    if is_file(file):
         return file
     if (folder / _PICKLE).is_file():
         raise FileNotFoundError(

@@ -5,13 +5,16 @@ Both directions go through one list of slots (a tensor and the part of a leaf th
 the format cannot hold is refused on the way out; what is missing, unknown or ill-shaped is refused on the way in.
 """
 
+import functools
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from .._adapt import adapt
 from .._fold import fold
@@ -21,6 +24,8 @@ from .._summary import summary
 from .._walk import own_leaves
 from ..models import CheckpointError
 from ..models import _safetensors as safetensors
+from ..models._files import about
+from ..models._hub import adapter_folder
 from ._adalora_codec import ADALORA
 from ._dora_codec import DORA
 from ._fourierft_codec import FOURIERFT
@@ -62,6 +67,9 @@ CODECS: Mapping[str, Codec] = {
 
 PEFT_VERSION = "0.21.2"
 
+#: How much larger than its file an adapter may be: ranks are padded to the largest, and projections may be drawn anew.
+_MOST_TIMES, _MOST_MORE = 100, 2**28
+
 
 def export_peft(
     model: Any, folder: str | Path, *, name: str | None = None, base: str | None = None, card: Card | None = None
@@ -96,8 +104,8 @@ def export_peft(
     with installing(Path(folder)) as new:
         sources = {key: safetensors.Source(t.shape, t.dtype, lambda t=t: t) for key, t in sorted(tensors.items())}
         safetensors.write(new / WEIGHTS, sources, {"format": "pt"})
-        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        (new / README).write_text(render(card or Card(), config, row, model.task))
+        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (new / README).write_text(render(card or Card(), config, row, model.task), encoding="utf-8")
     return Path(folder)
 
 
@@ -106,7 +114,15 @@ def check_export(model: Any, name: str | None = None) -> None:
     _written(fold(model), _adapter_name(model, name), None)
 
 
-def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None, name: str | None = None) -> Any:
+def import_peft(
+    model: Any,
+    folder: str | Path,
+    *,
+    key: jax.Array | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Any:
     """`model` with the adapter that PEFT saved in `folder` on it, to be used or trained on; `model` is untouched.
 
     Tensors in float16 and bfloat16 become float32. A copy of the base, as PEFT puts beside an adapted embedding, must
@@ -117,29 +133,34 @@ def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None,
 
     Args:
       model: the base, a model of the zoo.
-      folder: with adapter_config.json and adapter_model.safetensors.
+      folder: with adapter_config.json and adapter_model.safetensors; or, where there is none of that name, an id on
+        the hub, `"org/name"`.
       key: PRNG key for leaves that a method's file leaves out by its format. LoRA's leaves out none, so that with it
         no key changes anything; `jax.random.key(0)` by default.
       name: the adapter's name in leaf paths; by default the kind of method that it was trained as.
+      revision, local_files_only: of the hub, as `jpeft.models.load` takes them.
 
     Raises:
       FileNotFoundError: no adapter there, or a pickled one.
+      PermissionError, ConnectionError, ImportError: the hub refuses, cannot be reached, or has no package here.
       CheckpointError: a damaged file, or tensors that do not fit the model: all of them in one message.
       ValueError: the configuration asks for what is not supported, or for what the model does not have.
 
     Example:
       >>> model = jpeft.import_peft(jpeft.models.load("llama-3.2-1b"), "adapter")
     """
-    folder, names = Path(folder), names_of(model)
+    folder, names = adapter_folder(folder, revision, local_files_only), names_of(model)
     config = read_config(folder)
     codec = _codec(config, folder / CONFIG)
     _check_task(config, model, folder / CONFIG)
     config, tensors = by_module(config, safetensors.header(weights_file(folder)), names)
-    name = name or codec.kind
-    try:
-        adapted = adapt(model, codec.read(config, names), key=jax.random.key(0) if key is None else key, name=name)
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    name = codec.kind if name is None else name
+    with about(folder / CONFIG):
+        put_on = functools.partial(
+            adapt, method=codec.read(config, names), key=jax.random.key(0) if key is None else key, name=name
+        )
+        _check_size(nnx.eval_shape(put_on, model), name, tensors)
+        adapted = put_on(model)
     _check_copied(codec, _adapters(adapted, name), names)
     found = {codec.name(slot): slot for slot in all_slots(codec, _adapters(adapted, name), names)}
     slots = {key: slot for key, slot in found.items() if key not in codec.left_out(config)}
@@ -147,6 +168,14 @@ def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None,
     if problems:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit the model\n  " + "\n  ".join(problems))
     return adapted
+
+
+def _check_size(shapes: Any, name: str, tensors: Mapping[str, safetensors.Tensor]) -> None:
+    """Before anything of it is made: what a configuration asks for must be of the order of what the file holds."""
+    leaves = jax.tree.leaves([nnx.state(adapter) for adapter in _adapters(shapes, name).values()])
+    asked, held = sum(math.prod(leaf.shape) for leaf in leaves), sum(math.prod(t.shape) for t in tensors.values())
+    if asked > _MOST_TIMES * held + _MOST_MORE:
+        raise ValueError(f"it asks for an adapter of {asked:,} numbers, and {WEIGHTS} holds {held:,}")
 
 
 def _adapters(model: Any, name: str) -> dict[str, Adapter]:
@@ -316,14 +345,18 @@ def _fill(slots: Mapping[str, Slot], tensors: Mapping[str, Any], names: Names, p
     ]
     if problems:
         return problems
-    signs = {key: slot.sign for key, slot in slots.items()}
-    read = {key: signs.get(key, 1) * values(tensors[key]) for key in sorted(views)}
+    signs, read = {key: slot.sign for key, slot in slots.items()}, {}
+    for key in sorted(views):
+        try:
+            read[key] = signs.get(key, 1) * values(tensors[key])
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        return problems
     for key in slots:
         views[key][...] = read[key]
     for key, view in views.items():
-        if not np.isfinite(read[key]).all():
-            problems.append(f"{key} has values that are not finite")
-        elif not np.array_equal(read[key].astype(view.dtype), view):
+        if not np.array_equal(read[key].astype(view.dtype), view):
             problems.append(
                 f"{key} differs from {'the tensor that it is tied to' if key in slots else 'the base model'}"
             )

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import logging
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .._stack import REMAT_POLICIES
-from ._checkpoint import common_dtype, open_checkpoint
+from ._checkpoint import TOKENIZER_FILES, common_dtype, open_checkpoint, read_config
 from ._families import FAMILIES, LABELLED, Family, family_of, saved_task
+from ._files import CheckpointError, about, copy_file, is_file, names
 from ._folder import replacing
+from ._hub import model_folder
 from ._quantizing import reading
-from ._safetensors import CheckpointError, Tensor, names
+from ._safetensors import Tensor
 from ._weights import Entry, Sharding, load_leaves, save_leaves
 from .generate import Options, generate, stream
 
@@ -49,21 +50,6 @@ __all__ = [
 _LOG = logging.getLogger("jpeft")
 
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-)
-
-
 def load(
     path: str | Path,
     task: str | None = None,
@@ -75,11 +61,13 @@ def load(
     unroll: bool = False,
     sharding: Sharding | None = None,
     quantize: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
 ) -> Any:
     """A model from a Hugging Face folder: config.json and model.safetensors, or its shards.
 
     Args:
-      path: the folder.
+      path: the folder; or, where there is no folder of that name, an id on the hub, `"org/name"`.
       task: `CAUSAL_LM`, `SEQ_2_SEQ_LM`, `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS`, `IMAGE_CLS` or `FEATURE_EXTRACTION`
         (hidden states); None keeps what the config's architecture says. Asked for another one than was saved, the
         backbone is loaded, the saved head is dropped and the new one initialised; warnings name the weights of both.
@@ -92,37 +80,45 @@ def load(
         puts all on the default device.
       quantize: a scheme of `jpeft.quantize`, for all linear layers but the head; each leaf is quantized as it is read,
         so that the whole model is never there in floats.
+      revision: a branch, a tag or a commit on the hub; main by default.
+      local_files_only: take from the hub's cache what is there, and ask the hub for nothing.
 
     Raises:
-      FileNotFoundError: no folder, no config.json, no safetensors, or a missing shard.
-      CheckpointError: a damaged file, or tensors that do not fit the model; the message names every one.
+      FileNotFoundError: no folder and no id on the hub, no config.json, no safetensors, or a missing shard.
+      PermissionError, ConnectionError, ImportError: the hub refuses, cannot be reached, or has no package here.
+      CheckpointError: a damaged file, weights that are not finite, or tensors that do not fit the model; the message
+        names every one.
       ValueError: a model type, task or config attribute that is not supported.
 
     Example:
       >>> model = load("all-MiniLM-L6-v2", task="SEQ_CLS", num_labels=4)
       >>> logits = model(input_ids, attention_mask)  # [batch, 4]
     """
-    folder = Path(path)
-    hf = _read_config(folder)
-    family, saved, asked = family_of(hf), saved_task(hf), task
-    config, task = _configure(family, hf, task, num_labels)
-    tensors = open_checkpoint(folder)
-    options = _options(common_dtype(tensors) if dtype is None else dtype, remat, unroll)
-    abstract = family.abstract(config, task, options)
-    _, shapes = _flatten(abstract)
-    changed = asked not in (None, saved) or num_labels not in (None, family.module.Config.from_hf(hf).num_labels)
-    heads = family.module.HEADS if changed else ()
-    codes, kernels, convert = reading(abstract, quantize, sharding)
-    leaves = load_leaves(
-        _without(tensors, abstract.head) if changed and saved else tensors,
-        family.module.WEIGHTS(config, task),
-        shapes,
-        sharding,
-        prefixes=family.module.PREFIXES,
-        droppable=[f"{head}." for head in heads],
-        fresh=[f"{head}/" for head in heads or getattr(family.module, "OPTIONAL", ())],
-        convert=convert,
-    )
+    folder, asked = model_folder(path, revision, local_files_only), task
+    hf = read_config(folder)
+    with about(folder / "config.json"):
+        family, saved = family_of(hf), saved_task(hf)
+        config, task = _configure(family, hf, task, num_labels)
+    options = _options(jnp.float32 if dtype is None else dtype, remat, unroll)
+    with about(folder):
+        tensors = open_checkpoint(folder)
+        if dtype is None:
+            options["dtype"] = common_dtype(tensors)
+        abstract = family.abstract(config, task, options)
+        _, shapes = _flatten(abstract)
+        changed = asked not in (None, saved) or num_labels not in (None, family.config(hf).num_labels)
+        heads = family.module.HEADS if changed else ()
+        codes, kernels, convert = reading(abstract, quantize, sharding)
+        leaves = load_leaves(
+            _without(tensors, abstract.head) if changed and saved else tensors,
+            family.module.WEIGHTS(config, task),
+            shapes,
+            sharding,
+            prefixes=family.module.PREFIXES,
+            droppable=[f"{head}." for head in heads],
+            fresh=[f"{head}/" for head in heads or getattr(family.module, "OPTIONAL", ())],
+            convert=convert,
+        )
     fresh = sorted({*shapes} - {*leaves} - {*kernels})
     if fresh:
         _LOG.warning("initialised anew, to be trained: %s", ", ".join(fresh))
@@ -196,7 +192,7 @@ def save(model: Any, path: str | Path) -> None:
     hf.pop("torch_dtype", None)
     with replacing(Path(path)) as folder:
         save_leaves(folder, weights(model), leaves)
-        (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
+        (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def weights(model: Any) -> tuple[Entry, ...]:
@@ -216,12 +212,12 @@ def weights(model: Any) -> tuple[Entry, ...]:
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
     """Copies a model folder's tokenizer into another, and returns the names of the files copied."""
-    copied = [name for name in _TOKENIZER_FILES if (Path(source) / name).is_file()]
+    copied = [name for name in TOKENIZER_FILES if is_file(Path(source) / name)]
     if not copied:
-        raise FileNotFoundError(f"{source} holds none of a tokenizer's files: {', '.join(_TOKENIZER_FILES)}")
+        raise FileNotFoundError(f"{source} holds none of a tokenizer's files: {', '.join(TOKENIZER_FILES)}")
     Path(target).mkdir(parents=True, exist_ok=True)
     for name in copied:
-        shutil.copy2(Path(source) / name, Path(target) / name)
+        copy_file(Path(source) / name, Path(target) / name)
     return copied
 
 
@@ -271,24 +267,13 @@ def _without(tensors: Mapping[str, Tensor], heads: Sequence[str]) -> dict[str, T
     return kept
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"no {file}; a model folder holds config.json and model.safetensors")
-    try:
-        hf = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    return hf
-
-
 def _as_hf(config: Any) -> dict[str, Any]:
     return dict(config) if isinstance(config, Mapping) else config.to_hf()
 
 
 def _configure(family: Family, hf: Mapping[str, Any], task: str | None, num_labels: int | None) -> tuple[Any, str]:
     """The config and the task asked for, both checked."""
-    tasks = family.tasks
+    config, tasks = family.config(hf), family.tasks
     task = task or saved_task(hf) or (None if hf.get("architectures") else "FEATURE_EXTRACTION")
     if task is None:
         raise ValueError(f"no task of the zoo is {hf['architectures'][0]}; pass task=, one of {', '.join(tasks)}")
@@ -296,6 +281,5 @@ def _configure(family: Family, hf: Mapping[str, Any], task: str | None, num_labe
         raise ValueError(f"{hf['model_type']} has the tasks {', '.join(tasks)}; got {task!r}")
     if num_labels is not None and (task not in LABELLED or num_labels < 1):
         raise ValueError(f"num_labels is 1 or more and belongs to {', '.join(LABELLED)}; got {num_labels} with {task}")
-    config = family.module.Config.from_hf(hf)
     wanted = 2 if task == "QUESTION_ANS" else num_labels  # the start and the end of an answer
     return (config if wanted is None else dataclasses.replace(config, num_labels=wanted)), task

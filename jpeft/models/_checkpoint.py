@@ -1,21 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of safetensors: one file, or shards and the index that says which tensor is in which."""
+"""A model folder: config.json, and safetensors in one file, or in shards with the index that says what is where."""
 
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from . import _safetensors as safetensors
-from ._safetensors import CheckpointError, Source, Tensor, names
+from ._files import CheckpointError, is_file, names, read_json
+from ._safetensors import Source, Tensor
 
 _LOG = logging.getLogger("jpeft")
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+#: What a tokenizer may lie in.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a model folder.
+
+    Raises:
+      FileNotFoundError: there is none.
+      CheckpointError: it is damaged.
+    """
+    file = Path(folder) / "config.json"
+    if not is_file(file):
+        raise FileNotFoundError(f"no {file}; a model folder holds config.json and model.safetensors")
+    return read_json(file)
 
 
 def open_checkpoint(folder: Path) -> dict[str, Tensor]:
@@ -27,9 +57,9 @@ def open_checkpoint(folder: Path) -> dict[str, Tensor]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; a model folder holds config.json and {SINGLE}")
-    if (folder / SINGLE).is_file():
+    if is_file(folder / SINGLE):
         return safetensors.header(folder / SINGLE)
-    if (folder / INDEX).is_file():
+    if is_file(folder / INDEX):
         return _open_shards(folder)
     pickled = names(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
     if pickled:
@@ -40,17 +70,33 @@ def open_checkpoint(folder: Path) -> dict[str, Tensor]:
     raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}")
 
 
-def _open_shards(folder: Path) -> dict[str, Tensor]:
-    index = folder / INDEX
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} must be JSON with a weight_map from tensor to file") from error
-    files = sorted(set(weight_map.values()))
-    outside = [file for file in files if Path(file).name != file or file in ("", ".", "..")]
+def shard_files(folder: Path) -> list[str]:
+    """The names of the files that a folder's index names.
+
+    Raises:
+      CheckpointError: it has no weight_map, or names what is no safetensors file in its folder.
+    """
+    return sorted({*_weight_map(folder / INDEX).values()})
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index} must be JSON with a weight_map from tensor to file")
+    outside = [file for file in weight_map.values() if Path(file).name != file or file in ("", ".", "..")]
     if outside:
         raise CheckpointError(f"{index} names files outside of its folder: {names(outside)}")
-    missing = [file for file in files if not (folder / file).is_file()]
+    strange = [file for file in weight_map.values() if not re.fullmatch(r"[\w.-]+\.safetensors", file)]
+    if strange:
+        raise CheckpointError(f"{index} names files that are no safetensors: {names({*strange})}")
+    return weight_map
+
+
+def _open_shards(folder: Path) -> dict[str, Tensor]:
+    index = folder / INDEX
+    weight_map = _weight_map(index)
+    files = sorted({*weight_map.values()})
+    missing = [file for file in files if not is_file(folder / file)]
     if missing:
         raise FileNotFoundError(f"{folder} lacks the shards {names(missing)} that {INDEX} names")
     tensors = [item for file in files for item in safetensors.header(folder / file).items()]

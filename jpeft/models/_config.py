@@ -7,6 +7,8 @@ value and is not known to leave the mathematics alone is refused by name: a sett
 
 import dataclasses
 import json
+import types
+import typing
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar, cast
 
@@ -43,6 +45,58 @@ class Pairs(tuple[tuple[str, Any], ...]):
 
 
 C = TypeVar("C")
+
+#: Attributes that may be null where their field may not: each means what it means when it is left out.
+_MAY_BE_NULL = ("num_decoder_layers", "num_key_value_heads", "num_labels", "rope_theta")
+#: Attributes that every model type may have, beside the fields of its Config, and of which something is read.
+_SHARED = {
+    "architectures": tuple[str, ...] | None,
+    "id2label": Mapping[str, Any] | None,
+    "model_type": str,
+    "num_labels": int | None,
+    "rope_parameters": Mapping[str, Any] | None,
+    "scale_decoder_outputs": bool,
+}
+#: Whole numbers that may be 0 and more, where others are sizes.
+_MAY_BE_0 = ("head_dim", "max_window_layers", "num_decoder_layers", "num_key_value_heads", "sliding_window")
+#: Above these no model is; what a file says beyond is damage, and would take all memory.
+_MOST = {"layer": 10_000, "layers": 10_000, "labels": 1_000_000}
+
+
+def check_values(config_type: type, hf: Mapping[str, Any]) -> None:
+    """A config.json must have values of the types of the fields, in the ranges that numbers of their kind have.
+
+    Raises:
+      ValueError: it has not; the message names every such attribute.
+    """
+    kinds = {field.name: field.type for field in dataclasses.fields(cast(Any, config_type)) if field.name != "hf"}
+    wrong = [
+        f"{name}={hf[name]!r:.100}"
+        for name, kind in (kinds | _SHARED).items()
+        if name in hf and not (hf[name] is None and name in _MAY_BE_NULL) and not _fits(name, hf[name], kind)
+    ]
+    labels = hf.get("id2label")
+    if isinstance(labels, Mapping) and not all(str(key).isdecimal() for key in labels):
+        wrong.append("id2label, whose keys are not whole numbers")
+    if wrong:
+        raise ValueError(f"config.json has values that a model cannot have: {', '.join(wrong)}")
+
+
+def _fits(name: str, value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(_fits(name, value, one) for one in typing.get_args(kind))
+    if kind is int:
+        ending = name.rpartition("_")[2]
+        least = -1 if ending == "id" else int(name not in _MAY_BE_0)
+        return type(value) is int and least <= value <= _MOST.get(ending, 2**31 - 1)
+    if kind is float:
+        known = type(value) in (int, float) and 0 <= value <= 1e30
+        return known and ("drop" not in name or value <= 1)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, (list, tuple)) and all(_fits("", one, typing.get_args(kind)[0]) for one in value)
+    if kind is Pairs or typing.get_origin(kind) is not None:
+        return isinstance(value, Mapping)
+    return isinstance(value, kind)
 
 
 def read(

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ._config import check_values
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -43,6 +45,15 @@ class Family:
     def module(self) -> Any:
         """The file as a module, imported when it is first needed."""
         return importlib.import_module(f".{self.file}", __package__)
+
+    def config(self, hf: Mapping[str, Any]) -> Any:
+        """The Config that a config.json says.
+
+        Raises:
+          ValueError: an attribute that is unknown, has no possible value, or asks for what is not supported.
+        """
+        check_values(self.module.Config, hf)
+        return self.module.Config.from_hf(hf)
 
     def abstract(self, config: Any, task: str, options: Mapping[str, Any]) -> Any:
         """The model with shapes in the place of arrays."""
@@ -97,12 +108,13 @@ LABELLED = ("SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS")
 def family_of(hf: Mapping[str, Any]) -> Family:
     """The family that a config.json is of; a model type that the zoo lacks is refused by name."""
     model_type = hf.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"config.json has model_type {model_type!r}; the zoo has {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 
 def saved_task(hf: Mapping[str, Any]) -> str | None:
     """The task of the config's architecture; None where it names none, or one that is no task."""
-    named = (hf.get("architectures") or [None])[0]
+    architectures = hf.get("architectures")
+    named = architectures[0] if isinstance(architectures, (list, tuple)) and architectures else None
     return next((task for task in ENDINGS if named == family_of(hf).architecture(task)), None)

@@ -24,6 +24,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
         raise FileExistsError(f"{folder} exists and is no model folder (it has no config.json); it is not replaced")
+    folder = folder.resolve()  # what a link to a folder stands for is replaced, and the link stays
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
     try:

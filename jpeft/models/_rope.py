@@ -42,7 +42,7 @@ def rope_scaling(scaling: Mapping[str, Any] | Pairs | None) -> Pairs | None:
     given = {name: value for name, value in dict(scaling or ()).items() if value is not None}
     old_name = given.pop("type", "default")
     kind = given.pop("rope_type", old_name)
-    if kind not in ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise ValueError(f"rope_scaling's rope_type must be one of {', '.join(ROPE_TYPES)}; got {kind!r}")
     needed, optional = ROPE_TYPES[kind]
     missing, unknown = {*needed} - {*given}, {*given} - {*needed, *optional}
@@ -51,8 +51,18 @@ def rope_scaling(scaling: Mapping[str, Any] | Pairs | None) -> Pairs | None:
             f"rope_scaling of rope_type {kind!r} takes {', '.join(needed + optional) or 'nothing more'}; "
             f"missing: {sorted(missing)}, unknown: {sorted(unknown)}"
         )
+    wrong = [f"{name}={value!r:.100}" for name, value in given.items() if not _is_factor(value)]
+    if wrong:
+        raise ValueError(f"rope_scaling has values that are no positive numbers: {', '.join(wrong)}")
     plain = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return None if kind == "default" else Pairs(sorted((plain | {"rope_type": kind}).items()))
+
+
+def _is_factor(value: Any) -> bool:
+    """Whether it is a positive number, a list of such, or says yes or no."""
+    if isinstance(value, (list, tuple)):
+        return len(value) > 0 and all(map(_is_factor, value))
+    return isinstance(value, bool) or (isinstance(value, (int, float)) and 0 < value <= 1e30)
 
 
 def rope_tables(

@@ -8,12 +8,14 @@ the `safetensors` package's NumPy side has no bfloat16, and its memory maps coun
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
+from ._files import MOST_BYTES, CheckpointError, names, parse_json
 
 #: Safetensors' words for the dtypes that a weight may have.
 FLOATS = {
@@ -23,21 +25,30 @@ FLOATS = {
     "BF16": np.dtype(jnp.bfloat16),
 }
 
+#: Bits of the other dtypes' elements, for a check of where their tensors lie; weights are of none of them.
+_BITS = {word: 8 * dtype.itemsize for word, dtype in FLOATS.items()} | {
+    word: bits
+    for bits, words in (
+        (64, "I64 U64 C64"),
+        (32, "I32 U32"),
+        (16, "I16 U16"),
+        (8, "BOOL I8 U8 F8_E5M2 F8_E4M3 F8_E8M0"),
+    )
+    for word in words.split()
+}
 _WORDS = {dtype: word for word, dtype in FLOATS.items()}
 _BLOCK_BYTES = 32 * 2**20
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that does not hold what the model needs; the message names every offending key."""
-
-
 class Tensor(NamedTuple):
-    """Where one tensor lies: its file, its dtype in safetensors' words, its shape and its first byte."""
+    """Where one tensor lies: its file, its name there, its dtype in safetensors' words, its shape and first byte."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
+    stop: int
 
 
 class Source(NamedTuple):
@@ -52,31 +63,51 @@ def header(file: Path) -> dict[str, Tensor]:
     """The tensors of a file, by name; nothing but the header is read.
 
     Raises:
-      CheckpointError: the file is cut short, too long, or not a safetensors file.
+      CheckpointError: the file is cut short, too long, or not a safetensors file; or its tensors overlap, leave gaps,
+        or are not as large as their shapes say.
     """
     size = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise CheckpointError(f"{file} is no safetensors file, or is cut short: {size} bytes")
+        if length > MOST_BYTES:
+            raise CheckpointError(f"{file} is no safetensors file: its header cannot be read, it has {length:,} bytes")
         text = stream.read(length)
     try:
-        entries = json.loads(text)
+        entries = parse_json(text, "it")
         entries.pop("__metadata__", None)
         tensors = {name: _tensor(file, 8 + length, name, entry) for name, entry in entries.items()}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is no safetensors file: its header cannot be read ({error!r})") from error
+    except _HeaderError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{file} is no safetensors file: its header cannot be read ({error})") from error
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.stop)):
+        if tensor.start != end:
+            raise CheckpointError(
+                f"{file}: {names([tensor.name])} lies at byte {tensor.start}, and the tensors before it end at {end}"
+            )
+        end = tensor.stop
     if end != size:
         raise CheckpointError(f"{file} should have {end} bytes by its own header, has {size}: copy it again")
     return tensors
 
 
-def _tensor(file: Path, begin: int, name: str, entry: Mapping[str, Any]) -> Tensor:
-    dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if start < 0 or (dtype in FLOATS and stop - start != math.prod(shape) * FLOATS[dtype].itemsize):
-        raise CheckpointError(f"{file}: {name} says {dtype} {list(shape)} but lies at bytes {start} to {stop}")
-    return Tensor(file, dtype, shape, begin + start)
+class _HeaderError(CheckpointError):
+    """An entry of a header that contradicts itself."""
+
+
+def _tensor(file: Path, begin: int, name: str, entry: Any) -> Tensor:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if all(
+            type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop)
+        ):
+            nbytes = stop - start
+            if nbytes < 0 or (dtype in _BITS and nbytes != math.prod(shape) * _BITS[dtype] // 8):
+                raise _HeaderError(f"{names([name])} says {dtype} {shape} but lies at bytes {start} to {stop}")
+            return Tensor(file, name, dtype, tuple(shape), begin + start, begin + stop)
+    raise CheckpointError(f"{names([name])} has no dtype, shape and data_offsets that fit one another")
 
 
 def read(tensor: Tensor, index: tuple[slice, ...], out: np.ndarray) -> None:
@@ -93,7 +124,28 @@ def read(tensor: Tensor, index: tuple[slice, ...], out: np.ndarray) -> None:
             block = np.empty((min(step, last - row), *shape[1:]), dtype)
             stream.seek(tensor.start + row * row_bytes)
             _fill(stream, block, tensor.file)
+            with np.errstate(over="ignore"):  # seen below
+                block = block.astype(out.dtype, copy=False)
+            if not is_finite(block):
+                raise CheckpointError(
+                    f"{tensor.file}: {tensor.name} has values that are not finite"
+                    + ("" if out.dtype == dtype else f" as {out.dtype}")
+                )
             out[row - first : row - first + len(block)] = block[(slice(None), *columns)]
+
+
+def is_finite(block: np.ndarray) -> bool:
+    """Whether a contiguous block of floats holds neither inf nor nan, which have the largest bits of either sign.
+
+    Read off the bits in two passes without a copy, for NumPy knows no bfloat16 and is slow to ask it.
+    """
+    if not block.size:
+        return True
+    bits = np.dtype(f"u{block.dtype.itemsize}")
+    infinite = int(np.array(np.inf, block.dtype).view(bits))
+    sign = 1 << 8 * bits.itemsize - 1
+    flat = block.reshape(-1)
+    return int(flat.view(f"i{bits.itemsize}").max()) < infinite and int(flat.view(bits).max()) < sign + infinite
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
@@ -143,9 +195,3 @@ def write(file: Path, sources: Mapping[str, Source], metadata: Mapping[str, str]
 def nbytes(source: Source) -> int:
     """Bytes that a tensor takes in a file."""
     return math.prod(source.shape) * source.dtype.itemsize
-
-
-def names(items: Iterable[str], most: int = 12) -> str:
-    """`items` for a message: sorted, the first `most` of them."""
-    items = sorted(items)
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

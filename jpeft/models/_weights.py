@@ -35,7 +35,8 @@ import numpy as np
 
 from . import _safetensors as safetensors
 from ._checkpoint import write_checkpoint
-from ._safetensors import CheckpointError, Source, Tensor, names
+from ._files import CheckpointError, names
+from ._safetensors import Source, Tensor
 
 _LOG = logging.getLogger("jpeft")
 
@@ -249,19 +250,24 @@ def _in_layout(entries: Sequence[Entry], tensors: Mapping[str, Tensor], prefixes
     return tuple(map(renamed, entries))
 
 
-def _renamed(tensors: Mapping[str, Tensor], entries: Sequence[Entry], names: Mapping[str, str]) -> dict[str, Tensor]:
+def _renamed(tensors: Mapping[str, Tensor], entries: Sequence[Entry], today: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors by the table's names, given those by what files call them, and in its parts."""
     endings = [entry for entry in entries if isinstance(entry, Renamed)]
     joined = [entry for entry in entries if isinstance(entry, Joined)]
     found: dict[str, Tensor] = {}
+    twice: list[str] = []
     for key, tensor in tensors.items():
         whole = next((e for e in joined if key.endswith(e.old)), None)
-        if key in names:
-            found[names[key]] = tensor
+        if key in today:
+            parts = {today[key]: tensor}
         elif whole is None:
-            found[next((key.removesuffix(e.old) + e.new for e in endings if key.endswith(e.old)), key)] = tensor
+            parts = {next((key.removesuffix(e.old) + e.new for e in endings if key.endswith(e.old)), key): tensor}
         else:
-            found |= _taken_apart(key, tensor, whole)
+            parts = _taken_apart(key, tensor, whole)
+        twice += {*parts} & {*found}
+        found |= parts
+    if twice:
+        raise CheckpointError(f"the checkpoint has under two names each: {names(twice)}")
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from .. import models
 from .._bank import bank, select
 from ..io import import_peft
+from ..models._hub import model_folder
 from . import tokenizer
 from .writer import Writer
 
@@ -28,7 +29,7 @@ class Conversation:
     """
 
     def __init__(self, model: str | Path, adapters: Mapping[str, str | Path] | None = None, system: str | None = None):
-        """Loads a model folder and PEFT folders by name.
+        """Loads a model folder and PEFT folders by name; ids on the hub will do.
 
         Raises:
           ValueError: the tokenizer has no chat template; the adapters do not fit one bank; a name is taken.
@@ -37,6 +38,7 @@ class Conversation:
         adapters = {} if adapters is None else adapters
         if BASE in adapters:
             raise ValueError(f"{BASE} is the name of the model without an adapter; give {adapters[BASE]} another")
+        model = model_folder(model)
         self._template = Template(model)
         self.names, self.speaker, self.system = (BASE, *adapters), [*adapters, BASE][0], system
         self._words = tokenizer.load(model)
@@ -95,11 +97,9 @@ class Template:
     """
 
     def __init__(self, folder: str | Path):
-        from transformers import AutoTokenizer
-
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"{folder} is no folder; name a Hugging Face model folder")
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._tokenizer: Any = tokenizer.auto_tokenizer(folder)
         if not self._tokenizer.chat_template:
             raise ValueError(
                 f"the tokenizer of {folder} has no chat template, so nothing says how messages become text; "

@@ -18,6 +18,7 @@ examples:
   jpeft generate --model DIR --temperature 0.8 "Once upon a time"
   jpeft chat --model DIR --adapter law=runs/law/adapter   /switch law, /reset, /quit
   jpeft merge --adapter runs/sst2/adapter --out merged    a plain Hugging Face folder
+  jpeft push runs/sst2/adapter my-name/sst2 --private     on the hub
 """
 
 
@@ -86,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     _names_model(export)
     export.add_argument("--out", required=True, metavar="DIR")
 
+    push = commands.add_parser("push", help="put an adapter or a model on the hub")
+    push.add_argument("folder", metavar="FOLDER", help="such as RUN/adapter")
+    push.add_argument("name", metavar="ORG/NAME", help="repository, made if need be")
+    push.add_argument("--private", action="store_true", help="one that others do not see")
+    push.add_argument("--revision", metavar="BRANCH", help="made if need be (main)")
+    push.add_argument("--message", metavar="TEXT", help="of the commit")
+
     inspect = commands.add_parser("inspect", help="what a model is made of, or what an adapter trains")
     _names_model(inspect)
 
@@ -98,8 +106,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _names_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR", help="Hugging Face folder; by default the adapter's own base")
-    parser.add_argument("--adapter", metavar="DIR", help="PEFT folder, such as RUN/adapter")
+    parser.add_argument(
+        "--model", metavar="DIR", help="Hugging Face folder or ORG/NAME; by default the adapter's own base"
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="PEFT folder such as RUN/adapter, or ORG/NAME")
 
 
 def _takes_length(parser: argparse.ArgumentParser) -> None:
@@ -189,8 +199,17 @@ def _export(options: argparse.Namespace) -> None:
     if options.adapter is None:
         raise config.ConfigError("name the adapter to export by --adapter")
     opened = saved.open_model(options.model, options.adapter)
-    saved.save_adapter(opened.model, options.out, opened.base, opened.info, Card())
+    saved.save_adapter(opened.model, options.out, opened.name, opened.info, Card())
     print(f"PEFT adapter: {options.out}")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from ..io import push
+
+    address = push(
+        options.folder, options.name, private=options.private, revision=options.revision, message=options.message
+    )
+    print(f"on the hub: {address}")
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -214,6 +233,7 @@ _COMMANDS = {
     "chat": _chat,
     "merge": _merge,
     "export": _export,
+    "push": _push,
     "inspect": _inspect,
     "demo": _demo,
 }

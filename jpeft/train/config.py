@@ -14,10 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from . import _yaml
+
 #: Tasks that `jpeft train` has data and metrics for.
 TASKS = ("SEQ_CLS", "CAUSAL_LM")
 
 _FORBID = {"extra": "forbid"}
+_MOST_BYTES = 10**6
 
 
 class ConfigError(ValueError):
@@ -29,7 +32,7 @@ class Model:
     """The base model.
 
     Attributes:
-      path: a Hugging Face folder.
+      path: a Hugging Face folder, or an id on the hub.
       task: `SEQ_CLS` or `CAUSAL_LM`.
       dtype: of the base's storage and computation; None keeps the checkpoint's. Adapters are float32.
       remat: what a layer keeps for the backward pass: `none`, `dots`, `full`, `names` or `offload`.
@@ -152,24 +155,28 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
       FileNotFoundError: no such file.
       ConfigError: what is wrong, one line each.
     """
-    import yaml
-
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no configuration file {file}")
+    with file.open("rb") as stream:
+        content = stream.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(f"{file} has more than {_MOST_BYTES:,} bytes: it is no configuration")
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), _loader()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+        tree = _yaml.read(content.decode("utf-8")) or {}
+    except ValueError as error:
+        raise ConfigError(f"{file} is not YAML that can be read: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} holds a {type(tree).__name__}; a configuration is a mapping of keys to values")
-    return parse(overridden(tree, overrides))
+    tree = overridden(tree, overrides)
+    try:
+        return parse(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
 
 
 def overridden(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of a tree of plain values with `key.key=value` set in it."""
-    import yaml
-
     tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
     for override in overrides:
         path, equals, text = override.partition("=")
@@ -181,7 +188,10 @@ def overridden(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"override {override!r}: {section} is a value and has no keys in it")
-        node[key] = yaml.load(text, _loader())
+        try:
+            node[key] = _yaml.read(text)
+        except ValueError as error:
+            raise ConfigError(f"override {override!r}: {error}") from error
     return tree
 
 
@@ -356,18 +366,3 @@ def _path(value: Any) -> Any:
     if "$" in value:
         raise ConfigError(f"{value} names an environment variable that is not set")
     return value
-
-
-def _loader() -> Any:
-    """YAML's safe loader, which reads 1e-3 as the number that it is everywhere else (YAML 1.1 wants 1.0e-3)."""
-    import re
-
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), [*"-+0123456789."]
-    )
-    return Loader

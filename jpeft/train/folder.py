@@ -10,6 +10,7 @@ failure/        only where the loss was not finite: the batch, and the state bef
 
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..models._files import write_text
 from . import config as configuration
 from .config import Config
 from .job import Dataset, Parts
@@ -43,7 +45,7 @@ class RunFolder:
         self.path = Path(path)
         self._writes = writes
         self._start = time.time()
-        if writes and (self.path / "metrics.jsonl").exists():
+        if writes and os.path.lexists(self.path / "metrics.jsonl"):
             raise FileExistsError(f"{self.path} holds a run already; give another out=, or --overwrite to replace it")
 
     @property
@@ -55,7 +57,7 @@ class RunFolder:
         if not self._writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(configuration.dump(config), encoding="utf-8")
+        write_text(self.path / "config.yaml", configuration.dump(config))
         (self.path / "metrics.jsonl").touch()
         record = {
             "command": sys.argv,
@@ -71,7 +73,7 @@ class RunFolder:
             "trainable": parts.summary.trainable,
             "base": parts.summary.base,
         }
-        (self.path / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_text(self.path / "run.json", json.dumps(record, indent=2) + "\n")
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Appends a line to metrics.jsonl, with the seconds since the run began."""

@@ -10,7 +10,8 @@ from flax import nnx
 from .. import models
 from .._summary import summary
 from .._walk import sites
-from .job import read_hf_config
+from ..models._checkpoint import read_config
+from ..models._hub import model_folder
 from .saved import open_model
 
 
@@ -20,8 +21,8 @@ def describe(model: str | Path | None, adapter: str | Path | None) -> str:
         opened = open_model(model, adapter)
         return f"{_kind(opened.model)}, base {opened.base}\n{summary(opened.model)}"
     if model is None:
-        raise ValueError("name a model folder, an adapter folder, or both")
-    hf = read_hf_config(model)
+        raise ValueError("name a model, an adapter, or both")
+    hf = read_config(model_folder(model))
     shapes = nnx.eval_shape(lambda: models.build(hf, key=jax.random.key(0)))
     lines = [f"{_kind(shapes)}, {summary(shapes).base:,} parameters; where a method can act:"]
     for site in sites(shapes):

@@ -2,8 +2,6 @@
 """A configuration made real: data as batches, and the adapted model as arrays in their places."""
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +15,8 @@ from .._quantize import quantize
 from .._sharding import placement, shard
 from .._summary import Summary, summary
 from ..io.peft import check_export
+from ..models._checkpoint import read_config
+from ..models._hub import model_folder
 from . import config as configuration
 from . import data, tokenizer
 from .config import Config
@@ -63,7 +63,7 @@ def read_data(config: Config) -> Dataset:
     Raises:
       FileNotFoundError, DataError: see `data`.
     """
-    words, task, options = tokenizer.load(config.model.path), config.model.task, config.data
+    words, task, options = tokenizer.load(model_folder(config.model.path)), config.model.task, config.data
     rows = data.read_rows(options, task, "train")
     names = None
     if task == "SEQ_CLS":
@@ -130,7 +130,7 @@ def _check_saving(model: Any) -> None:
 def count(config: Config, label_names: tuple[str, ...] | None) -> Summary:
     """The counts of the adapted model by shape alone, without reading its weights."""
     method, key = configuration.method(config.method), jax.random.key(0)
-    hf, num_labels = read_hf_config(config.model.path), None if label_names is None else len(label_names)
+    hf, num_labels = read_config(model_folder(config.model.path)), None if label_names is None else len(label_names)
 
     def adapted() -> Any:
         base = models.build(hf, config.model.task, key=key, num_labels=num_labels)
@@ -138,18 +138,6 @@ def count(config: Config, label_names: tuple[str, ...] | None) -> Summary:
         return adapt(base if scheme is None else quantize(base, scheme), method, key=key)
 
     return summary(nnx.eval_shape(adapted))
-
-
-def read_hf_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a model folder.
-
-    Raises:
-      FileNotFoundError: there is none.
-    """
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"no {file}; a model folder holds config.json and model.safetensors")
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def dropout_key(config: Config) -> jax.Array | None:

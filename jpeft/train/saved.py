@@ -9,16 +9,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from .. import models
+from .._quantized import SCHEMES
+from ..io import _peft_folder as peft
 from ..io import export_merged, export_peft, import_peft
+from ..io._peft_folder import INFO
 from ..io.card import Card
+from ..models import CheckpointError
+from ..models import _safetensors as safetensors
+from ..models._checkpoint import read_config
+from ..models._files import is_file, read_json, write_text
+from ..models._hub import adapter_folder, is_id, model_folder
 from . import tokenizer
-from .job import read_hf_config
-
-#: Beside PEFT's files: what they have no place for.
-INFO = "jpeft.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +46,21 @@ class Opened:
       model: adapted, or plain where no adapter was given.
       tokenizer, info: of its folder.
       base: the base's folder.
+      name: what the base was named by: the folder, or an id on the hub.
     """
 
     model: Any
     tokenizer: tokenizer.Tokenizer
     info: Info
     base: Path
+    name: str
 
 
 def save_adapter(model: Any, folder: str | Path, base: str | Path, info: Info, card: Card) -> None:
-    """Writes an adapter in PEFT's format, with the base's tokenizer and `info` beside it."""
+    """Writes an adapter in PEFT's format, with `info` and the tokenizer of the base, a folder or an id, beside it."""
     folder = export_peft(model, folder, base=str(base), card=card)
-    models.copy_tokenizer(base, folder)
-    (folder / INFO).write_text(json.dumps(dataclasses.asdict(info), indent=2) + "\n", encoding="utf-8")
+    models.copy_tokenizer(model_folder(base), folder)
+    write_text(folder / INFO, json.dumps(dataclasses.asdict(info), indent=2) + "\n")
 
 
 def save_merged(opened: Opened, folder: str | Path) -> float:
@@ -66,7 +70,7 @@ def save_merged(opened: Opened, folder: str | Path) -> float:
         file = Path(folder) / "config.json"
         names = dict(enumerate(opened.info.label_names))
         labels = {"id2label": {str(i): name for i, name in names.items()}, "label2id": {v: k for k, v in names.items()}}
-        file.write_text(json.dumps(read_hf_config(folder) | labels, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_text(file, json.dumps(read_config(folder) | labels, indent=2, sort_keys=True) + "\n")
     return drift
 
 
@@ -74,22 +78,24 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
     """Loads a base or merged model, and an adapter on it.
 
     Args:
-      model: a Hugging Face folder; None is the base that the adapter names.
-      adapter: a PEFT folder; None is the model as it is.
+      model: a Hugging Face folder, or an id on the hub; None is the base that the adapter names.
+      adapter: a PEFT folder, or an id; None is the model as it is.
 
     Raises:
       FileNotFoundError, CheckpointError, ValueError: a folder is not there, or not right.
     """
     if adapter is None:
         if model is None:
-            raise ValueError("name a model folder, an adapter folder, or both")
-        loaded = models.load(model)
-        return Opened(loaded, tokenizer.load(model), _hf_info(model, loaded.task), Path(model))
-    folder = Path(adapter)
-    config = _adapter_config(folder)
-    base = model or config.get("base_model_name_or_path")
-    if not base or not Path(base).is_dir():
-        raise FileNotFoundError(f"{folder} was trained on {base!r}, which is no folder here; name it by --model")
+            raise ValueError("name a model, an adapter, or both")
+        base = model_folder(model)
+        loaded = models.load(base)
+        return Opened(loaded, tokenizer.load(base), _hf_info(base, loaded.task), base, str(model))
+    folder = adapter_folder(adapter)
+    config = peft.read_config(folder)
+    name = model or config.get("base_model_name_or_path")
+    if not name or not (Path(name).is_dir() or is_id(name)):
+        raise FileNotFoundError(f"{folder} was trained on {name!r}, which is no folder here; name it by --model")
+    base = model_folder(name, config.get("revision") if model is None and not Path(name).exists() else None)
     info = _info(folder)
     num_labels = len(info.label_names) if info.label_names else _num_labels(folder)
     with _without_warnings():  # of a head without weights: the adapter brings it
@@ -97,7 +103,7 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
     adapted = import_peft(loaded, folder)
     if loaded.task == "SEQ_CLS" and info.label_names is None:
         info = dataclasses.replace(info, label_names=tuple(f"LABEL_{i}" for i in range(loaded.config.num_labels)))
-    return Opened(adapted, tokenizer.load(base), info, Path(base))
+    return Opened(adapted, tokenizer.load(base), info, base, str(name))
 
 
 def label_names(opened: Opened) -> Sequence[str]:
@@ -122,36 +128,36 @@ def _without_warnings() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        below = folder / "adapter" / "adapter_config.json"
-        hint = f"; did you mean {below.parent}?" if below.is_file() else ""
-        raise FileNotFoundError(f"no {file}; an adapter folder holds it{hint}")
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def _info(folder: Path) -> Info:
     """What jpeft wrote beside the adapter; nothing is known of one that it did not write."""
     file = folder / INFO
-    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    names = values.get("label_names")
-    return Info(names and tuple(names), values.get("max_length"), values.get("quantize"))
+    if not is_file(file):
+        return Info(None, None)
+    match values := read_json(file):
+        case {"label_names": None | [str(), str(), *_], "max_length": None | int(), **rest} if (
+            {*rest} <= {"quantize"}
+            and all(isinstance(name, str) for name in values["label_names"] or ())
+            and (values["max_length"] is None or values["max_length"] > 0)
+            and values.get("quantize") in (None, *SCHEMES)
+        ):
+            names = values["label_names"]
+            return Info(names and tuple(names), values["max_length"], values.get("quantize"))
+    raise CheckpointError(
+        f"{file} must hold label_names (a list of names, or null), max_length (a whole number, or null) and quantize "
+        f"(one of {', '.join(SCHEMES)}, or null), and holds {values!r:.200}"
+    )
 
 
 def _hf_info(folder: str | Path, task: str) -> Info:
-    labels = read_hf_config(folder).get("id2label")
+    labels = read_config(folder).get("id2label")
     if task != "SEQ_CLS":
         return Info(None, None)
-    names = [labels[key] for key in sorted(labels, key=int)] if labels else ["LABEL_0", "LABEL_1"]
+    names = [str(labels[key]) for key in sorted(labels, key=int)] if labels else ["LABEL_0", "LABEL_1"]
     return Info(tuple(names), None)
 
 
 def _num_labels(folder: Path) -> int | None:
     """Size of the classification head that an adapter brings along; None where it brings none."""
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        return None
-    with safe_open(file, "numpy") as tensors:
-        heads = [key for key in tensors.keys() if key.endswith((".classifier.weight", ".score.weight"))]  # noqa: SIM118 (no mapping)
-        return tensors.get_slice(heads[0]).get_shape()[0] if heads else None
+    tensors = safetensors.header(peft.weights_file(folder))
+    heads = [t for key, t in tensors.items() if key.endswith((".classifier.weight", ".score.weight")) and t.shape]
+    return heads[0].shape[0] if heads else None

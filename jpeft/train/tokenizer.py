@@ -3,10 +3,11 @@
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ..models._files import CheckpointError, is_file, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,22 +71,41 @@ def ends(folder: str | Path, words: Tokenizer) -> tuple[int, ...]:
     """The ids that end what the model of a folder writes: its generation config's, its config's, or its tokenizer's."""
     for name in ("generation_config.json", "config.json"):
         file = Path(folder) / name
-        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+        found = read_json(file).get("eos_token_id") if is_file(file) else None
+        found = [found] if type(found) is int else found
+        if isinstance(found, list) and all(type(token) is int for token in found):
+            return tuple(found)
         if found is not None:
-            return tuple(found) if isinstance(found, list) else (found,)
+            raise CheckpointError(f"{file}: eos_token_id is an id or a list of ids, got {found!r:.100}")
     return () if words.eos_id is None else (words.eos_id,)
 
 
-def _backend(folder: Path) -> Any:
-    if (folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer as Backend
+def auto_tokenizer(folder: str | Path) -> Any:
+    """What transformers makes of the tokenizer's files.
 
-        return Backend.from_file(str(folder / "tokenizer.json"))
-    if not any((folder / name).is_file() for name in ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")):
-        raise FileNotFoundError(f"{folder} has no tokenizer: neither tokenizer.json nor a vocabulary")
+    Raises:
+      CheckpointError: it cannot.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of many types, some of them of the libraries below
+        raise CheckpointError(f"{folder} has a tokenizer that transformers cannot read: {error!s:.500}") from error
+
+
+def _backend(folder: Path) -> Any:
+    file = folder / "tokenizer.json"
+    if is_file(file):
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            return Backend.from_file(str(file))
+        except Exception as error:  # of no other type
+            raise CheckpointError(f"{file} is no tokenizer: {error!s:.500}") from error
+    if not any(is_file(folder / name) for name in ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")):
+        raise FileNotFoundError(f"{folder} has no tokenizer: neither tokenizer.json nor a vocabulary")
+    return auto_tokenizer(folder).backend_tokenizer
 
 
 def _special(folder: Path) -> dict[str, str]:
@@ -93,7 +113,7 @@ def _special(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         file = folder / name
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        values = read_json(file) if is_file(file) else {}
         for key in ("pad_token", "eos_token"):
             token = values.get(key)
             token = token.get("content") if isinstance(token, dict) else token

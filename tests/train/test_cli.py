@@ -200,7 +200,7 @@ def test_inspect_a_model_and_an_adapter(capsys, bert, trained):
         (["train", "RUN", "--mesh", "date=8"], "unknown mesh axis 'date'"),
         (["train", "RUN", "--mesh", "data=8", "train.batch_size=12"], "does not divide"),
         (["train", "RUN", "--distributed", "here"], "--distributed takes"),
-        (["predict", "x"], "name a model folder, an adapter folder, or both"),
+        (["predict", "x"], "name a model, an adapter, or both"),
         (["predict", "--model", "BERT", "x"], "has no labels to choose from"),
         (["predict", "--adapter", "nowhere", "x"], "no nowhere/adapter_config.json"),
         (["predict", "--adapter", "TRAINED", "x"], "did you mean"),
@@ -208,7 +208,7 @@ def test_inspect_a_model_and_an_adapter(capsys, bert, trained):
         (["eval", "--model", "nowhere", "--data", "x.jsonl"], "nowhere"),
         (["merge", "--model", "BERT", "--out", "x"], "name the adapter to merge"),
         (["export", "--model", "BERT", "--out", "x"], "name the adapter to export"),
-        (["inspect"], "name a model folder"),
+        (["inspect"], "name a model, an adapter, or both"),
         (["inspect", "--model", "nowhere"], "no nowhere/config.json"),
     ],
 )
