@@ -46,9 +46,8 @@ class Slot:
     shape: tuple[int, ...] | None = None
 
     def view(self, values: np.ndarray) -> np.ndarray:
-        """The tensor, but for its sign, as a view of its leaf's `values`."""
-        view = transposed(values[self.index], self.axes)
-        return view if self.shape is None else view.reshape(self.shape)
+        """The tensor, but for its sign and its own shape, as a view of its leaf's `values`."""
+        return transposed(values[self.index], self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
