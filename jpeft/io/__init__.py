@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters and models in the formats of others: PEFT's adapter folders, and merged Hugging Face folders."""
+"""Adapters and models in the formats of others: folders of PEFT and of AdapterHub, and merged Hugging Face folders."""
 
+from .adapters import export_adapters as export_adapters
+from .adapters import import_adapters as import_adapters
 from .card import Card as Card
 from .merged import export_merged as export_merged
 from .peft import export_peft as export_peft
