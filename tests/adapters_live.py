@@ -22,7 +22,9 @@ import transformers
 def opened(job):
     """(the model with the adapter active, what was said while loading)."""
     folder, said = Path(job["adapter"]), {}
-    model = getattr(transformers, job["model_class"]).from_pretrained(job["base"], attn_implementation="eager")
+    options = {"num_labels": 3} if "Classification" in job["model_class"] else {}
+    make = getattr(transformers, job["model_class"]).from_pretrained
+    model = make(job["base"], attn_implementation="eager", **options)
     adapters.init(model)
     if (folder / "adapter_setup.json").is_file():
         setup, _ = model.load_adapter_setup(str(folder), use_safetensors=True)

@@ -7,3 +7,7 @@ from .card import Card as Card
 from .merged import export_merged as export_merged
 from .peft import export_peft as export_peft
 from .peft import import_peft as import_peft
+from .targets import Findings as Findings
+from .targets import check as check
+from .verify import Contents as Contents
+from .verify import verify as verify

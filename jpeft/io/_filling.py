@@ -76,7 +76,8 @@ def fill(slots: Mapping[str, Slot], tensors: Mapping[str, Given], names: Names, 
     values = {id(slot.leaf): host(slot.leaf[...], key).copy() for key, slot in slots.items()}
     views = {key: slot.view(values[id(slot.leaf)]) for key, slot in slots.items()}
     views |= {key: base for key in tensors.keys() - slots.keys() if (base := _base(key, names, prefix)) is not None}
-    shapes = {key: slots[key].shape if key in slots and slots[key].shape else view.shape for key, view in views.items()}
+    shapes = {key: view.shape for key, view in views.items()}
+    shapes |= {key: slot.shape for key, slot in slots.items() if slot.shape is not None}
     problems = [f"{key} is missing" for key in sorted(slots.keys() - tensors.keys())]
     problems += [f"{key} is unknown" for key in sorted(tensors.keys() - views.keys())]
     for key in sorted(views.keys() & tensors.keys()):

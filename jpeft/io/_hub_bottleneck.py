@@ -71,6 +71,7 @@ _INITS = {"bert": "bert", "mam": "mam_adapter", "houlsby": "houlsby", "xavier": 
 
 def _slots(parts: Parts, hub: Hub) -> list[Slot]:
     slots = []
+    adapter: Any
     for adapter in parts.values():
         site = adapter.site
         if site.seam == "residual" and adapter.acts:

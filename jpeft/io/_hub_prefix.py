@@ -57,7 +57,8 @@ def _kinds(hub: Hub) -> dict[str, str]:
 
 
 def _slots(parts: Parts, hub: Hub) -> list[Slot]:
-    kinds, root = _kinds(hub), parts[""]
+    kinds = _kinds(hub)
+    root: Any = parts[""]
     start = f"{hub.layout.base}prefix_tuning.prefix_tunings.{hub.name}."
     slots = []
     for path, adapter in parts.items():
@@ -67,11 +68,10 @@ def _slots(parts: Parts, hub: Hub) -> list[Slot]:
         if root.method.projection:
             slots += [slot(f"{key}{name}", getattr(root, leaf), (), axes) for name, (leaf, axes) in _NETWORK.items()]
             continue
-        prefix: Any = getattr(root, "prefix")  # noqa: B009 (a leaf that only a plain prefix has)
-        tokens, _, *sizes = prefix.shape
+        tokens, _, *sizes = root.prefix.shape
         size = tokens * 2 * len(site.names) * int(np.prod(sizes))
         mine = slice(2 * site.first, 2 * (site.first + len(site.names)))
-        slots.append(Slot(f"{key}control_trans", prefix, (slice(None), mine), prefix="", shape=(size,)))
+        slots.append(Slot(f"{key}control_trans", root.prefix, (slice(None), mine), prefix="", shape=(size,)))
     return slots
 
 

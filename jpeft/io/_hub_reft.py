@@ -59,8 +59,9 @@ def _portable(adapter: Any, hub: Hub) -> Adapter:
 
 def _slots(parts: Parts, hub: Hub) -> list[Slot]:
     slots = []
+    adapter: Any
     for adapter in parts.values():
-        site: Any = adapter.site
+        site = adapter.site
         if site.seam != "residual" or not adapter.acts:
             continue
         for i, (layer, acts) in enumerate(zip(hub.layer_names(site), site.active, strict=True)):

@@ -71,7 +71,10 @@ def export_adapters(model: Any, folder: str | Path, *, name: str | None = None) 
 def check_adapters(model: Any, name: str | None = None) -> None:
     """Raises what `export_adapters` would, as far as it does not depend on values: before a training, not after it."""
     name = _meant(model, name)
-    for part in _fused(model, name) if _kind(adapters_of(model, name)) == _FUSION else (name,):
+    fused = _fused(model, name)
+    if fused:
+        _written_fusion(model, name)
+    for part in fused or (name,):
         _written(model, part)
 
 
@@ -170,6 +173,15 @@ def _written(model: Any, name: str) -> tuple[HubCodec, Hub, dict[str, Any], list
     return codec, hub, codec.write(_method(parts), parts, hub), codec.slots(parts, hub)
 
 
+def _written_fusion(model: Any, name: str) -> tuple[Hub, dict[str, Any], list[Slot]]:
+    """How a fusion is written, without the adapters under it."""
+    names, parts = _fused(model, name), adapters_of(model, name)
+    hub = Hub(model, ",".join(names))
+    fusions.check_parts({part: _method(_parts(model, part)) for part in names})
+    _check_saved(parts, hub)
+    return hub, fusions.write(_method(parts)), fusions.slots(parts, hub)
+
+
 def _method(parts: Parts) -> Any:
     return next((a.method for a in parts.values() if a.acts), next(iter(parts.values())).method)
 
@@ -200,14 +212,12 @@ def _export_one(model: Any, folder: Path, name: str) -> Path:
 
 
 def _export_fusion(model: Any, folder: Path, name: str) -> Path:
-    names, parts = _fused(model, name), adapters_of(model, name)
-    hub = Hub(model, ",".join(names))
-    fusions.check_parts({part: _method(_parts(model, part)) for part in names})
-    _check_saved(parts, hub)
-    tensors = tensors_of(keyed(fusions.slots(parts, hub), lambda slot: slot.key))
+    names = _fused(model, name)
+    hub, config, slots = _written_fusion(model, name)
+    tensors = tensors_of(keyed(slots, lambda slot: slot.key))
     for part in names:
         _export_one(model, folder / part, part)
-    config = {"adapter_names": [*names], "config": fusions.write(_method(parts)), **_origin(hub, hub.name)}
+    config = {"adapter_names": [*names], "config": config, **_origin(hub, hub.name)}
     with installing(folder / hub.name, FUSION.config, stale(FUSION)) as new:
         _write(new, FUSION, tensors, config)
     (folder / SETUP).write_text(_text(fusions.write_setup(names)))

@@ -26,7 +26,7 @@ from flax import nnx
 
 from .._stack import REMAT_POLICIES
 from ._checkpoint import common_dtype, open_checkpoint
-from ._families import FAMILIES, Family, family_of, saved_task
+from ._families import FAMILIES, Family, family_of, saved_task, task_of
 from ._folder import replacing
 from ._quantizing import reading
 from ._safetensors import CheckpointError, Tensor, names
@@ -43,6 +43,7 @@ __all__ = [
     "num_parameters",
     "save",
     "stream",
+    "task_of",
     "weights",
 ]
 

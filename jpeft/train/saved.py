@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 
 from .. import models
-from ..io import export_merged, export_peft, import_peft
+from ..io import export_adapters, export_merged, export_peft, import_adapters, import_peft
 from ..io.card import Card
 from . import tokenizer
 from .job import read_hf_config
@@ -59,6 +59,11 @@ def save_adapter(model: Any, folder: str | Path, base: str | Path, info: Info, c
     (folder / INFO).write_text(json.dumps(dataclasses.asdict(info), indent=2) + "\n", encoding="utf-8")
 
 
+def save_for_adapters(opened: Opened, folder: str | Path) -> None:
+    """Writes an adapter in AdapterHub's format, with the base's tokenizer beside it."""
+    models.copy_tokenizer(opened.base, export_adapters(opened.model, folder))
+
+
 def save_merged(opened: Opened, folder: str | Path) -> float:
     """Writes the merged model as a Hugging Face folder whose config.json names the labels; returns the drift."""
     drift = export_merged(opened.model, folder, tokenizer_from=opened.base)
@@ -75,7 +80,7 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
 
     Args:
       model: a Hugging Face folder; None is the base that the adapter names.
-      adapter: a PEFT folder; None is the model as it is.
+      adapter: a folder of PEFT or of AdapterHub, which names no base; None is the model as it is.
 
     Raises:
       FileNotFoundError, CheckpointError, ValueError: a folder is not there, or not right.
@@ -86,6 +91,8 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
         loaded = models.load(model)
         return Opened(loaded, tokenizer.load(model), _hf_info(model, loaded.task), Path(model))
     folder = Path(adapter)
+    if _is_hubs(folder):
+        return _open_hubs(model, folder)
     config = _adapter_config(folder)
     base = model or config.get("base_model_name_or_path")
     if not base or not Path(base).is_dir():
@@ -95,9 +102,38 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
     with _without_warnings():  # of a head without weights: the adapter brings it
         loaded = models.load(base, config.get("task_type"), num_labels=num_labels, quantize=info.quantize)
     adapted = import_peft(loaded, folder)
-    if loaded.task == "SEQ_CLS" and info.label_names is None:
-        info = dataclasses.replace(info, label_names=tuple(f"LABEL_{i}" for i in range(loaded.config.num_labels)))
-    return Opened(adapted, tokenizer.load(base), info, Path(base))
+    return Opened(adapted, tokenizer.load(base), _with_labels(info, loaded), Path(base))
+
+
+def _is_hubs(folder: Path) -> bool:
+    """Whether a folder holds what AdapterHub's library saved."""
+    if any((folder / name).is_file() for name in ("adapter_setup.json", "adapter_fusion_config.json")):
+        return True
+    return (folder / "adapter_config.json").is_file() and "peft_type" not in _adapter_config(folder)
+
+
+def _open_hubs(model: str | Path | None, folder: Path) -> Opened:
+    """A base with what AdapterHub's library saved on it, and its head where that was saved along."""
+    if model is None:
+        raise ValueError(f"{folder} is an adapter of AdapterHub's library, which names no base; name it by --model")
+    head = folder / "head_config.json"
+    said = json.loads(head.read_text(encoding="utf-8")) if head.is_file() else {}
+    task = models.task_of(read_hf_config(model), said["model_class"]) if said.get("model_class") else None
+    with _without_warnings():
+        loaded = models.load(
+            model, task, num_labels=said.get("num_labels") if task in ("SEQ_CLS", "TOKEN_CLS") else None
+        )
+    labels = said.get("label2id")
+    names = tuple(sorted(labels, key=lambda name: labels[name])) if labels and loaded.task == "SEQ_CLS" else None
+    info = _with_labels(Info(names, None), loaded)
+    return Opened(import_adapters(loaded, folder), tokenizer.load(model), info, Path(model))
+
+
+def _with_labels(info: Info, loaded: Any) -> Info:
+    """`info` with names for a classifier's labels, where nothing names them."""
+    if loaded.task != "SEQ_CLS" or info.label_names is not None:
+        return info
+    return dataclasses.replace(info, label_names=tuple(f"LABEL_{i}" for i in range(loaded.config.num_labels)))
 
 
 def label_names(opened: Opened) -> Sequence[str]:

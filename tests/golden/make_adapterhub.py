@@ -7,7 +7,8 @@ It needs the environment of make_adapters.py:
 
 A file holds, for one family: `config` (JSON), `base/<name>` its weights, `ids`, `mask`, and per case
 `<case>/file/<path>` every file of the folder as bytes, `<case>/base/<name>` weights of the base that the others do
-without, and `<case>/output`: the last hidden states, of a model for classification the logits. All was computed in float64 from weights that are float32 exactly, and rounded to float32.
+without, and `<case>/output`: the last hidden states, of a model for classification the logits. All was computed in
+float64 from weights that are float32 exactly, and rounded to float32.
 """
 
 import dataclasses
@@ -128,7 +129,10 @@ CASES = {
     ),
     "ia3": one(adapters.IA3Config(), "bert", "distilbert", "llama", "t5"),
     "ia3 of all three": one(adapters.IA3Config(attn_matrices=["q", "k", "v"]), "gpt2"),
-    "loreft": one(adapters.LoReftConfig(r=2, prefix_positions=2, suffix_positions=1, tied_weights=True, dropout=0.0), "bert", "llama"),
+    "loreft": one(
+        adapters.LoReftConfig(r=2, prefix_positions=2, suffix_positions=1, tied_weights=True, dropout=0.0),
+        "bert", "llama",
+    ),
     "noreft": one(adapters.NoReftConfig(r=2, prefix_positions=2, suffix_positions=2, layers=[1]), "bert", "llama"),
     # Of an encoder-decoder the library takes the decoder's positions from the encoder's mask, so here is none.
     "noreft of both stacks": one(
