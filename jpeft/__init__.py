@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from ._sharding import SHARDING_RULES, optimizer_state, placement, shard, shardings
     from ._summary import summary
     from ._walk import sites
-    from .io import export_merged, export_peft, import_peft, push
+    from .io import export_adapters, export_merged, export_peft, import_adapters, import_peft, push
     from .methods import *
     from .seams import register
     from .train.many import train_many
@@ -58,7 +58,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "_method": ("Method", "AdapterParam", "AdapterConstant"),
     "_scope": ("dropout_key", "max_segments", "prompt_tokens"),
     "seams": ("register",),
-    "io": ("export_peft", "import_peft", "export_merged", "push"),
+    "io": ("export_adapters", "export_merged", "export_peft", "import_adapters", "import_peft", "push"),
 }
 _MODULES = ("io", "models", "seams", "train")
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
@@ -109,10 +109,12 @@ __all__ = [
     "disable",
     "dropout_key",
     "eva",
+    "export_adapters",
     "export_merged",
     "export_peft",
     "fold",
     "gather",
+    "import_adapters",
     "import_peft",
     "io",
     "labels",

@@ -127,8 +127,8 @@ def _of_windows(adapter: Any, module: Any, a: tuple[Any, ...], b: tuple[Any, ...
     last = (rank, module.out_features, *(1,) * window)
     outer = (window + 1, window, *range(window))
     return [
-        Slot("lora_A.weight", adapter.A, a, outer, shape=first),
-        Slot("lora_B.weight", adapter.B, b, (1, 0, *range(2, 2 + window)), shape=last),
+        Slot("lora_A.weight", adapter.A, a, outer, cut=first),
+        Slot("lora_B.weight", adapter.B, b, (1, 0, *range(2, 2 + window)), cut=last),
     ]
 
 

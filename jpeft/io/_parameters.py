@@ -13,7 +13,7 @@ reads them on any version of transformers (w1 and w3 as one pair of twice the ra
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,34 +23,9 @@ from .._matching import pattern_value
 from .._method import Adapter
 from ..models import _safetensors as safetensors
 from ..models._weights import Joined, Renamed
+from ._filling import Piece
 from ._names import Names
 from ._slots import PREFIX
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A part of a tensor of a file, cut out when it is read."""
-
-    whole: safetensors.Tensor
-    shape: tuple[int, ...]
-    cut: Callable[[np.ndarray], np.ndarray]
-
-    @property
-    def dtype(self) -> str:
-        """In safetensors' words."""
-        return self.whole.dtype
-
-
-@functools.lru_cache(maxsize=2)  # the experts of a layer are read one after another
-def _whole(tensor: safetensors.Tensor) -> np.ndarray:
-    out = np.empty(tensor.shape, np.float32)
-    safetensors.read(tensor, (slice(None),) * out.ndim, out)
-    return out
-
-
-def values(tensor: safetensors.Tensor | Piece) -> np.ndarray:
-    """What a tensor of an adapter's file holds, in float32."""
-    return tensor.cut(_whole(tensor.whole)) if isinstance(tensor, Piece) else _whole(tensor)
 
 
 @dataclasses.dataclass(frozen=True)

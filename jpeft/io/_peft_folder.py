@@ -5,7 +5,7 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,18 @@ INFO = "jpeft.json"
 _PICKLE = "adapter_model.bin"
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json.
+def read_config(folder: Path, name: str = CONFIG, writer: str = "PEFT's save_pretrained") -> dict[str, Any]:
+    """adapter_config.json, or another configuration, which `writer` writes.
 
     Raises:
       FileNotFoundError: there is none.
       CheckpointError: it is no JSON object.
       ValueError: it has values of another type than PEFT's.
     """
-    file = folder / CONFIG
+    file = folder / name
     if not is_file(file):
-        below = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG}"))
-        hint = f"; did you mean {' or '.join(below)}?" if below else "; PEFT's save_pretrained writes it"
+        below = sorted(str(path.parent) for path in folder.glob(f"*/{name}"))
+        hint = f"; did you mean {' or '.join(below)}?" if below else f"; {writer} writes it"
         raise FileNotFoundError(f"no {file}{hint}")
     config = read_json(file)
     with about(file):
@@ -51,11 +51,15 @@ def weights_file(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def installing(folder: Path) -> Iterator[Path]:
+def installing(folder: Path, config: str = CONFIG, stale: Sequence[str] = (_PICKLE,)) -> Iterator[Path]:
     """Gives an empty folder to write an adapter into, whose files come to lie in `folder` when the block ends well.
 
     A new folder appears by one rename. In an existing one the old configuration goes first and the new one comes last,
     so that at no time an adapter can be loaded that is half old; what else lies there stays.
+
+    Args:
+      config: the file without which there is no adapter.
+      stale: what an adapter that is replaced may have had beside the files of the new one.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -64,19 +68,19 @@ def installing(folder: Path) -> Iterator[Path]:
     try:
         yield new
         if folder.is_dir() and any(folder.iterdir()):
-            _move(new, folder)
+            _move(new, folder, config, stale)
         else:
             new.rename(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _move(new: Path, folder: Path) -> None:
-    ours = (folder / CONFIG).exists()
-    (folder / CONFIG).unlink(missing_ok=True)
-    if ours:
-        (folder / _PICKLE).unlink(missing_ok=True)
-    if ours or not (folder / README).exists():  # a README that came with something else is not ours to replace
-        os.replace(new / README, folder / README)
-    for file in (WEIGHTS, CONFIG):
-        os.replace(new / file, folder / file)
+def _move(new: Path, folder: Path, config: str, stale: Sequence[str]) -> None:
+    ours = (folder / config).exists()
+    (folder / config).unlink(missing_ok=True)
+    for name in stale if ours else ():
+        (folder / name).unlink(missing_ok=True)
+    if not ours and (folder / README).exists():  # one that came with something else is not ours to replace
+        (new / README).unlink(missing_ok=True)
+    for file in sorted(new.iterdir(), key=lambda file: file.name == config):
+        os.replace(file, folder / file.name)

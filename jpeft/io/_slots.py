@@ -34,7 +34,8 @@ class Slot:
       axes: order in which the leaf's axes are the tensor's; None keeps it.
       sign: 1, or -1 where the tensor is the leaf's negative.
       prefix: what stands before the key in the file; None for the codec's own.
-      shape: the leaf's axes run together or cut apart, before they are put in order; None keeps them.
+      cut: the leaf's axes cut apart, before they are put in order; None keeps them.
+      shape: of a tensor that runs several of the axes together; None keeps them.
     """
 
     key: str
@@ -43,12 +44,13 @@ class Slot:
     axes: tuple[int, ...] | None = None
     sign: int = 1
     prefix: str | None = None
+    cut: tuple[int, ...] | None = None
     shape: tuple[int, ...] | None = None
 
     def view(self, values: np.ndarray) -> np.ndarray:
-        """The tensor, but for its sign, as a view of its leaf's `values`."""
+        """The tensor, but for its sign and its own shape, as a view of its leaf's `values`."""
         view = values[self.index]
-        return transposed(view if self.shape is None else view.reshape(self.shape), self.axes)
+        return transposed(view if self.cut is None else view.reshape(self.cut), self.axes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,17 +8,15 @@ the format cannot hold is refused on the way out; what is missing, unknown or il
 import functools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from .._adapt import adapt
 from .._fold import fold
-from .._graft import grafts
 from .._method import Adapter
 from .._summary import summary
 from .._walk import own_leaves
@@ -28,6 +26,7 @@ from ..models._files import about
 from ..models._hub import adapter_folder
 from ._adalora_codec import ADALORA
 from ._dora_codec import DORA
+from ._filling import adapters_of, chosen_name, fill, keyed, sources, tensors_of
 from ._fourierft_codec import FOURIERFT
 from ._ia3_codec import IA3
 from ._loha_codec import LOHA
@@ -36,9 +35,9 @@ from ._lora_codec import LORA
 from ._names import HEADS, Names, names_of
 from ._norm_tuning_codec import NORM_TUNING
 from ._oft_codec import OFT
-from ._parameters import by_module, check_experts, values
+from ._parameters import by_module, check_experts
 from ._peft_folder import CONFIG, README, WEIGHTS, installing, read_config, weights_file
-from ._slots import Codec, Slot, all_slots, base_slots, host, transposed, whole
+from ._slots import Codec, Slot, all_slots, base_slots, whole
 from ._tokens_codec import TRAINABLE_TOKENS
 from ._vera_codec import VERA
 from ._virtual_codecs import P_TUNING, PREFIX_TUNING, PROMPT_TUNING
@@ -97,13 +96,12 @@ def export_peft(
     Example:
       >>> jpeft.export_peft(model, "out/adapter", base="meta-llama/Llama-3.2-1B")
     """
-    name = _adapter_name(model, name)
+    name = chosen_name(model, name, "a PEFT folder")
     row = next(row for row in summary(model).rows if row.name == name)
     codec, config, slots = _written(fold(model), name, base)
-    tensors = _tensors(codec, slots)
+    tensors = tensors_of(keyed(slots, codec.name))
     with installing(Path(folder)) as new:
-        sources = {key: safetensors.Source(t.shape, t.dtype, lambda t=t: t) for key, t in sorted(tensors.items())}
-        safetensors.write(new / WEIGHTS, sources, {"format": "pt"})
+        safetensors.write(new / WEIGHTS, sources(tensors), {"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (new / README).write_text(render(card or Card(), config, row, model.task), encoding="utf-8")
     return Path(folder)
@@ -111,7 +109,7 @@ def export_peft(
 
 def check_export(model: Any, name: str | None = None) -> None:
     """Raises what `export_peft` would, as far as it does not depend on values: before a training, not after it."""
-    _written(fold(model), _adapter_name(model, name), None)
+    _written(fold(model), chosen_name(model, name, "a PEFT folder"), None)
 
 
 def import_peft(
@@ -161,10 +159,10 @@ def import_peft(
         )
         _check_size(nnx.eval_shape(put_on, model), name, tensors)
         adapted = put_on(model)
-    _check_copied(codec, _adapters(adapted, name), names)
-    found = {codec.name(slot): slot for slot in all_slots(codec, _adapters(adapted, name), names)}
+    _check_copied(codec, adapters_of(adapted, name), names)
+    found = keyed(all_slots(codec, adapters_of(adapted, name), names), codec.name)
     slots = {key: slot for key, slot in found.items() if key not in codec.left_out(config)}
-    problems = _fill(slots, codec.counted(tensors, config), names, codec.prefix)
+    problems = fill(slots, codec.counted(tensors, config), names, codec.prefix)
     if problems:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit the model\n  " + "\n  ".join(problems))
     return adapted
@@ -172,15 +170,10 @@ def import_peft(
 
 def _check_size(shapes: Any, name: str, tensors: Mapping[str, safetensors.Tensor]) -> None:
     """Before anything of it is made: what a configuration asks for must be of the order of what the file holds."""
-    leaves = jax.tree.leaves([nnx.state(adapter) for adapter in _adapters(shapes, name).values()])
+    leaves = jax.tree.leaves([nnx.state(adapter) for adapter in adapters_of(shapes, name).values()])
     asked, held = sum(math.prod(leaf.shape) for leaf in leaves), sum(math.prod(t.shape) for t in tensors.values())
     if asked > _MOST_TIMES * held + _MOST_MORE:
         raise ValueError(f"it asks for an adapter of {asked:,} numbers, and {WEIGHTS} holds {held:,}")
-
-
-def _adapters(model: Any, name: str) -> dict[str, Adapter]:
-    """The parts of one adapter, by the path of their module."""
-    return {path: module.adapters[name] for path, module in grafts(model) if name in module.adapters}
 
 
 def _check_copied(codec: Codec, adapters: Mapping[str, Adapter], names: Names) -> None:
@@ -197,20 +190,9 @@ def _check_copied(codec: Codec, adapters: Mapping[str, Adapter], names: Names) -
 # Writing ------------------------------------------------------------------------------------------------------------
 
 
-def _adapter_name(model: Any, name: str | None) -> str:
-    there = sorted({name for _, module in grafts(model) for name in module.adapters})
-    if not there:
-        raise ValueError("the model has no adapter to export; jpeft.adapt puts one on it")
-    if name is None and len(there) > 1:
-        raise ValueError(f"the model has the adapters {', '.join(there)}, and a PEFT folder holds one: pass name=")
-    if name is not None and name not in there:
-        raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(there)}")
-    return name or there[0]
-
-
 def _written(model: Any, name: str, base: str | None) -> tuple[Codec, dict[str, Any], list[Slot]]:
     """How the adapter `name` is written, its adapter_config.json and its tensors."""
-    names, adapters = names_of(model), _adapters(model, name)
+    names, adapters = names_of(model), adapters_of(model, name)
     kind = next(iter(adapters.values())).method.kind
     if kind not in CODECS:
         raise ValueError(f"PEFT has no format for the adapter {name!r}, a {kind}; it has one for {', '.join(CODECS)}")
@@ -300,19 +282,6 @@ def _saved_as(name: str, path: str, names: Names) -> str:
     return name if head is None else name.removesuffix(path.removeprefix(head).replace("/", "."))
 
 
-def _tensors(codec: Codec, slots: Iterable[Slot]) -> dict[str, np.ndarray]:
-    leaves: dict[int, np.ndarray] = {}
-    tensors = {}
-    for slot in slots:
-        if id(slot.leaf) not in leaves:
-            leaves[id(slot.leaf)] = host(slot.leaf[...], slot.key)
-        tensors[codec.name(slot)] = np.ascontiguousarray(slot.sign * slot.view(leaves[id(slot.leaf)]))
-    broken = [key for key, tensor in tensors.items() if not np.isfinite(tensor).all()]
-    if broken:
-        raise ValueError(f"the adapter has values that are not finite, in {safetensors.names(broken)}")
-    return tensors
-
-
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
@@ -331,52 +300,3 @@ def _check_task(config: Mapping[str, Any], model: Any, file: Path) -> None:
         raise ValueError(
             f"{file} is an adapter for {task}, the model is one for {model.task}; load it with task={task!r}"
         )
-
-
-def _fill(slots: Mapping[str, Slot], tensors: Mapping[str, Any], names: Names, prefix: str) -> list[str]:
-    """Sets every leaf from the file, or says all that keeps from it."""
-    leaves = {id(slot.leaf): host(slot.leaf[...], key).copy() for key, slot in slots.items()}
-    views = {key: slot.view(leaves[id(slot.leaf)]) for key, slot in slots.items()}
-    views |= {key: base for key in tensors.keys() - slots.keys() if (base := _base(key, names, prefix)) is not None}
-    problems = [f"{key} is missing" for key in sorted(slots.keys() - tensors.keys())]
-    problems += [f"{key} is unknown" for key in sorted(tensors.keys() - views.keys())]
-    problems += [
-        text for key in sorted(views.keys() & tensors.keys()) for text in _misfit(key, tensors[key], views[key])
-    ]
-    if problems:
-        return problems
-    signs, read = {key: slot.sign for key, slot in slots.items()}, {}
-    for key in sorted(views):
-        try:
-            read[key] = signs.get(key, 1) * values(tensors[key])
-        except CheckpointError as error:
-            problems.append(str(error))
-    if problems:
-        return problems
-    for key in slots:
-        views[key][...] = read[key]
-    for key, view in views.items():
-        if not np.array_equal(read[key].astype(view.dtype), view):
-            problems.append(
-                f"{key} differs from {'the tensor that it is tied to' if key in slots else 'the base model'}"
-            )
-    for leaf in {id(slot.leaf): slot.leaf for slot in slots.values()}.values():
-        leaf.set_value(jax.device_put(leaves[id(leaf)].astype(leaf.dtype), leaf[...].sharding))
-    return problems
-
-
-def _base(key: str, names: Names, prefix: str) -> np.ndarray | None:
-    """The base's own tensor of which `key` is a copy."""
-    place = names.tensors.get(key.removeprefix(prefix).replace(".base_layer.", "."))
-    if place is None:
-        return None
-    path, _, leaf = place.path.rpartition("/")
-    return transposed(np.asarray(getattr(names.found[path].module, leaf)[...][place.index]), place.axes)
-
-
-def _misfit(key: str, tensor: Any, view: np.ndarray) -> list[str]:
-    if tensor.dtype not in safetensors.FLOATS:
-        return [f"{key} is {tensor.dtype}, not one of {', '.join(safetensors.FLOATS)}"]
-    if tensor.shape != view.shape:
-        return [f"{key} is {list(tensor.shape)}, the model needs {list(view.shape)}"]
-    return []

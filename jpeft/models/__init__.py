@@ -25,7 +25,7 @@ from flax import nnx
 
 from .._stack import REMAT_POLICIES
 from ._checkpoint import TOKENIZER_FILES, common_dtype, open_checkpoint, read_config
-from ._families import FAMILIES, LABELLED, Family, family_of, saved_task
+from ._families import FAMILIES, LABELLED, Family, family_of, saved_task, task_of
 from ._files import CheckpointError, about, copy_file, is_file, names
 from ._folder import replacing
 from ._hub import model_folder
@@ -44,6 +44,7 @@ __all__ = [
     "num_parameters",
     "save",
     "stream",
+    "task_of",
     "weights",
 ]
 

@@ -117,4 +117,9 @@ def saved_task(hf: Mapping[str, Any]) -> str | None:
     """The task of the config's architecture; None where it names none, or one that is no task."""
     architectures = hf.get("architectures")
     named = architectures[0] if isinstance(architectures, (list, tuple)) and architectures else None
-    return next((task for task in ENDINGS if named == family_of(hf).architecture(task)), None)
+    return task_of(hf, named)
+
+
+def task_of(hf: Mapping[str, Any], architecture: str | None) -> str | None:
+    """The task of transformers' class `architecture` of the config's models; None where it is no task."""
+    return next((task for task in ENDINGS if architecture == family_of(hf).architecture(task)), None)

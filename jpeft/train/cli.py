@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import config, writing
+from . import config, exporting, writing
 
 _EXAMPLES = """
 examples:
@@ -18,6 +18,8 @@ examples:
   jpeft generate --model DIR --temperature 0.8 "Once upon a time"
   jpeft chat --model DIR --adapter law=runs/law/adapter   /switch law, /reset, /quit
   jpeft merge --adapter runs/sst2/adapter --out merged    a plain Hugging Face folder
+  jpeft export --adapter runs/sst2/adapter --check vllm   what a target can hold of it
+  jpeft inspect runs/sst2                                 what a folder holds, and its faults
   jpeft push runs/sst2/adapter my-name/sst2 --private     on the hub
 """
 
@@ -83,9 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     _names_model(merge)
     merge.add_argument("--out", required=True, metavar="DIR")
 
-    export = commands.add_parser("export", help="write an adapter, checked against its base, as a PEFT folder")
-    _names_model(export)
-    export.add_argument("--out", required=True, metavar="DIR")
+    exporting.add_parsers(commands)
 
     push = commands.add_parser("push", help="put an adapter or a model on the hub")
     push.add_argument("folder", metavar="FOLDER", help="such as RUN/adapter")
@@ -93,9 +93,6 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--private", action="store_true", help="one that others do not see")
     push.add_argument("--revision", metavar="BRANCH", help="made if need be (main)")
     push.add_argument("--message", metavar="TEXT", help="of the commit")
-
-    inspect = commands.add_parser("inspect", help="what a model is made of, or what an adapter trains")
-    _names_model(inspect)
 
     demo = commands.add_parser("demo", help="fine-tune a real encoder on Python's own docstrings")
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="folder (runs/demo)")
@@ -192,17 +189,6 @@ def _merge(options: argparse.Namespace) -> None:
     print(f"merged model: {options.out} (largest change of a logit by merging: {drift:.3g})")
 
 
-def _export(options: argparse.Namespace) -> None:
-    from ..io.card import Card
-    from . import saved
-
-    if options.adapter is None:
-        raise config.ConfigError("name the adapter to export by --adapter")
-    opened = saved.open_model(options.model, options.adapter)
-    saved.save_adapter(opened.model, options.out, opened.name, opened.info, Card())
-    print(f"PEFT adapter: {options.out}")
-
-
 def _push(options: argparse.Namespace) -> None:
     from ..io import push
 
@@ -210,12 +196,6 @@ def _push(options: argparse.Namespace) -> None:
         options.folder, options.name, private=options.private, revision=options.revision, message=options.message
     )
     print(f"on the hub: {address}")
-
-
-def _inspect(options: argparse.Namespace) -> None:
-    from . import inspection
-
-    print(inspection.describe(options.model, options.adapter))
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -232,9 +212,9 @@ _COMMANDS = {
     "generate": _generate,
     "chat": _chat,
     "merge": _merge,
-    "export": _export,
+    "export": exporting.export,
+    "inspect": exporting.inspect,
     "push": _push,
-    "inspect": _inspect,
     "demo": _demo,
 }
 

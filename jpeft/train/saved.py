@@ -12,7 +12,7 @@ from typing import Any
 from .. import models
 from .._quantized import SCHEMES
 from ..io import _peft_folder as peft
-from ..io import export_merged, export_peft, import_peft
+from ..io import export_adapters, export_merged, export_peft, import_adapters, import_peft
 from ..io._peft_folder import INFO
 from ..io.card import Card
 from ..models import CheckpointError
@@ -63,6 +63,11 @@ def save_adapter(model: Any, folder: str | Path, base: str | Path, info: Info, c
     write_text(folder / INFO, json.dumps(dataclasses.asdict(info), indent=2) + "\n")
 
 
+def save_for_adapters(opened: Opened, folder: str | Path) -> None:
+    """Writes an adapter in AdapterHub's format, with the base's tokenizer beside it."""
+    models.copy_tokenizer(opened.base, export_adapters(opened.model, folder))
+
+
 def save_merged(opened: Opened, folder: str | Path) -> float:
     """Writes the merged model as a Hugging Face folder whose config.json names the labels; returns the drift."""
     drift = export_merged(opened.model, folder, tokenizer_from=opened.base)
@@ -79,7 +84,7 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
 
     Args:
       model: a Hugging Face folder, or an id on the hub; None is the base that the adapter names.
-      adapter: a PEFT folder, or an id; None is the model as it is.
+      adapter: a folder of PEFT or of AdapterHub, which names no base, or an id; None is the model as it is.
 
     Raises:
       FileNotFoundError, CheckpointError, ValueError: a folder is not there, or not right.
@@ -91,6 +96,8 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
         loaded = models.load(base)
         return Opened(loaded, tokenizer.load(base), _hf_info(base, loaded.task), base, str(model))
     folder = adapter_folder(adapter)
+    if _is_hubs(folder):
+        return _open_hubs(model, folder)
     config = peft.read_config(folder)
     name = model or config.get("base_model_name_or_path")
     if not name or not (Path(name).is_dir() or is_id(name)):
@@ -101,9 +108,39 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
     with _without_warnings():  # of a head without weights: the adapter brings it
         loaded = models.load(base, config.get("task_type"), num_labels=num_labels, quantize=info.quantize)
     adapted = import_peft(loaded, folder)
-    if loaded.task == "SEQ_CLS" and info.label_names is None:
-        info = dataclasses.replace(info, label_names=tuple(f"LABEL_{i}" for i in range(loaded.config.num_labels)))
-    return Opened(adapted, tokenizer.load(base), info, base, str(name))
+    return Opened(adapted, tokenizer.load(base), _with_labels(info, loaded), base, str(name))
+
+
+def _is_hubs(folder: Path) -> bool:
+    """Whether a folder holds what AdapterHub's library saved."""
+    if any(is_file(folder / name) for name in ("adapter_setup.json", "adapter_fusion_config.json")):
+        return True
+    return is_file(folder / "adapter_config.json") and "peft_type" not in read_json(folder / "adapter_config.json")
+
+
+def _open_hubs(model: str | Path | None, folder: Path) -> Opened:
+    """A base with what AdapterHub's library saved on it, and its head where that was saved along."""
+    if model is None:
+        raise ValueError(f"{folder} is an adapter of AdapterHub's library, which names no base; name it by --model")
+    base = model_folder(model)
+    head = folder / "head_config.json"
+    said = read_json(head) if is_file(head) else {}
+    task = models.task_of(read_config(base), said["model_class"]) if said.get("model_class") else None
+    with _without_warnings():
+        loaded = models.load(
+            base, task, num_labels=said.get("num_labels") if task in ("SEQ_CLS", "TOKEN_CLS") else None
+        )
+    labels = said.get("label2id")
+    names = tuple(sorted(labels, key=lambda name: labels[name])) if labels and loaded.task == "SEQ_CLS" else None
+    info = _with_labels(Info(names, None), loaded)
+    return Opened(import_adapters(loaded, folder), tokenizer.load(base), info, base, str(model))
+
+
+def _with_labels(info: Info, loaded: Any) -> Info:
+    """`info` with names for a classifier's labels, where nothing names them."""
+    if loaded.task != "SEQ_CLS" or info.label_names is not None:
+        return info
+    return dataclasses.replace(info, label_names=tuple(f"LABEL_{i}" for i in range(loaded.config.num_labels)))
 
 
 def label_names(opened: Opened) -> Sequence[str]:
