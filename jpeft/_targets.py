@@ -24,6 +24,9 @@ from ._walk import Found, modules, own_leaves, seam_sizes
 
 ALL_LINEAR = "all-linear"
 
+#: The tasks of which the head is trained whole unless `modules_to_save` is `()`.
+TRAINED_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "MULTIPLE_CHOICE")
+
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
@@ -322,7 +325,7 @@ def _check_patterns(patterns: tuple[str, ...], adapted: list[str]) -> None:
 def _saved_modules(everything: list[Found], asked: Targets, heads: tuple[str, ...], task: str | None) -> frozenset[str]:
     """Paths of the modules trained whole: those asked for, and (unless that is `()`) a classification task's head."""
     entries = asked.modules_to_save
-    paths = set(heads if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and entries != () else ())
+    paths = set(heads if task in TRAINED_HEADS and entries != () else ())
     for entry in entries or ():
         found = {
             path: [matches((entry,), name, path) for name in names]

@@ -18,6 +18,9 @@ HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
+#: The tasks that PEFT has no name for. Its users give no task_type, and the head in `modules_to_save`.
+UNNAMED = ("MULTIPLE_CHOICE",)
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:

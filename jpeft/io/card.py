@@ -15,6 +15,7 @@ _PIPELINES = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
     "QUESTION_ANS": "question-answering",
+    "MULTIPLE_CHOICE": "multiple-choice",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
 _AUTO = {
@@ -22,6 +23,7 @@ _AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "MULTIPLE_CHOICE": "AutoModelForMultipleChoice",
     "FEATURE_EXTRACTION": "AutoModel",
 }
 
@@ -46,11 +48,11 @@ class Card:
     versions: Mapping[str, str] = dataclasses.field(default_factory=installed)
 
 
-def render(card: Card, config: Mapping[str, Any], row: Row) -> str:
-    """README.md for an adapter with this adapter_config.json, of which `row` is the summary."""
+def render(card: Card, config: Mapping[str, Any], row: Row, task: str) -> str:
+    """README.md for an adapter of a model for `task` with this adapter_config.json, of which `row` is the summary."""
     base = config["base_model_name_or_path"]
     blocks = [
-        _front_matter(config),
+        _front_matter(config, task),
         f"# {config['peft_type']} adapter" + (f" for {base}" if base else ""),
         f"Trained with jpeft: {row.trainable:,} parameters, which change {row.changed:,} of the base model's.",
         f"    {_short(row.method)}",
@@ -59,7 +61,7 @@ def render(card: Card, config: Mapping[str, Any], row: Row) -> str:
         blocks += ["## Data", card.data]
     if card.metrics:
         blocks += ["## Results", _table("metric", "value", {k: f"{v:.4g}" for k, v in card.metrics.items()})]
-    blocks += ["## Use", _use(config), "## Versions", _table("software", "version", card.versions)]
+    blocks += ["## Use", _use(config, task), "## Versions", _table("software", "version", card.versions)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -73,8 +75,8 @@ def _short(method: Any) -> str:
     return f"{type(method).__name__}({', '.join(f'{name}={getattr(method, name)!r}' for name in names)})"
 
 
-def _front_matter(config: Mapping[str, Any]) -> str:
-    base, task = config["base_model_name_or_path"], config["task_type"]
+def _front_matter(config: Mapping[str, Any], task: str) -> str:
+    base = config["base_model_name_or_path"]
     entries: dict[str, Any] = {"library_name": "peft", "tags": ["jpeft", config["peft_type"].lower()]}
     if base and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base):  # the Hub takes ids of its own only, and no folders
         entries["base_model"] = base
@@ -83,15 +85,15 @@ def _front_matter(config: Mapping[str, Any]) -> str:
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in sorted(entries.items())), "---"])
 
 
-def _use(config: Mapping[str, Any]) -> str:
+def _use(config: Mapping[str, Any], task: str) -> str:
     base = config["base_model_name_or_path"] or "path/to/base"
-    auto = _AUTO.get(config["task_type"], "AutoModel")
+    auto = _AUTO.get(task, "AutoModel")
     return (
         "```python\n"
         f"base = transformers.{auto}.from_pretrained({base!r})\n"
         'model = peft.PeftModel.from_pretrained(base, "path/to/this/folder")\n'
         "\n"
-        f"base = jpeft.models.load({base!r}, task={config['task_type']!r})  # or in JAX\n"
+        f"base = jpeft.models.load({base!r}, task={task!r})  # or in JAX\n"
         'model = jpeft.import_peft(base, "path/to/this/folder")\n'
         "```"
     )

@@ -21,6 +21,7 @@ from .._summary import summary
 from .._walk import own_leaves
 from ..models import CheckpointError
 from ..models import _safetensors as safetensors
+from ..models._families import FAMILIES
 from ._adalora_codec import ADALORA
 from ._dora_codec import DORA
 from ._fourierft_codec import FOURIERFT
@@ -28,7 +29,7 @@ from ._ia3_codec import IA3
 from ._loha_codec import LOHA
 from ._lokr_codec import LOKR
 from ._lora_codec import LORA
-from ._names import HEADS, Names, names_of
+from ._names import HEADS, UNNAMED, Names, names_of
 from ._norm_tuning_codec import NORM_TUNING
 from ._oft_codec import OFT
 from ._parameters import by_module, check_experts, values
@@ -97,7 +98,7 @@ def export_peft(
         sources = {key: safetensors.Source(t.shape, t.dtype, lambda t=t: t) for key, t in sorted(tensors.items())}
         safetensors.write(new / WEIGHTS, sources, {"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        (new / README).write_text(render(card or Card(), config, row))
+        (new / README).write_text(render(card or Card(), config, row, model.task))
     return Path(folder)
 
 
@@ -188,6 +189,11 @@ def _written(model: Any, name: str, base: str | None) -> tuple[Codec, dict[str, 
     codec = CODECS[kind]
     _check_copied(codec, adapters, names)
     check_experts(kind, adapters, names)
+    if model.task in UNNAMED and any(adapter.site.seam in ("input", "keys_values") for adapter in adapters.values()):
+        raise ValueError(
+            f"PEFT has no name for the task {model.task}, and uses a {kind} for tasks that it knows alone: it has no "
+            "form for this adapter"
+        )
     adapters = {path: codec.portable(adapter) for path, adapter in adapters.items()}
     slots = all_slots(codec, adapters, names)
     if codec.saves:
@@ -216,13 +222,13 @@ def _config(
     """adapter_config.json, with every key that PEFT writes."""
     method = next((a.method for a in adapters.values() if a.acts), next(iter(adapters.values())).method)
     config = {
-        "auto_mapping": None,  # set by PEFT only where there is no task_type
+        "auto_mapping": _auto_mapping(model),
         "base_model_name_or_path": base,
         "inference_mode": True,
         "peft_type": codec.peft_type,
         "peft_version": PEFT_VERSION,
         "revision": None,
-        "task_type": model.task,
+        "task_type": None if model.task in UNNAMED else model.task,
         **codec.write(method, list(adapters.values()), names),
     }
     saved = sorted(path for path, adapter in adapters.items() if adapter.saved_layers)
@@ -237,6 +243,18 @@ def _config(
     if "ensure_weight_tying" in config and any(slot.key.startswith(heads) for slot in slots):
         config["ensure_weight_tying"] = True
     return config
+
+
+def _auto_mapping(model: Any) -> dict[str, str] | None:
+    """transformers' class and its file, by which PEFT tells what an adapter is for where it has no name of the task."""
+    if model.task not in UNNAMED:
+        return None
+    model_type = model.config.model_type
+    folder = model_type.replace("-", "_")
+    return {
+        "base_model_class": FAMILIES[model_type].architecture(model.task) or "",
+        "parent_library": f"transformers.models.{folder}.modeling_{folder}",
+    }
 
 
 def _modules_to_save(model: Any, codec: Codec, adapters: Mapping[str, Adapter], names: Names) -> list[str] | None:

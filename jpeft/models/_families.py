@@ -73,12 +73,13 @@ FAMILIES = {
     "xlm-roberta": Family("bert", "Bert", "XLMRoberta"),
 }
 
-#: PEFT's names of tasks, and how the names of transformers' classes for them end.
+#: PEFT's names of tasks (it has none for MULTIPLE_CHOICE), and how the names of transformers' classes for them end.
 ENDINGS = {
     "CAUSAL_LM": "ForCausalLM",
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
+    "MULTIPLE_CHOICE": "ForMultipleChoice",
     "SEQ_2_SEQ_LM": "ForConditionalGeneration",
     "FEATURE_EXTRACTION": "Model",
 }
