@@ -24,8 +24,8 @@ from ._walk import Found, modules, own_leaves, seam_sizes
 
 ALL_LINEAR = "all-linear"
 
-#: The tasks whose head is trained whole unless a method says otherwise.
-_CLASSIFY = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "IMAGE_CLS")
+#: The tasks of which the head is trained whole unless `modules_to_save` is `()`.
+TRAINED_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "MULTIPLE_CHOICE", "IMAGE_CLS")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +325,7 @@ def _check_patterns(patterns: tuple[str, ...], adapted: list[str]) -> None:
 def _saved_modules(everything: list[Found], asked: Targets, heads: tuple[str, ...], task: str | None) -> frozenset[str]:
     """Paths of the modules trained whole: those asked for, and (unless that is `()`) a classification task's head."""
     entries = asked.modules_to_save
-    paths = set(heads if task in _CLASSIFY and entries != () else ())
+    paths = set(heads if task in TRAINED_HEADS and entries != () else ())
     for entry in entries or ():
         found = {
             path: [matches((entry,), name, path) for name in names]

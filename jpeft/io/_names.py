@@ -19,6 +19,9 @@ HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
+#: The tasks that PEFT has no name for. Its users give no task_type, and the head in `modules_to_save`.
+UNNAMED = ("MULTIPLE_CHOICE",)
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -60,17 +63,21 @@ class Names:
 
     @property
     def task_type(self) -> str | None:
-        """PEFT's type of the task. Of a model that reads no tokens there is none: those types call it with tokens."""
-        return self.task if FAMILIES[self.config.model_type].reads == "input_ids" else None
+        """PEFT's type of the task; None of a task that it has no name for, and of a model that reads no tokens.
+
+        PEFT's types call their models with tokens.
+        """
+        named = self.task not in UNNAMED and FAMILIES[self.config.model_type].reads == "input_ids"
+        return self.task if named else None
 
     @property
     def auto_mapping(self) -> dict[str, str]:
         """The class of the model in transformers, which PEFT writes down where there is no type of task."""
-        family = FAMILIES[self.config.model_type]
-        name = family.prefix.lower()
+        model_type = self.config.model_type
+        folder = model_type.replace("-", "_")
         return {
-            "base_model_class": str(family.architecture(self.task)),
-            "parent_library": f"transformers.models.{name}.modeling_{name}",
+            "base_model_class": str(FAMILIES[model_type].architecture(self.task)),
+            "parent_library": f"transformers.models.{folder}.modeling_{folder}",
         }
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 from .. import seams
 from .._method import Adapter, Method
 from ..methods import METHODS
+from ..models._families import FAMILIES
 from ._keys import check_keys
 from ._names import Names
 from ._selection import saved_modules
@@ -182,7 +183,7 @@ def _attentions(names: Names) -> Iterator[tuple[int, int]]:
 
 def _check_tokens(names: Names) -> None:
     """Refuses a model that reads no tokens."""
-    if names.task_type is None:
+    if FAMILIES[names.config.model_type].reads != "input_ids":
         raise ValueError(
             f"PEFT's virtual tokens go with models that are called with tokens, and a {names.config.model_type} model "
             "is not: PEFT has no form for this adapter"

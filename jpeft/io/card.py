@@ -16,6 +16,7 @@ _PIPELINES = {
     "TOKEN_CLS": "token-classification",
     "QUESTION_ANS": "question-answering",
     "IMAGE_CLS": "image-classification",
+    "MULTIPLE_CHOICE": "multiple-choice",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
 _AUTO = {
@@ -23,6 +24,7 @@ _AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "MULTIPLE_CHOICE": "AutoModelForMultipleChoice",
     "FEATURE_EXTRACTION": "AutoModel",
 }
 

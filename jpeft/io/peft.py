@@ -32,7 +32,7 @@ from ._ia3_codec import IA3
 from ._loha_codec import LOHA
 from ._lokr_codec import LOKR
 from ._lora_codec import LORA
-from ._names import HEADS, Names, names_of
+from ._names import HEADS, UNNAMED, Names, names_of
 from ._norm_tuning_codec import NORM_TUNING
 from ._oft_codec import OFT
 from ._parameters import by_module, check_experts
@@ -199,6 +199,11 @@ def _written(model: Any, name: str, base: str | None) -> tuple[Codec, dict[str, 
     codec = CODECS[kind]
     _check_copied(codec, adapters, names)
     check_experts(kind, adapters, names)
+    if model.task in UNNAMED and any(adapter.site.seam in ("input", "keys_values") for adapter in adapters.values()):
+        raise ValueError(
+            f"PEFT has no name for the task {model.task}, and uses a {kind} for tasks that it knows alone: it has no "
+            "form for this adapter"
+        )
     adapters = {path: codec.portable(adapter) for path, adapter in adapters.items()}
     slots = all_slots(codec, adapters, names)
     if codec.saves:

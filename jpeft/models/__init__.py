@@ -69,9 +69,10 @@ def load(
 
     Args:
       path: the folder; or, where there is no folder of that name, an id on the hub, `"org/name"`.
-      task: `CAUSAL_LM`, `SEQ_2_SEQ_LM`, `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS`, `IMAGE_CLS` or `FEATURE_EXTRACTION`
-        (hidden states); None keeps what the config's architecture says. Asked for another one than was saved, the
-        backbone is loaded, the saved head is dropped and the new one initialised; warnings name the weights of both.
+      task: `CAUSAL_LM`, `SEQ_2_SEQ_LM`, `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS`, `MULTIPLE_CHOICE`, `IMAGE_CLS` or
+        `FEATURE_EXTRACTION` (hidden states); None keeps what the config's architecture says. Asked for another one than
+        was saved, the backbone is loaded, the saved head is dropped and the new one initialised; warnings name the
+        weights of both.
       dtype: of storage and computation; None keeps the checkpoint's.
       key: for a new head's first values; `jax.random.key(0)` by default.
       num_labels: size of a classification head; None keeps the config's. Another size means a new head.

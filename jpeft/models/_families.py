@@ -96,6 +96,7 @@ ENDINGS = {
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
+    "MULTIPLE_CHOICE": "ForMultipleChoice",
     "IMAGE_CLS": "ForImageClassification",
     "SEQ_2_SEQ_LM": "ForConditionalGeneration",
     "FEATURE_EXTRACTION": "Model",

@@ -282,7 +282,8 @@ def _taken_apart(key: str, tensor: Tensor, joined: Joined) -> dict[str, Tensor]:
     shape = (rows[0] // len(joined.parts), *tensor.shape[each + 1 :])
     size = math.prod(shape) * safetensors.FLOATS[tensor.dtype].itemsize
     keys = [start + part.format(e=e) for e in numbers for part in joined.parts]
-    return {key: Tensor(tensor.file, tensor.dtype, shape, tensor.start + i * size) for i, key in enumerate(keys)}
+    places = [tensor.start + i * size for i in range(len(keys) + 1)]
+    return {key: tensor._replace(shape=shape, start=places[i], stop=places[i + 1]) for i, key in enumerate(keys)}
 
 
 def _unmapped(

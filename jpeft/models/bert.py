@@ -25,22 +25,28 @@ from ..seams import InputEmbedding
 from ._bert_config import PRESETS, Config
 from ._bert_layers import ClassificationHead, Embeddings, Layer, Pooler, linear
 from ._bert_weights import layer_rules, linear_rules, norm_rules
+from ._choices import ONE_PER_ROW, by_choice, check_packing, rows
 from ._layers import in_front, positions_of
 from ._weights import Entry, Ignore, Renamed, Rule, module_names
 
 __all__ = ["HEADS", "PREFIXES", "PRESETS", "TASKS", "WEIGHTS", "Bert", "Config"]
 
-TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "MULTIPLE_CHOICE", "FEATURE_EXTRACTION")
 #: What a checkpoint with a head puts before the backbone's names; the second is RoBERTa's and XLM-R's.
 PREFIXES = ("bert.", "roberta.")
 #: Modules that some tasks have and others lack; `cls` and `lm_head` are pretraining heads, which no task here has.
 HEADS = ("pooler", "classifier", "qa_outputs", "cls", "lm_head")
 
-_HEAD = {"SEQ_CLS": ("classifier",), "TOKEN_CLS": ("classifier",), "QUESTION_ANS": ("qa_outputs",)}
+_HEAD = {
+    "SEQ_CLS": ("classifier",),
+    "TOKEN_CLS": ("classifier",),
+    "QUESTION_ANS": ("qa_outputs",),
+    "MULTIPLE_CHOICE": ("classifier",),
+}
 
 
 class Bert(nnx.Module):
-    """A model of the family for one task: `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS` or `FEATURE_EXTRACTION`.
+    """A model of the family for one task: one of `TASKS`.
 
     Attributes:
       head: paths of the task's own output layers.
@@ -67,20 +73,23 @@ class Bert(nnx.Module):
         if _deep(config, task):
             self.classifier = ClassificationHead(config, rngs=rngs, dtype=dtype)
         elif self.head:
-            setattr(self, self.head[0], linear(config, config.hidden_size, config.num_labels, rngs, dtype))
+            size = 1 if task == "MULTIPLE_CHOICE" else config.num_labels
+            setattr(self, self.head[0], linear(config, config.hidden_size, size, rngs, dtype))
 
     def __call__(
         self,
-        input_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Shaped[Array, "batch seq"] | None = None,
-        token_type_ids: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
-        inputs_embeds: Float[Array, "batch seq d_model"] | None = None,
+        input_ids: Int[Array, "batch *choices seq"] | None = None,
+        attention_mask: Shaped[Array, "batch *choices seq"] | None = None,
+        token_type_ids: Int[Array, "batch *choices seq"] | None = None,
+        segment_ids: Int[Array, "batch *choices seq"] | None = None,
+        positions: Int[Array, "batch *choices seq"] | None = None,
+        inputs_embeds: Float[Array, "batch *choices seq d_model"] | None = None,
         *,
         key: jax.Array | None = None,
     ) -> Float[Array, "..."]:
         """Logits: `[batch labels]`, `[batch seq labels]`, `[batch seq 2]`, or the hidden states, by task.
+
+        MULTIPLE_CHOICE reads `[batch choices seq]` of all that is given, and gives `[batch choices]`.
 
         Args:
           input_ids: tokens; or give `inputs_embeds` in their place.
@@ -92,11 +101,11 @@ class Bert(nnx.Module):
           inputs_embeds: word embeddings.
           key: turns dropout on; the same key gives the same masks. None is deterministic.
         """
-        if segment_ids is not None and self.task == "SEQ_CLS":
-            raise ValueError("SEQ_CLS gives one output per row, so a row cannot pack several examples (segment_ids)")
+        check_packing(self.task, segment_ids)
         with scope(key=key):
-            inputs = (input_ids, attention_mask, token_type_ids, segment_ids, positions, inputs_embeds)
-            return self.logits(self.hidden(*inputs), attention_mask)
+            given = (input_ids, attention_mask, token_type_ids, segment_ids, positions, inputs_embeds)
+            inputs, choices = rows(self.task, *given)
+            return by_choice(self.logits(self.hidden(*inputs), inputs[1]), choices)
 
     def hidden(
         self,
@@ -111,8 +120,8 @@ class Bert(nnx.Module):
     ) -> Float[Array, "batch seq d_model"]:
         """The last layer's states; arguments as in a call.
 
-        Virtual tokens that a method puts in front are left out again; but not of SEQ_CLS, where the first of them is
-        what the pooler reads (as in PEFT).
+        Virtual tokens that a method puts in front are left out again; but not of SEQ_CLS and MULTIPLE_CHOICE,
+        where the first of them is what the pooler reads (as in PEFT).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -132,7 +141,7 @@ class Bert(nnx.Module):
 
             with scope(**in_front(e.shape[1] - seq, (*e.shape[:1], seq), attention_mask, segments)):
                 x = _stack.scan(self.layers, body, x, remat_policy=self.remat, unroll=self.unroll)[0]
-            return x if self.task == "SEQ_CLS" else x[:, x.shape[1] - seq :]
+            return x if self.task in ONE_PER_ROW else x[:, x.shape[1] - seq :]
 
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
@@ -141,11 +150,13 @@ class Bert(nnx.Module):
         if not self.head:
             return hidden.astype(jnp.float32)
         config = self.config
-        rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        rate = config.classifier_dropout
+        if rate is None or (config.is_roberta and self.task == "MULTIPLE_CHOICE"):  # as in transformers
+            rate = config.hidden_dropout_prob
         with scope(key=key):
             if _deep(config, self.task):
                 return self.classifier(hidden[:, 0], rate).astype(jnp.float32)
-            x = self.pooled(hidden) if self.task == "SEQ_CLS" else hidden
+            x = self.pooled(hidden) if self.task in ONE_PER_ROW else hidden
             if self.task != "QUESTION_ANS":
                 x = dropout(x, rate, "classifier/dropout")
             return getattr(self, self.head[0])(x).astype(jnp.float32)
@@ -170,7 +181,7 @@ class Bert(nnx.Module):
 
 def _pooled(config: Config) -> tuple[str, ...]:
     """The tasks that have a pooler."""
-    return ("FEATURE_EXTRACTION",) if config.is_roberta else ("SEQ_CLS", "FEATURE_EXTRACTION")
+    return ("MULTIPLE_CHOICE", "FEATURE_EXTRACTION") if config.is_roberta else (*ONE_PER_ROW, "FEATURE_EXTRACTION")
 
 
 def _deep(config: Config, task: str) -> bool:

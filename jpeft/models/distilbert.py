@@ -21,17 +21,23 @@ from .._scope import dropout, scope
 from ..seams import InputEmbedding, KeyValues, Residual
 from . import _config
 from ._attention import attention
+from ._choices import ONE_PER_ROW, by_choice, check_packing, rows
 from ._layer_norm import LayerNorm
 from ._layers import ACTIVATIONS, in_front, positions_of, token_table
 from ._weights import TRANSPOSE, Entry, Ignore, Rule, module_names
 
-TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "MULTIPLE_CHOICE", "FEATURE_EXTRACTION")
 #: What a checkpoint with a head puts before the backbone's names.
 PREFIXES = ("distilbert.",)
 #: Modules that some tasks have and others lack; `vocab_...` is the pretraining head, which no task here has.
 HEADS = ("pre_classifier", "classifier", "qa_outputs", "vocab_transform", "vocab_layer_norm", "vocab_projector")
 
-_HEAD = {"SEQ_CLS": ("pre_classifier", "classifier"), "TOKEN_CLS": ("classifier",), "QUESTION_ANS": ("qa_outputs",)}
+_HEAD = {
+    "SEQ_CLS": ("pre_classifier", "classifier"),
+    "TOKEN_CLS": ("classifier",),
+    "QUESTION_ANS": ("qa_outputs",),
+    "MULTIPLE_CHOICE": ("pre_classifier", "classifier"),
+}
 _EPS = 1e-12
 
 
@@ -163,14 +169,14 @@ class Layer(nnx.Module):
 
 
 class DistilBert(nnx.Module):
-    """DistilBERT for one task: `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS` or `FEATURE_EXTRACTION`.
+    """DistilBERT for one task: one of `TASKS`.
 
     Attributes:
       head: paths of the task's own output layers.
       remat, unroll: how the layers are run, see `jpeft.models.load`.
     """
 
-    pre_classifier: nnx.Linear  # of SEQ_CLS
+    pre_classifier: nnx.Linear  # of the tasks with one output per row
 
     def __init__(
         self,
@@ -187,22 +193,25 @@ class DistilBert(nnx.Module):
         self.embeddings = Embeddings(config, rngs=rngs, dtype=dtype)
         self.input_embedding = InputEmbedding(config.dim, "encoder", False, config.max_position_embeddings)
         self.layers = _stack.stack(lambda r: Layer(config, rngs=r, dtype=dtype), config.n_layers, rngs)
+        labels = 1 if task == "MULTIPLE_CHOICE" else config.num_labels
         for name in self.head:
-            size = config.dim if name == "pre_classifier" else config.num_labels
+            size = config.dim if name == "pre_classifier" else labels
             setattr(self, name, _linear(config, config.dim, size, rngs, dtype))
 
     def __call__(
         self,
-        input_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Shaped[Array, "batch seq"] | None = None,
-        token_type_ids: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
-        inputs_embeds: Float[Array, "batch seq d_model"] | None = None,
+        input_ids: Int[Array, "batch *choices seq"] | None = None,
+        attention_mask: Shaped[Array, "batch *choices seq"] | None = None,
+        token_type_ids: Int[Array, "batch *choices seq"] | None = None,
+        segment_ids: Int[Array, "batch *choices seq"] | None = None,
+        positions: Int[Array, "batch *choices seq"] | None = None,
+        inputs_embeds: Float[Array, "batch *choices seq d_model"] | None = None,
         *,
         key: jax.Array | None = None,
     ) -> Float[Array, "..."]:
         """Logits: `[batch labels]`, `[batch seq labels]`, `[batch seq 2]`, or the hidden states, by task.
+
+        MULTIPLE_CHOICE reads `[batch choices seq]` of all that is given, and gives `[batch choices]`.
 
         Args:
           input_ids: tokens; or give `inputs_embeds` in their place.
@@ -213,11 +222,11 @@ class DistilBert(nnx.Module):
           inputs_embeds: word embeddings.
           key: turns dropout on; the same key gives the same masks. None is deterministic.
         """
-        if segment_ids is not None and self.task == "SEQ_CLS":
-            raise ValueError("SEQ_CLS gives one output per row, so a row cannot pack several examples (segment_ids)")
+        check_packing(self.task, segment_ids)
         with scope(key=key):
-            inputs = (input_ids, attention_mask, token_type_ids, segment_ids, positions, inputs_embeds)
-            return self.logits(self.hidden(*inputs), attention_mask)
+            given = (input_ids, attention_mask, token_type_ids, segment_ids, positions, inputs_embeds)
+            inputs, choices = rows(self.task, *given)
+            return by_choice(self.logits(self.hidden(*inputs), inputs[1]), choices)
 
     def hidden(
         self,
@@ -232,8 +241,8 @@ class DistilBert(nnx.Module):
     ) -> Float[Array, "batch seq d_model"]:
         """The last layer's states; arguments as in a call.
 
-        Virtual tokens that a method puts in front are left out again; but not of SEQ_CLS, where the first of them is
-        what the head reads (as in PEFT).
+        Virtual tokens that a method puts in front are left out again; but not of SEQ_CLS and MULTIPLE_CHOICE,
+        where the first of them is what the head reads (as in PEFT).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -253,19 +262,19 @@ class DistilBert(nnx.Module):
 
             with scope(**in_front(e.shape[1] - seq, (*e.shape[:1], seq), attention_mask, segments)):
                 x = _stack.scan(self.layers, body, x, remat_policy=self.remat, unroll=self.unroll)[0]
-            return x if self.task == "SEQ_CLS" else x[:, x.shape[1] - seq :]
+            return x if self.task in ONE_PER_ROW else x[:, x.shape[1] - seq :]
 
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
     ) -> Float[Array, "..."]:
-        """What the task's head makes of `hidden`, in float32; SEQ_CLS reads the first token."""
+        """What the task's head makes of `hidden`, in float32; SEQ_CLS and MULTIPLE_CHOICE read the first token."""
         if not self.head:
             return hidden.astype(jnp.float32)
         config = self.config
-        rates = {"SEQ_CLS": config.seq_classif_dropout, "TOKEN_CLS": config.dropout, "QUESTION_ANS": config.qa_dropout}
-        x = jax.nn.relu(self.pre_classifier(hidden[:, 0])) if self.task == "SEQ_CLS" else hidden
+        rates = {"TOKEN_CLS": config.dropout, "QUESTION_ANS": config.qa_dropout}
+        x = jax.nn.relu(self.pre_classifier(hidden[:, 0])) if self.task in ONE_PER_ROW else hidden
         with scope(key=key):
-            x = dropout(x, rates[self.task], "classifier/dropout")
+            x = dropout(x, rates.get(self.task, config.seq_classif_dropout), "classifier/dropout")
         return getattr(self, self.head[-1])(x).astype(jnp.float32)
 
     def module_names(self) -> dict[str, tuple[str, ...]]:

@@ -6,12 +6,14 @@ A batch holds what the model reads and `labels`: `input_ids` `[batch seq]`, or t
 of -100 is ignored, so a row or a token of padding weighs nothing. Every loss is a mean over the labels that count;
 `SUMS` gives sum and count apart, for means over several batches.
 
-  CAUSAL_LM     labels `[batch seq]`, the tokens themselves: position t is to predict label t + 1 (as transformers does)
-  SEQ_CLS       labels `[batch]`; IMAGE_CLS likewise
-  TOKEN_CLS     labels `[batch seq]`, not shifted
-  QUESTION_ANS  labels `[batch 2]`, first and last token of the answer; the mean over both
-  SEQ_2_SEQ_LM  labels `[batch out]`, what the decoder is to write; it reads them shifted right from its start token,
-                unless the batch holds `decoder_input_ids` (and may hold `decoder_attention_mask`)
+  CAUSAL_LM        labels `[batch seq]`, the tokens themselves: position t is to predict label t + 1 (as transformers
+                   does)
+  SEQ_CLS          labels `[batch]`; IMAGE_CLS likewise
+  TOKEN_CLS        labels `[batch seq]`, not shifted
+  QUESTION_ANS     labels `[batch 2]`, first and last token of the answer; the mean over both
+  MULTIPLE_CHOICE  labels `[batch]`, which of the choices is right; what the model reads is `[batch choices seq]`
+  SEQ_2_SEQ_LM     labels `[batch out]`, what the decoder is to write; it reads them shifted right from its start token,
+                   unless the batch holds `decoder_input_ids` (and may hold `decoder_attention_mask`)
 """
 
 from collections.abc import Callable, Mapping
@@ -58,7 +60,10 @@ def lm_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Arr
 
 
 def cls_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Array, ""]:
-    """Mean over the labelled rows of -log p(label | row); labels `[batch]`. Arguments and errors as of `lm_loss`."""
+    """Mean over the labelled rows of -log p(label | row); labels `[batch]`. Arguments and errors as of `lm_loss`.
+
+    Of a `MULTIPLE_CHOICE` model a row is all choices of an example, and the label is the right one's number.
+    """
     return _mean(cls_sums, model, batch, key)
 
 
@@ -122,6 +127,7 @@ SUMS: Mapping[str, Callable[..., Sums]] = {
     "CAUSAL_LM": lm_sums,
     "SEQ_CLS": cls_sums,
     "TOKEN_CLS": cls_sums,
+    "MULTIPLE_CHOICE": cls_sums,
     "QUESTION_ANS": qa_sums,
     "IMAGE_CLS": cls_sums,
     "SEQ_2_SEQ_LM": seq2seq_sums,
