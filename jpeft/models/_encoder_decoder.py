@@ -242,8 +242,9 @@ class EncoderDecoder(nnx.Module):
 
     def cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` rows of `length` decoder tokens; virtual tokens get slots of their own."""
-        layers, *sizes = self.decoder.sizes
-        return empty(layers, batch, num_slots(self.decoder.input_embedding, length, self.dtype), *sizes, self.dtype)
+        layers, heads, d_head = self.decoder.sizes
+        slots = num_slots(self.decoder.input_embedding, length, self.dtype)
+        return empty(layers, batch, slots, heads, d_head, self.dtype)
 
     def prefill(
         self,

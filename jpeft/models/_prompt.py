@@ -115,11 +115,13 @@ def read(model: Any, prompt: Prompt, new: int, holds: bool) -> Reading:
     with scope(prompt=marked):
         if begun is not None:
             encoded = model.encode(ids) if mask is None else model.encode(ids, mask, positions=positions)
-            ids, mask = begun, jnp.ones_like(begun, bool)
+            ids, mask = begun, None
             with scope(prompt=None):
                 hidden, cache = model.prefill(model.cache(len(ids), ids.shape[1] + new - 1), encoded, ids)
         else:
             cache = model.cache(len(ids), ids.shape[1] + new)
             hidden, cache = model.prefill(cache, ids, mask, positions)
     logits = model.logits(hidden[:, -1:])[:, 0]
-    return Reading(logits, cache, held(ids, mask, logits.shape[-1]) if holds else None)
+    if not holds:
+        return Reading(logits, cache, None)
+    return Reading(logits, cache, held(ids, jnp.ones_like(ids) if mask is None else mask, logits.shape[-1]))

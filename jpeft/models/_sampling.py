@@ -53,8 +53,8 @@ def rules(
         raise ValueError(f"top_k={top_k} is a rule of sampling, and temperature=0 takes the likeliest token")
     if repetition_penalty is not None and not 0 < repetition_penalty < float("inf"):
         raise ValueError(f"repetition_penalty is above 0 (1 is none), got {repetition_penalty}")
-    banned = (_ids(name, ids) for name, ids in (("suppress", suppress), ("begin_suppress", begin_suppress)))
-    return Rules(repetition_penalty, *banned, temperature or None, top_k, top_p, min_p)
+    always, first = _ids("suppress_tokens", suppress), _ids("begin_suppress_tokens", begin_suppress)
+    return Rules(repetition_penalty, always, first, temperature or None, top_k, top_p, min_p)
 
 
 def _ids(name: str, ids: Any) -> np.ndarray | None:
@@ -62,7 +62,7 @@ def _ids(name: str, ids: Any) -> np.ndarray | None:
         return None
     found = np.atleast_1d(np.asarray(ids))
     if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer) or (found < 0).any():
-        raise ValueError(f"{name}_tokens are ids of tokens, 0 or more, got {ids}")
+        raise ValueError(f"{name} are ids of tokens, 0 or more, got {ids}")
     return found.astype(np.int32)
 
 

@@ -75,11 +75,20 @@ class Config:
         return 2 * self.max_source_positions
 
 
-def _size(d_model: int, layers: int, heads: int, **more: Any) -> Config:
-    depth = {"encoder_layers": layers, "decoder_layers": layers}
-    wide = {"encoder_ffn_dim": 4 * d_model, "decoder_ffn_dim": 4 * d_model}
-    both = {"encoder_attention_heads": heads, "decoder_attention_heads": heads}
-    return Config(d_model=d_model, **depth, **wide, **both, **({"decoder_start_token_id": 50258} | more))
+def _size(d_model: int, layers: int, heads: int, mels: int = 80, vocab: int = 51865) -> Config:
+    """A multilingual one, whose decoder starts with <|startoftranscript|>."""
+    return Config(
+        vocab_size=vocab,
+        num_mel_bins=mels,
+        encoder_layers=layers,
+        encoder_attention_heads=heads,
+        decoder_layers=layers,
+        decoder_attention_heads=heads,
+        decoder_ffn_dim=4 * d_model,
+        encoder_ffn_dim=4 * d_model,
+        d_model=d_model,
+        decoder_start_token_id=50258,
+    )
 
 
 PRESETS = {
@@ -87,5 +96,5 @@ PRESETS = {
     "whisper-base": _size(512, 6, 8),
     "whisper-small": _size(768, 12, 12),
     "whisper-medium": _size(1024, 24, 16),
-    "whisper-large-v3": _size(1280, 32, 20, num_mel_bins=128, vocab_size=51866),
+    "whisper-large-v3": _size(1280, 32, 20, mels=128, vocab=51866),
 }

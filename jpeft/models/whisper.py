@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from .._scope import scope
 from ._cache import Cache
 from ._encoder_decoder import Encoded, EncoderDecoder, names_of_stacks
-from ._weights import TRANSPOSE, Entry, How, Rule, Tied
+from ._weights import COPY, TRANSPOSE, Entry, How, Rule, Tied
 from ._whisper_config import PRESETS, Config
 from ._whisper_stack import Decoder, Encoder, linear
 
@@ -169,5 +169,5 @@ def WEIGHTS(config: Config, task: str) -> tuple[Entry, ...]:
 
 def _rules(hf: str, path: str, weight: str) -> list[Entry]:
     """A module's weight, and its bias, which keys alone have none of."""
-    rule = Rule(f"{hf}.weight", f"{path}/{weight}", *((TRANSPOSE,) if weight == "kernel" else ()))
+    rule = Rule(f"{hf}.weight", f"{path}/{weight}", TRANSPOSE if weight == "kernel" else COPY)
     return [rule] if hf.endswith("k_proj") else [rule, Rule(f"{hf}.bias", f"{path}/bias")]
