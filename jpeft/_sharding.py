@@ -35,7 +35,7 @@ Spec = tuple[Any, ...]
 
 #: Projections out of the residual stream: what they give is split over `tensor`, and so is all that follows.
 _COLUMN = (
-    *("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "lm_head"),
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "lm_head", "proj_out"),
     *("self/query", "self/key", "self/value", "intermediate/dense"),
     *("q_lin", "k_lin", "v_lin", "lin1", "fc1"),
     *("query_proj", "key_proj", "value_proj", "pos_query_proj", "pos_key_proj", "embed_proj", "conv/conv"),
@@ -43,11 +43,14 @@ _COLUMN = (
     *("*Attention/q", "*Attention/k", "*Attention/v", "wi", "wi_0", "wi_1"),
 )
 #: Projections back into it: what they get is split over `tensor`.
-_ROW = ("o_proj", "down_proj", "output/dense", "out_lin", "lin2", "fc2", "c_proj", "*Attention/o", "wo")
+_ROW = (
+    *("o_proj", "down_proj", "output/dense", "out_lin", "lin2", "fc2", "c_proj"),
+    *("*Attention/o", "wo", "*_attn/out_proj"),
+)
 #: Projections of the experts of a layer, `[experts, d_in, d_out]`: the experts are split over `tensor`.
 _EXPERTS = {"w1": P("tensor", "fsdp", None), "w2": P("tensor", None, "fsdp"), "w3": P("tensor", "fsdp", None)}
 #: Convolutions that make an image or a sound into the residual stream.
-_CONVOLUTIONS = ("patch_embeddings/projection",)
+_CONVOLUTIONS = ("patch_embeddings/projection", "conv1", "conv2")
 _TABLES = ("embed_tokens", "word_embeddings", "wte", "shared")
 
 #: The zoo's rules. A spec is about a leaf's last axes, `(d_in, d_out)` of a kernel, or `(experts, d_in, d_out)`; a

@@ -58,7 +58,8 @@ PLACES: dict[tuple[str, str], dict[str, Any]] = {
     ("ia3", "phi3"): {"targets": ("qkv_proj", "down_proj"), "feedforward": ("down_proj",)},
     ("ia3", "xlm-roberta tokens"): {"targets": ("key", "value", "output.dense"), "feedforward": ("output.dense",)},
     ("ia3", "vit"): {"targets": ("k_proj", "v_proj", "fc2"), "feedforward": ("fc2",)},
-    **{(kind, "vit"): {"targets": ("q_proj", "v_proj", "fc1")} for kind in ON_MATRICES},
+    ("ia3", "whisper"): {"targets": ("k_proj", "v_proj", "fc2"), "feedforward": ("fc2",)},
+    **{(kind, name): {"targets": ("q_proj", "v_proj", "fc1")} for kind in ON_MATRICES for name in ("vit", "whisper")},
     **{(kind, "phi3"): {"targets": ("qkv_proj", "o_proj")} for kind in ON_MATRICES},
 }
 #: The rows that are compared, where not all are: to a prompt PEFT's RoBERTa is given embeddings, of which it counts

@@ -30,6 +30,10 @@ _LLAMA |= {"num_labels": 3, "pad_token_id": 0, "max_position_embeddings": 32}
 _TIED = _LLAMA | {"tie_word_embeddings": True}
 _VIT = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4, "num_hidden_layers": 3, "num_labels": 3}
 _VIT |= {"image_size": 8, "patch_size": 4, "num_channels": 2}
+_WHISPER = {"vocab_size": 48, "d_model": 16, "encoder_layers": 3, "decoder_layers": 2, "num_mel_bins": 4}
+_WHISPER |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_source_positions": 8}
+_WHISPER |= {"encoder_ffn_dim": 20, "decoder_ffn_dim": 20, "max_target_positions": 24, "decoder_start_token_id": 1}
+_WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 7}
 
 #: name -> (model type, task, attributes of its config)
@@ -58,6 +62,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi3": ("phi3", "CAUSAL_LM", _LLAMA | {"sliding_window": 5}),
     "t5": ("t5", "SEQ_2_SEQ_LM", _T5 | {"decoder_start_token_id": 0}),
     "vit": ("vit", "IMAGE_CLS", _VIT),
+    "whisper": ("whisper", "SEQ_2_SEQ_LM", _WHISPER),
     "qwen3": ("qwen3", "CAUSAL_LM", _LLAMA | {"head_dim": 6}),
 }
 
@@ -78,12 +83,14 @@ MASK = np.array([[1] * 5 + [0] * 3, [0] * 2 + [1] * 6, [1] * 8])
 IDS[MASK == 0] = 0
 _TOKENS = {"input_ids": IDS, "attention_mask": MASK}
 #: What models take, by their type, where it is not these rows alone.
+_DECODER = {"decoder_input_ids": IDS[::-1].copy(), "decoder_attention_mask": MASK}
 _INPUTS: dict[str, dict[str, Any]] = {
-    "t5": {**_TOKENS, "decoder_input_ids": IDS[::-1].copy(), "decoder_attention_mask": MASK},
+    "t5": {**_TOKENS, **_DECODER},
+    "whisper": {"input_features": _RNG.standard_normal((3, 4, 16)).astype(np.float32), **_DECODER},
     "vit": {"pixel_values": _RNG.standard_normal((3, 2, 8, 8)).astype(np.float32)},
 }
 #: What is no type of a task in PEFT, whose own call models with tokens.
-UNTYPED = ("vit",)
+UNTYPED = ("vit", "whisper")
 
 
 @contextlib.contextmanager
@@ -98,13 +105,17 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def _auto(model_type: str, task: str) -> Any:
+    return transformers.AutoModelForSpeechSeq2Seq if model_type == "whisper" else _AUTO[task]
+
+
 @functools.cache
 def folder(family: str) -> Path:
     """The Hugging Face folder of a family's model: random, no bias or norm at its start, outputs of unit size."""
     model_type, task, attributes = FAMILIES[family]
     with quiet():
         config = transformers.AutoConfig.for_model(model_type, **attributes)
-        model = _AUTO[task].from_config(config)
+        model = _auto(model_type, task).from_config(config)
         one = 0 if model_type.startswith("gemma") else 1  # what its norms scale with is 1 + weight
         generator = torch.Generator().manual_seed(0)
         for name, weight in model.named_parameters():
@@ -119,7 +130,7 @@ def folder(family: str) -> Path:
 def torch_model(family: str, dtype: Any = torch.float32) -> Any:
     """A fresh torch model, for PEFT changes the one that it is given."""
     with quiet():
-        return _AUTO[FAMILIES[family][1]].from_pretrained(folder(family), dtype=dtype).eval()
+        return _auto(*FAMILIES[family][:2]).from_pretrained(folder(family), dtype=dtype).eval()
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from flax import nnx
 from llama_reference import QUICK, assert_close, flat
 
 from jpeft import models
-from jpeft.models import vit
+from jpeft.models import vit, whisper
 from jpeft.models._families import LABELLED
 
 SEQ = 13
@@ -43,11 +43,15 @@ def torch_model(config, task, classes, seed=0):
 def batch(subject, seed=0):
     """Three rows: whole, padded right, padded left; and those of a decoder, padded likewise."""
     rng = np.random.default_rng(seed)
-    inputs = _images(rng, subject) if subject.reads == "pixel_values" else _rows(rng, SEQ, subject)
+    inputs = {"pixel_values": _images, "input_features": _sounds}.get(subject.reads, _texts)(rng, subject)
     if subject.decodes:
         decoder = _rows(rng, DECODER_SEQ, subject)
         inputs |= {f"decoder_{name}": value for name, value in decoder.items()}
     return inputs
+
+
+def _texts(rng, subject):
+    return _rows(rng, SEQ, subject)
 
 
 def _rows(rng, seq, subject):
@@ -69,6 +73,12 @@ def _images(rng, subject):
     return {"pixel_values": pixels, "attention_mask": mask}
 
 
+def _sounds(rng, subject):
+    """Three sounds, which are never padded."""
+    config = whisper.Config.from_hf(subject.config)
+    return {"input_features": rng.standard_normal((3, config.num_mel_bins, config.frames), np.float32)}
+
+
 def by_row(task):
     """Whether a task has one output for a row."""
     return task in ("SEQ_CLS", "IMAGE_CLS")
@@ -78,7 +88,8 @@ def seen(inputs, task):
     """Which of the outputs are at tokens."""
     if by_row(task):
         return np.ones(3, bool)
-    return inputs.get("decoder_attention_mask", inputs["attention_mask"]).astype(bool)
+    name = "decoder_attention_mask" if "decoder_attention_mask" in inputs else "attention_mask"
+    return inputs[name].astype(bool)
 
 
 def torch_output(model, task, inputs):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 from .._stack import take_apart
 from ._cache import Cache, reordered, repeated, taken_apart
 from ._prompt import Prompt, read
-from ._sampling import penalised
+from ._sampling import penalised, suppressed
 
 #: The score of what must not be chosen, as finite as transformers'.
 _NEVER = -1e9
@@ -35,12 +35,17 @@ class Search(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """Numbers of a search: of scores, of `_sampling.penalised` or None, ids that end a text, what stands behind."""
+    """Numbers of a search: of scores, of `_sampling.penalised` or None, ids that end a text, what stands behind.
+
+    And ids that are ruled out, everywhere or at the start, or None.
+    """
 
     length_penalty: Any
     repetition_penalty: Any
     ends: jax.Array
     pad: jax.Array
+    suppress: Any = None
+    begin_suppress: Any = None
 
 
 class _Texts(NamedTuple):
@@ -113,6 +118,7 @@ def _grown(state: _State, logits: jax.Array, search: Search, scoring: Scoring) -
     log_p = jax.nn.log_softmax(logits, -1)
     if state.seen is not None:
         log_p = penalised(log_p, state.seen, scoring.repetition_penalty)
+    log_p = suppressed(log_p, scoring.suppress, scoring.begin_suppress, state.count)
     sums = log_p.reshape(batch, beams, -1) + state.live.scores[..., None]
     scores, index = jax.lax.top_k(sums.reshape(batch, -1), kept)
     origin, token = index // logits.shape[-1], (index % logits.shape[-1]).astype(jnp.int32)

@@ -87,6 +87,7 @@ FAMILIES = {
     "roberta": Family("bert", "Bert", "Roberta"),
     "t5": Family("t5", "T5", "T5"),
     "vit": Family("vit", "ViT", "ViT", reads="pixel_values"),
+    "whisper": Family("whisper", "Whisper", "Whisper", reads="input_features"),
     "xlm-roberta": Family("bert", "Bert", "XLMRoberta"),
 }
 

@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 class Rules(NamedTuple):
-    """What `jpeft.models.generate` was asked for; a temperature of None is greedy."""
+    """What `jpeft.models.generate` was asked for; a temperature of None is greedy, ids of None rule nothing out."""
 
     repetition_penalty: Any = None
+    suppress: Any = None
+    begin_suppress: Any = None
     temperature: Any = None
     top_k: Any = None
     top_p: Any = None
@@ -24,7 +27,13 @@ class Rules(NamedTuple):
 
 
 def rules(
-    temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, repetition_penalty: float | None
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    suppress: Any = None,
+    begin_suppress: Any = None,
 ) -> Rules:
     """The rules, checked.
 
@@ -44,7 +53,17 @@ def rules(
         raise ValueError(f"top_k={top_k} is a rule of sampling, and temperature=0 takes the likeliest token")
     if repetition_penalty is not None and not 0 < repetition_penalty < float("inf"):
         raise ValueError(f"repetition_penalty is above 0 (1 is none), got {repetition_penalty}")
-    return Rules(repetition_penalty, temperature or None, top_k, top_p, min_p)
+    always, first = _ids("suppress_tokens", suppress), _ids("begin_suppress_tokens", begin_suppress)
+    return Rules(repetition_penalty, always, first, temperature or None, top_k, top_p, min_p)
+
+
+def _ids(name: str, ids: Any) -> np.ndarray | None:
+    if ids is None:
+        return None
+    found = np.atleast_1d(np.asarray(ids))
+    if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer) or (found < 0).any():
+        raise ValueError(f"{name} are ids of tokens, 0 or more, got {ids}")
+    return found.astype(np.int32)
 
 
 def choose(
@@ -62,6 +81,7 @@ def choose(
     if rules.repetition_penalty is not None:
         assert seen is not None
         logits = penalised(logits, seen, rules.repetition_penalty)
+    logits = suppressed(logits, rules.suppress, rules.begin_suppress, place)
     if rules.temperature is None:
         return jnp.argmax(logits, -1).astype(jnp.int32)
     logits = logits / rules.temperature
@@ -76,6 +96,15 @@ def penalised(
 ) -> Float[Array, "batch vocab"]:
     """logit / penalty for a token that a row holds, or logit · penalty where it is negative (Keskar et al. 2019)."""
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def suppressed(logits: Float[Array, "batch vocab"], always: Any, first: Any, place: Any) -> Float[Array, "batch vocab"]:
+    """Without the tokens `always`, and at place 0 without `first` (`[n]` ids, or None)."""
+    for ids, now in ((always, True), (first, place == 0)):
+        if ids is not None:
+            banned = jnp.zeros((1, logits.shape[-1]), bool).at[0, ids].set(now)
+            logits = jnp.where(banned, -jnp.inf, logits)
+    return logits
 
 
 def top_k(logits: Float[Array, "batch vocab"], k: Any) -> Float[Array, "batch vocab"]:

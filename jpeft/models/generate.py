@@ -48,6 +48,10 @@ class Options:
         favours long ones.
       early_stopping: of a search, False by default: True stops when `num_beams` texts have ended; False when no text of
         the length reached would be better; "never" when none could be.
+      suppress_tokens: ids that are never written.
+      begin_suppress_tokens: ids that are not written first.
+      decoder_input_ids: of a model with an encoder, `[batch, seq]` that its decoder has written already, from the start
+        token on, such as Whisper's language and task; None is the start token.
       bucket: prompts are padded to a multiple of this length, so that other lengths need no other program.
       rules: of choosing a token, made of the options.
 
@@ -68,6 +72,9 @@ class Options:
     num_beams: int = 1
     length_penalty: float | None = None
     early_stopping: bool | str | None = None
+    suppress_tokens: Sequence[int] | None = None
+    begin_suppress_tokens: Sequence[int] | None = None
+    decoder_input_ids: Any = None
     bucket: int = 64
     rules: Rules = dataclasses.field(init=False, repr=False, compare=False)
 
@@ -94,7 +101,8 @@ class Options:
             raise ValueError(f"a search with num_beams={self.num_beams} ends with as many texts, not with {texts}")
         if self.early_stopping not in (None, True, False, "never"):
             raise ValueError(f"early_stopping is True, False or 'never', got {self.early_stopping!r}")
-        chosen = rules(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        banned = self.suppress_tokens, self.begin_suppress_tokens
+        chosen = rules(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, *banned)
         object.__setattr__(self, "rules", chosen)
 
     @property
@@ -124,7 +132,7 @@ class Options:
 
 def generate(
     model: Any,
-    input_ids: Int[Any, "batch seq"],
+    input_ids: Shaped[Any, "batch ..."],
     attention_mask: Shaped[Any, "batch seq"] | None = None,
     **options: Any,
 ) -> Int[Array, "batch *texts new"]:
@@ -135,7 +143,7 @@ def generate(
 
     Args:
       model: of a task in `TASKS`; adapted or not.
-      input_ids: prompts; of an encoder with a decoder, what the encoder reads.
+      input_ids: prompts; of an encoder with a decoder, what the encoder reads: tokens, or Whisper's `input_features`.
       attention_mask: 1 where there is a token, 0 where there is padding; None where all are tokens.
       **options: `max_new_tokens`, and the others of `Options`. With `num_return_sequences` the ids are `[batch,
         num_return_sequences, max_new_tokens]`; those of a search stand the best first.
@@ -151,7 +159,8 @@ def generate(
     if told.num_beams > 1:
         early = False if told.early_stopping is None else told.early_stopping
         penalty = 1.0 if told.length_penalty is None else told.length_penalty
-        scoring = Scoring(penalty, told.repetition_penalty, call.how.ends, call.how.pad)
+        banned = told.rules.suppress, told.rules.begin_suppress
+        scoring = Scoring(penalty, told.repetition_penalty, call.how.ends, call.how.pad, *banned)
         search = Search(told.num_beams, early)
         ids = _search(call.graphdef, told.max_new_tokens, search, call.leaves, call.prompt, scoring)
         return ids[:, 0] if told.num_return_sequences is None else ids[:, : told.num_return_sequences]
@@ -160,7 +169,7 @@ def generate(
 
 def stream(
     model: Any,
-    input_ids: Int[Any, "batch seq"],
+    input_ids: Shaped[Any, "batch ..."],
     attention_mask: Shaped[Any, "batch seq"] | None = None,
     *,
     chunk: int = 8,
@@ -218,7 +227,11 @@ def _call(model: Any, input_ids: Any, attention_mask: Any, options: Options) -> 
             f"generate takes a model with a cache and a task that writes ({', '.join(TASKS)}); got "
             f"{type(model).__name__} with the task {getattr(model, 'task', None)}"
         )
-    prompt = prepared(model, jnp.asarray(input_ids), attention_mask, options.max_new_tokens, options.bucket)
+    vocab, banned = model.config.vocab_size, (options.rules.suppress, options.rules.begin_suppress)
+    if any(ids is not None and ids.size and ids.max() >= vocab for ids in banned):
+        raise ValueError(f"suppressed tokens are below {vocab}, the size of the vocabulary; got {[*banned]}")
+    given = options.max_new_tokens, options.bucket, options.decoder_input_ids
+    prompt = prepared(model, jnp.asarray(input_ids), attention_mask, *given)
     pad = _pad(model, options)
     ends = jnp.asarray(options.ends, jnp.int32)
     how = How(options.rules, options.keys(len(prompt.ids)), ends, jnp.asarray(pad, jnp.int32))

@@ -14,11 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from .._scope import scope
-from ._cache import Cache, check_step, empty, num_slots
+from ._encoder_decoder import Encoded, EncoderDecoder, names_of_stacks
 from ._layers import token_table
 from ._t5_config import PRESETS, Config
-from ._t5_stack import Encoded, Stack, linear
-from ._weights import TRANSPOSE, Entry, Ignore, Rule, Tied, module_names
+from ._t5_stack import Stack, linear
+from ._weights import TRANSPOSE, Entry, Ignore, Rule, Tied
 
 __all__ = ["HEADS", "PREFIXES", "PRESETS", "T5", "TASKS", "WEIGHTS", "Config", "Encoded"]
 
@@ -29,7 +29,7 @@ PREFIXES = ()
 HEADS = ("lm_head",)
 
 
-class T5(nnx.Module):
+class T5(EncoderDecoder):
     """T5 for one task: `SEQ_2_SEQ_LM` or `FEATURE_EXTRACTION` (the decoder's states).
 
     Attributes:
@@ -122,48 +122,13 @@ class T5(nnx.Module):
         for name, value in {"token_type_ids": token_type_ids, "segment_ids": segment_ids}.items():
             if value is not None:
                 raise ValueError(f"a t5 model has no token types and packs no rows; {name} must be None")
-        e = inputs_embeds if input_ids is None else self.shared(input_ids)
+        e = inputs_embeds if input_ids is None else self.words(input_ids)
         assert e is not None
         return self.encoder(e.astype(self.dtype), attention_mask, positions, **self._options)
 
-    def decode(
-        self,
-        encoded: Encoded,
-        decoder_input_ids: Int[Array, "batch out"],
-        decoder_attention_mask: Shaped[Array, "batch out"] | None = None,
-        decoder_positions: Int[Array, "batch out"] | None = None,
-    ) -> Float[Array, "batch out d_model"]:
-        """The decoder's states. Virtual tokens that a method puts in front of its own are left out."""
-        e = self.shared(decoder_input_ids)
-        x, _ = self.decoder(e, decoder_attention_mask, decoder_positions, encoded, **self._options)
-        return x[:, x.shape[1] - e.shape[1] :]
-
-    def cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `batch` rows of `length` decoder tokens; virtual tokens get slots of their own."""
-        config, slots = self.config, num_slots(self.decoder.input_embedding, length, self.dtype)
-        return empty(config.num_decoder_layers, batch, slots, config.num_heads, config.d_kv, self.dtype)
-
-    def prefill(
-        self,
-        cache: Cache,
-        encoded: Encoded,
-        decoder_input_ids: Int[Array, "batch out"],
-        decoder_attention_mask: Shaped[Array, "batch out"] | None = None,
-        decoder_positions: Int[Array, "batch out"] | None = None,
-    ) -> tuple[Float[Array, "batch out d_model"], Cache]:
-        """The decoder's first tokens: what `decode` gives for them, and the cache with them and `encoded` in it.
-
-        Padding stands on the left; positions go on from those of the last column.
-        """
-        e = self.shared(decoder_input_ids)
-        given = decoder_attention_mask, decoder_positions, encoded
-        x, cache = self.decoder.prefill(cache, e, *given, **self._options)
-        return x[:, x.shape[1] - e.shape[1] :], cache
-
-    def step(self, cache: Cache, input_ids: Int[Array, "batch 1"]) -> tuple[Float[Array, "batch 1 d_model"], Cache]:
-        """The decoder's next token of every row: its state, and the cache with it. NaN where no slot was left."""
-        check_step(cache, input_ids)
-        return self.decoder.step(cache, self.shared(input_ids), **self._options)
+    def words(self, ids: Int[Array, "batch out"]) -> Float[Array, "batch out d_model"]:
+        """The vectors of tokens, the encoder's and the decoder's."""
+        return self.shared(ids)
 
     def logits(
         self, hidden: Float[Array, "batch out d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
@@ -174,31 +139,10 @@ class T5(nnx.Module):
             hidden = self.lm_head(hidden) if self.head else self.shared.attend(hidden * self.config.d_model**-0.5)
         return hidden.astype(jnp.float32)
 
-    def decoder_inputs(self, labels: Int[Array, "batch out"]) -> Int[Array, "batch out"]:
-        """What the decoder reads to give `labels`: the start token, then all but the last; padding for ignored ones.
-
-        Raises:
-          ValueError: the config has neither a decoder_start_token_id nor a pad_token_id.
-        """
-        pad = self.config.pad_token_id
-        start = pad if self.config.decoder_start_token_id is None else self.config.decoder_start_token_id
-        if start is None or pad is None:
-            raise ValueError("the config has no pad_token_id, which a decoder starts with and reads for ignored labels")
-        shifted = jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=start)
-        return jnp.where(shifted < 0, pad, shifted)
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        """Of the scans over the blocks."""
-        return {"remat_policy": self.remat, "unroll": self.unroll}
-
     def module_names(self) -> dict[str, tuple[str, ...]]:
         """transformers' name of every module, one per layer of its stack."""
-        entries = WEIGHTS(self.config, self.task)
-        decoder = [entry for entry in entries if isinstance(entry, Rule) and entry.path.startswith("decoder/")]
-        rest = [entry for entry in entries if entry not in decoder]
-        depths = self.config.num_layers, self.config.num_decoder_layers
-        return module_names(rest, depths[0]) | module_names(decoder, depths[1])
+        config = self.config
+        return names_of_stacks(WEIGHTS(config, self.task), config.num_layers, config.num_decoder_layers)
 
 
 def _head(config: Config, task: str) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from ._bicubic import resized
 from ._layer_norm import LayerNorm
 from ._layers import ACTIVATIONS, in_front
 from ._vit_config import PRESETS, Config
-from ._weights import TRANSPOSE, Entry, How, Ignore, Rule, module_names
+from ._weights import COPY, TRANSPOSE, Entry, How, Ignore, Rule, module_names
 
 __all__ = ["HEADS", "OPTIONAL", "PREFIXES", "PRESETS", "TASKS", "WEIGHTS", "Config", "ViT"]
 
@@ -322,9 +322,9 @@ def _in_layers(prefix: str, name: str, saved: str, weight: str) -> list[Rule]:
 
 
 def _rules(hf: str, path: str, weight: str, file: str = "") -> list[Rule]:
-    how = {"how": TRANSPOSE} if weight == "kernel" else {}
+    how = TRANSPOSE if weight == "kernel" else COPY
     files = (f"{file}.weight", f"{file}.bias") if file else ("", "")
     return [
-        Rule(f"{hf}.weight", f"{path}/{weight}", **how, file=files[0]),
+        Rule(f"{hf}.weight", f"{path}/{weight}", how, files[0]),
         Rule(f"{hf}.bias", f"{path}/bias", file=files[1]),
     ]

@@ -306,6 +306,7 @@ def test_every_kernel_and_table_has_a_place_on_a_mesh(name):
         "bias",
         "scale",
         "position_embeddings",
+        "embed_positions",
         "cls_token",
         "pooler",
         "token_type",
