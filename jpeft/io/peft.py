@@ -382,5 +382,5 @@ def _misfit(key: str, tensor: safetensors.Tensor, view: np.ndarray) -> list[str]
 
 def _read(tensor: safetensors.Tensor) -> np.ndarray:
     out = np.empty(tensor.shape, np.float32)
-    safetensors.read(tensor, (slice(None),) * out.ndim, out)
+    safetensors.read(tensor, [((slice(None),) * out.ndim, out)])
     return out

@@ -21,8 +21,9 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -33,6 +34,8 @@ from ._files import CheckpointError, names
 from ._safetensors import Source, Tensor
 
 _LOG = logging.getLogger("jpeft")
+#: Tensors of one leaf that are read at once.
+_THREADS = 4
 
 
 class How(NamedTuple):
@@ -257,32 +260,52 @@ def _leaf(
     leaf: jax.ShapeDtypeStruct,
     sharding: Sharding | None,
 ) -> jax.Array:
-    stacked = leaf.shape != parts[0].shape
+    place = None if sharding is None else sharding(path, leaf)
+    everything = (slice(None),) * len(leaf.shape)
+    indices = [everything] if place is None else place.addressable_devices_indices_map(leaf.shape).values()
+    buffers = {_bounds(index, leaf.shape): _buffer(index, leaf) for index in indices}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        jobs = [
+            pool.submit(safetensors.read, tensors[part.key], targets)
+            for number, part in enumerate(parts)
+            if (targets := _targets(part, number, leaf, buffers))
+        ]
+        for job in jobs:
+            job.result()
+    if place is None:
+        return jax.device_put(buffers[_bounds(everything, leaf.shape)])
+    return jax.make_array_from_callback(
+        leaf.shape, place, lambda index: buffers[_bounds(index, leaf.shape)], leaf.dtype
+    )
 
-    def values(index: tuple[slice, ...]) -> np.ndarray:
-        out = np.empty([len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)], leaf.dtype)
-        rows = zip(parts[index[0]], out, strict=True) if stacked else [(parts[0], out)]
-        for part, row in rows:
-            inner = index[len(index) - row.ndim :]
-            safetensors.read(tensors[part.key], tuple(inner[axis] for axis in part.axes), row.transpose(part.axes))
-        return out
 
-    if sharding is None:
-        return jax.device_put(values((slice(None),) * len(leaf.shape)))
-    return jax.make_array_from_callback(leaf.shape, sharding(path, leaf), _once(values), leaf.dtype)
+_Bounds = tuple[tuple[int, int], ...]
 
 
-def _once(values: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
-    """`values`, called once per distinct slice: devices that replicate one share it."""
-    cache: dict[Any, np.ndarray] = {}
+def _bounds(index: tuple[slice, ...] | None, shape: Sequence[int]) -> _Bounds:
+    """Where a slice of a leaf starts and stops; devices that hold the same share one buffer."""
+    index = (slice(None),) * len(shape) if index is None else index
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
-    def cached(index: Any) -> np.ndarray:
-        key = tuple((s.start, s.stop) for s in index)
-        if key not in cache:
-            cache[key] = values(index)
-        return cache[key]
 
-    return cached
+def _buffer(index: tuple[slice, ...] | None, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    return safetensors.empty([stop - start for start, stop in _bounds(index, leaf.shape)], np.dtype(leaf.dtype))
+
+
+def _targets(
+    part: _Part, number: int, leaf: jax.ShapeDtypeStruct, buffers: Mapping[_Bounds, np.ndarray]
+) -> list[tuple[tuple[slice, ...], np.ndarray]]:
+    """What of a tensor goes where: slices of it, and the parts of buffers that they are."""
+    targets = []
+    for bounds, buffer in buffers.items():
+        if leaf.shape != part.shape:  # a row of a stack
+            (first, last), *bounds = bounds
+            if not first <= number < last:
+                continue
+            buffer = buffer[number - first]
+        index = tuple(slice(*bounds[axis]) for axis in part.axes)
+        targets.append((index, buffer.transpose(part.axes)))
+    return targets
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
