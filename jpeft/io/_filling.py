@@ -133,7 +133,7 @@ def read_values(tensor: Given) -> np.ndarray:
 @functools.lru_cache(maxsize=2)  # the pieces of a tensor are read one after another
 def _whole(tensor: safetensors.Tensor) -> np.ndarray:
     out = np.empty(tensor.shape, np.float32)
-    safetensors.read(tensor, (slice(None),) * out.ndim, out)
+    safetensors.read(tensor, [((slice(None),) * out.ndim, out)])
     return out
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from .. import models, seams
 from .._walk import Found, modules
 from ..models._families import FAMILIES
-from ..models._weights import Entry, Rule, Tied, fill, num_indices, rules
+from ..models._table import Entry, Rule, Tied, fill, num_indices, rules
 
 #: The tasks whose output layer PEFT trains and saves whole, and what it calls that layer.
 HEADS = {

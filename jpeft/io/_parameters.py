@@ -22,7 +22,7 @@ from .. import seams
 from .._matching import pattern_value
 from .._method import Adapter
 from ..models import _safetensors as safetensors
-from ..models._weights import Joined, Renamed
+from ..models._table import Joined, Renamed
 from ._filling import Piece
 from ._names import Names
 from ._slots import PREFIX

@@ -31,7 +31,8 @@ from ._folder import replacing
 from ._hub import model_folder
 from ._quantizing import reading
 from ._safetensors import Tensor
-from ._weights import Entry, Sharding, load_leaves, save_leaves
+from ._table import Entry
+from ._weights import Sharding, load_leaves, save_leaves
 from .generate import Options, generate, stream
 
 __all__ = [

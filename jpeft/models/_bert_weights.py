@@ -3,7 +3,7 @@
 
 from collections.abc import Iterable
 
-from ._weights import TRANSPOSE, Rule
+from ._table import TRANSPOSE, Rule
 
 
 def layer_rules(layer: str, projections: Iterable[str]) -> tuple[Rule, ...]:

@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 
 from ._decoder_config import DecoderConfig
-from ._weights import TRANSPOSE, Entry, Ignore, Rule, Tied
+from ._table import TRANSPOSE, Entry, Ignore, Rule, Tied
 
 #: Modules that some tasks have and others lack.
 HEADS = ("lm_head", "score", "qa_outputs")

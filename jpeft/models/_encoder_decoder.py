@@ -19,7 +19,7 @@ from ._attention import attention
 from ._cache import KV, Cache, check_step, empty, extended, filled, in_cache, num_slots, or_nan, reach, step_scope
 from ._layers import in_front
 from ._step_attention import step_attention
-from ._weights import Entry, Rule, module_names
+from ._table import Entry, Rule, module_names
 
 
 class Encoded(NamedTuple):

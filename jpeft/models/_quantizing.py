@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantizing a checkpoint while it is read: one kernel (of all layers of a stack) is in floats at a time."""
+"""Quantizing a checkpoint while it is read: one leaf is in its floats at a time, and one layer of it in float32."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -28,7 +28,8 @@ def reading(abstract: Any, scheme: str | None, sharding: Sharding | None) -> tup
     kernels = tuple(
         "/".join(map(str, path)) for path, module in nnx.iter_modules(model) if isinstance(module, QuantizedKernel)
     )
-    quantize = jax.jit(SCHEMES[scheme].quantize)
+    one = SCHEMES[scheme].quantize
+    quantize = jax.jit(lambda leaf: one(leaf) if leaf.ndim == 2 else jax.lax.map(one, leaf))
 
     def convert(path: str, leaf: jax.Array) -> Mapping[str, jax.Array]:
         if path not in kernels:

@@ -5,10 +5,11 @@ Read by `pread`, a block of rows at a time, and written as a stream, so that nei
 the `safetensors` package's NumPy side has no bfloat16, and its memory maps count as used memory.
 """
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,9 @@ _BITS = {word: 8 * dtype.itemsize for word, dtype in FLOATS.items()} | {
     for word in words.split()
 }
 _WORDS = {dtype: word for word, dtype in FLOATS.items()}
-_BLOCK_BYTES = 32 * 2**20
+#: What is read at a time: it stays in a core's cache while it is checked, converted and turned.
+_BLOCK_BYTES = 2**20
+_ALIGNMENT = 64
 
 
 class Tensor(NamedTuple):
@@ -110,28 +113,63 @@ def _tensor(file: Path, begin: int, name: str, entry: Any) -> Tensor:
     raise CheckpointError(f"{names([name])} has no dtype, shape and data_offsets that fit one another")
 
 
-def read(tensor: Tensor, index: tuple[slice, ...], out: np.ndarray) -> None:
-    """Fills `out` with `tensor[index]`, in `out`'s dtype, holding one block of rows beside it."""
+def read(tensor: Tensor, targets: Sequence[tuple[tuple[slice, ...], np.ndarray]]) -> None:
+    """For each target `(index, out)` fills `out` with `tensor[index]`, in `out`'s dtype.
+
+    Each row that a target needs is read once, whatever the number of targets, and a block of rows is held beside them.
+
+    Raises:
+      CheckpointError: the file ends too early, or a value is not finite.
+    """
     dtype = FLOATS[tensor.dtype]
-    rows, *columns = index or (slice(0, 1),)  # a scalar is one row
-    shape = tensor.shape or (1,)
-    first, last, _ = rows.indices(shape[0])
+    shape = tensor.shape or (1,)  # a scalar is one row
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
     step = max(1, _BLOCK_BYTES // max(row_bytes, 1))
-    out = out.reshape(out.shape or (1,))
+    wanted = [
+        _Target(*(index or (slice(0, 1),)), out=out.reshape(out.shape or (1,)), most=shape[0]) for index, out in targets
+    ]
+    cuts = sorted({row for target in wanted for row in (target.first, target.last)})
     with open(tensor.file, "rb", buffering=0) as stream:
-        for row in range(first, last, step):
-            block = np.empty((min(step, last - row), *shape[1:]), dtype)
-            stream.seek(tensor.start + row * row_bytes)
-            _fill(stream, block, tensor.file)
-            with np.errstate(over="ignore"):  # seen below
-                block = block.astype(out.dtype, copy=False)
-            if not is_finite(block):
-                raise CheckpointError(
-                    f"{tensor.file}: {tensor.name} has values that are not finite"
-                    + ("" if out.dtype == dtype else f" as {out.dtype}")
-                )
-            out[row - first : row - first + len(block)] = block[(slice(None), *columns)]
+        for first, last in itertools.pairwise(cuts):
+            takers = [target for target in wanted if target.first <= first and last <= target.last]
+            for row in range(first, last, step) if takers else ():
+                block = np.empty((min(step, last - row), *shape[1:]), dtype)
+                stream.seek(tensor.start + row * row_bytes)
+                _fill(stream, block, tensor.file)
+                block = _converted(tensor, block, takers[0].out.dtype)
+                for taker in takers:
+                    taker.take(row, block)
+
+
+class _Target:
+    """Rows and columns of a tensor, and where they go."""
+
+    def __init__(self, rows: slice, *columns: slice, out: np.ndarray, most: int):
+        self.first, self.last, _ = rows.indices(most)
+        self.columns, self.out = columns, out
+
+    def take(self, row: int, block: np.ndarray) -> None:
+        """Copies what of a block, which starts at `row`, is meant for it."""
+        rows = slice(row - self.first, row - self.first + len(block))
+        bits = f"u{block.itemsize}"  # NumPy copies numbers that it does not know one by one
+        self.out[rows].view(bits)[...] = block[(slice(None), *self.columns)].view(bits)
+
+
+def _converted(tensor: Tensor, block: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):  # seen below
+        converted = block.astype(dtype, copy=False)
+    if not is_finite(converted):
+        as_dtype = "" if converted is block else f" as {dtype}"
+        raise CheckpointError(f"{tensor.file}: {tensor.name} has values that are not finite{as_dtype}")
+    return converted
+
+
+def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array that starts where a CPU device wants its buffers to, so that it becomes one without a copy."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def is_finite(block: np.ndarray) -> bool:

@@ -1,34 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight tables: which Hugging Face tensor is which leaf, read in both directions and total in both.
-
-A model's table is a tuple of entries:
-
-  Rule("model.layers.{i}.self_attn.q_proj.weight", "layers/self_attn/q_proj/kernel", TRANSPOSE)
-      one tensor is one leaf; with `{i}`, one tensor per layer, stacked on the leaf's first axis, and with `{e}` one per
-      expert of a layer, on its second.
-  Rule("layers.{i}.mlp.fc1.weight", "layers/mlp/fc1/kernel", TRANSPOSE, "encoder.layer.{i}.intermediate.dense.weight")
-      the same, where files keep an older name than transformers' module has; what is read may have either.
-  Tied("lm_head.weight", "embed_tokens/embedding")
-      a copy of a leaf that a checkpoint may hold; it must agree with it, and is not written.
-  Ignore("...rotary_emb.inv_freq")
-      a tensor that is no weight. `...` stands for any start.
-  Renamed(".gamma", ".weight")
-      an ending that some checkpoints use for the table's.
-  Joined(".experts.gate_up_proj", (".experts.{e}.w1.weight", ".experts.{e}.w3.weight"))
-      an ending of tensors that hold several of the table's, one after another; with `{e}`, for each expert in turn.
+"""Weights read and written by a table, which is total in both directions (`_table.py` says what is in one).
 
 A checkpoint key without an entry, an entry without its key, a leaf that nothing sets and a wrong shape are errors; all
 of them are collected and raised as one.
 """
 
-import dataclasses
 import functools
 import logging
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -36,112 +19,14 @@ import numpy as np
 from . import _safetensors as safetensors
 from ._checkpoint import write_checkpoint
 from ._files import CheckpointError, names
+from ._layouts import in_layout, renamed_tensors
 from ._safetensors import Source, Tensor
+from ._table import Entry, How, Ignore, Rule, Tied, fill, num_indices, rules
 
-_LOG = logging.getLogger("jpeft")
-
-
-class How(NamedTuple):
-    """A pair of axis orders: a leaf is `tensor.transpose(to_jax)`, a tensor is `leaf.transpose(to_hf)`.
-
-    None keeps the axes. The layer axis of a stack does not count.
-    """
-
-    to_jax: tuple[int, ...] | None = None
-    to_hf: tuple[int, ...] | None = None
-
-
-COPY = How()
-#: torch's `Linear.weight` [d_out, d_in] as a kernel [d_in, d_out].
-TRANSPOSE = How((1, 0), (1, 0))
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """The tensor `hf` is the leaf `path`; with `{i}` (and `{e}`) that of layer i (and expert e) is row i (and e).
-
-    Files call it `file`, where that is not what transformers calls it in the model.
-    """
-
-    hf: str
-    path: str
-    how: How = COPY
-    file: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tied:
-    """The tensor `hf`, if there, repeats the one of the leaf `path`, as a head or (`head=False`) as another table."""
-
-    hf: str
-    path: str
-    head: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Ignore:
-    """The tensor `hf` is no weight."""
-
-    hf: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Renamed:
-    """Some checkpoints end a name in `old` where the table has `new`."""
-
-    old: str
-    new: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Joined:
-    """Some checkpoints have one tensor, its name ending in `old`, in the place of those that end in `parts`.
-
-    It holds them one after another along its first axis; with `{e}`, its first axis counts experts, and it holds them
-    along its second for each.
-    """
-
-    old: str
-    parts: tuple[str, ...]
-
-
-Entry = Rule | Tied | Ignore | Renamed | Joined
 Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
-
-
-def module_names(entries: Sequence[Entry], *sizes: int) -> dict[str, tuple[str, ...]]:
-    """Hugging Face's names of the modules: NNX path -> one name, or one per layer (and expert) of a stack.
-
-    Covers every module that owns leaves, and those around it as long as both sides call them the same.
-
-    Args:
-      entries: the table.
-      sizes: how many layers there are, and experts in each.
-    """
-    found = {}
-    for rule in rules(entries):
-        path, hf = rule.path.rpartition("/")[0], rule.hf.rpartition(".")[0]
-        while path:
-            found[path] = tuple(fill(hf, *index) for index in np.ndindex(sizes[: num_indices(hf)]))
-            (path, _, name), (hf, _, hf_name) = path.rpartition("/"), hf.rpartition(".")
-            if name != hf_name or hf.endswith("{e}"):
-                break
-    return found
-
-
-def rules(entries: Sequence[Entry]) -> list[Rule]:
-    """The entries that set a leaf."""
-    return [entry for entry in entries if isinstance(entry, Rule)]
-
-
-def num_indices(pattern: str) -> int:
-    """How many leading axes of a leaf count tensors of this name: of layers, and of experts in each."""
-    return ("{i}" in pattern) + ("{e}" in pattern)
-
-
-def fill(pattern: str, *index: int) -> str:
-    """`pattern` with the numbers of the layer and the expert in the places of `{i}` and `{e}`."""
-    return pattern.format(**dict(zip("ie", index, strict=False)))
+_LOG = logging.getLogger("jpeft")
+#: Tensors of one leaf that are read at once.
+_THREADS = 4
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -174,9 +59,9 @@ def load_leaves(
     Raises:
       CheckpointError: naming every unmapped key, missing key, leaf without a rule, wrong shape and wrong dtype.
     """
-    entries = _in_layout(entries, tensors, prefixes)
+    entries = in_layout(entries, tensors, prefixes)
     parts = {rule.path: _parts(rule, shapes[rule.path]) for rule in rules(entries) if rule.path in shapes}
-    tensors = _renamed(tensors, entries, {part.file: part.key for leaf in parts.values() for part in leaf})
+    tensors = renamed_tensors(tensors, entries, {part.file: part.key for leaf in parts.values() for part in leaf})
     for path in [path for path in parts if path.startswith(tuple(fresh))]:
         if not any(part.key in tensors for part in parts[path]):
             del parts[path]
@@ -229,63 +114,6 @@ def _parts(rule: Rule, leaf: jax.ShapeDtypeStruct) -> list[_Part]:
     ]
 
 
-def _in_layout(entries: Sequence[Entry], tensors: Mapping[str, Tensor], prefixes: Sequence[str]) -> tuple[Entry, ...]:
-    """The table with its names as the checkpoint has them: with one of the backbone's prefixes, or without."""
-
-    def used(names: Iterable[str]) -> str:
-        found = [*names]
-        return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in found)), "")
-
-    ours, theirs = used(rule.hf for rule in rules(entries)), used(tensors)
-
-    def rename(hf: str) -> str:
-        return theirs + hf.removeprefix(ours) if hf.startswith(ours) and not hf.startswith("...") else hf
-
-    def renamed(entry: Entry) -> Entry:
-        if isinstance(entry, Renamed | Joined):
-            return entry
-        file = {"file": rename(entry.file or entry.hf)} if isinstance(entry, Rule) else {}
-        return dataclasses.replace(entry, hf=rename(entry.hf), **file)
-
-    return tuple(map(renamed, entries))
-
-
-def _renamed(tensors: Mapping[str, Tensor], entries: Sequence[Entry], today: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors by the table's names, given those by what files call them, and in its parts."""
-    endings = [entry for entry in entries if isinstance(entry, Renamed)]
-    joined = [entry for entry in entries if isinstance(entry, Joined)]
-    found: dict[str, Tensor] = {}
-    twice: list[str] = []
-    for key, tensor in tensors.items():
-        whole = next((e for e in joined if key.endswith(e.old)), None)
-        if key in today:
-            parts = {today[key]: tensor}
-        elif whole is None:
-            parts = {next((key.removesuffix(e.old) + e.new for e in endings if key.endswith(e.old)), key): tensor}
-        else:
-            parts = _taken_apart(key, tensor, whole)
-        twice += {*parts} & {*found}
-        found |= parts
-    if twice:
-        raise CheckpointError(f"the checkpoint has under two names each: {names(twice)}")
-    return found
-
-
-def _taken_apart(key: str, tensor: Tensor, joined: Joined) -> dict[str, Tensor]:
-    """What `tensor` holds, each by its own name; itself where its shape is of no such parts."""
-    each = "{e}" in joined.parts[0]
-    rows = tensor.shape[each : each + 1]
-    if not rows or rows[0] % len(joined.parts) or tensor.dtype not in safetensors.FLOATS:
-        return {key: tensor}
-    start = key.removesuffix(joined.old)
-    numbers = range(tensor.shape[0]) if each else (0,)
-    shape = (rows[0] // len(joined.parts), *tensor.shape[each + 1 :])
-    size = math.prod(shape) * safetensors.FLOATS[tensor.dtype].itemsize
-    keys = [start + part.format(e=e) for e in numbers for part in joined.parts]
-    places = [tensor.start + i * size for i in range(len(keys) + 1)]
-    return {key: tensor._replace(shape=shape, start=places[i], stop=places[i + 1]) for i, key in enumerate(keys)}
-
-
 def _unmapped(
     tensors: Mapping[str, Tensor], entries: Sequence[Entry], parts: Mapping[str, Sequence[_Part]]
 ) -> set[str]:
@@ -320,33 +148,52 @@ def _leaf(
     leaf: jax.ShapeDtypeStruct,
     sharding: Sharding | None,
 ) -> jax.Array:
-    lead = len(leaf.shape) - len(parts[0].shape)
-    places = np.arange(len(parts)).reshape(leaf.shape[:lead])
+    place = None if sharding is None else sharding(path, leaf)
+    everything = (slice(None),) * len(leaf.shape)
+    indices = [everything] if place is None else place.addressable_devices_indices_map(leaf.shape).values()
+    buffers = {_bounds(index, leaf.shape): _buffer(index, leaf) for index in indices}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        jobs = [
+            pool.submit(safetensors.read, tensors[part.key], targets)
+            for number, part in enumerate(parts)
+            if (targets := _targets(part, number, leaf, buffers))
+        ]
+        for job in jobs:
+            job.result()
+    if place is None:
+        return jax.device_put(buffers[_bounds(everything, leaf.shape)])
+    return jax.make_array_from_callback(
+        leaf.shape, place, lambda index: buffers[_bounds(index, leaf.shape)], leaf.dtype
+    )
 
-    def values(index: tuple[slice, ...]) -> np.ndarray:
-        out = np.empty([len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)], leaf.dtype)
-        rows, inner = out.reshape(-1, *out.shape[lead:]), index[lead:]
-        for n, place in enumerate(places[index[:lead]].ravel()):
-            part, row = parts[place], rows[n, ...]  # of a scalar, too, a view
-            safetensors.read(tensors[part.key], tuple(inner[axis] for axis in part.axes), row.transpose(part.axes))
-        return out
 
-    if sharding is None:
-        return jax.device_put(values((slice(None),) * len(leaf.shape)))
-    return jax.make_array_from_callback(leaf.shape, sharding(path, leaf), _once(values), leaf.dtype)
+_Bounds = tuple[tuple[int, int], ...]
 
 
-def _once(values: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
-    """`values`, called once per distinct slice: devices that replicate one share it."""
-    cache: dict[Any, np.ndarray] = {}
+def _bounds(index: tuple[slice, ...] | None, shape: Sequence[int]) -> _Bounds:
+    """Where a slice of a leaf starts and stops; devices that hold the same share one buffer."""
+    index = (slice(None),) * len(shape) if index is None else index
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
-    def cached(index: Any) -> np.ndarray:
-        key = tuple((s.start, s.stop) for s in index)
-        if key not in cache:
-            cache[key] = values(index)
-        return cache[key]
 
-    return cached
+def _buffer(index: tuple[slice, ...] | None, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    return safetensors.empty([stop - start for start, stop in _bounds(index, leaf.shape)], np.dtype(leaf.dtype))
+
+
+def _targets(
+    part: _Part, number: int, leaf: jax.ShapeDtypeStruct, buffers: Mapping[_Bounds, np.ndarray]
+) -> list[tuple[tuple[slice, ...], np.ndarray]]:
+    """What of a tensor goes where: slices of it, and the parts of buffers that they are."""
+    lead = len(leaf.shape) - len(part.shape)
+    row = np.unravel_index(number, leaf.shape[:lead])  # of a stack: its layer, and its expert
+    targets = []
+    for bounds, buffer in buffers.items():
+        outer, inner = bounds[:lead], bounds[lead:]
+        if not all(first <= at < last for at, (first, last) in zip(row, outer, strict=True)):
+            continue
+        own = buffer[*(at - first for at, (first, _) in zip(row, outer, strict=True)), ...]
+        targets.append((tuple(slice(*inner[axis]) for axis in part.axes), own.transpose(part.axes)))
+    return targets
 
 
 # Writing ------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from ._bert_layers import ClassificationHead, Embeddings, Layer, Pooler, linear
 from ._bert_weights import layer_rules, linear_rules, norm_rules
 from ._choices import ONE_PER_ROW, by_choice, check_packing, rows
 from ._layers import in_front, positions_of
-from ._weights import Entry, Ignore, Renamed, Rule, module_names
+from ._table import Entry, Ignore, Renamed, Rule, module_names
 
 __all__ = ["HEADS", "PREFIXES", "PRESETS", "TASKS", "WEIGHTS", "Bert", "Config"]
 

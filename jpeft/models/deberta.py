@@ -26,7 +26,7 @@ from ._bert_weights import layer_rules, linear_rules, norm_rules
 from ._deberta_config import PRESETS, Config
 from ._deberta_layers import ContextPooler, ConvLayer, DisentangledAttention, Embeddings, RelativePositions
 from ._layers import in_front, positions_of
-from ._weights import TRANSPOSE, Entry, How, Ignore, Rule, module_names
+from ._table import TRANSPOSE, Entry, How, Ignore, Rule, module_names
 
 __all__ = ["HEADS", "PREFIXES", "PRESETS", "TASKS", "WEIGHTS", "Config", "Deberta"]
 

@@ -24,7 +24,7 @@ from ._attention import attention
 from ._choices import ONE_PER_ROW, by_choice, check_packing, rows
 from ._layer_norm import LayerNorm
 from ._layers import ACTIVATIONS, in_front, positions_of, token_table
-from ._weights import TRANSPOSE, Entry, Ignore, Rule, module_names
+from ._table import TRANSPOSE, Entry, Ignore, Rule, module_names
 
 TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "MULTIPLE_CHOICE", "FEATURE_EXTRACTION")
 #: What a checkpoint with a head puts before the backbone's names.

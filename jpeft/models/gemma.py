@@ -22,7 +22,7 @@ from ._decoder_config import DecoderConfig
 from ._decoder_layers import MLP, Attention, norm
 from ._decoder_weights import HEADS, decoder_weights
 from ._gemma_config import PRESETS, Config
-from ._weights import Entry, module_names
+from ._table import Entry, module_names
 
 __all__ = ["HEADS", "PREFIXES", "PRESETS", "TASKS", "WEIGHTS", "Config", "Gemma"]
 

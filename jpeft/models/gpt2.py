@@ -26,7 +26,7 @@ from ._cache import KV, Cache, check_step, empty, extended, filled, num_slots, o
 from ._layer_norm import LayerNorm
 from ._layers import ACTIVATIONS, in_front, last_token, positions_of, token_table
 from ._step_attention import step_attention
-from ._weights import TRANSPOSE, Entry, Ignore, Rule, Tied, module_names
+from ._table import TRANSPOSE, Entry, Ignore, Rule, Tied, module_names
 
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 #: What checkpoints with a head put before the backbone's names; the published ones do not.

@@ -13,7 +13,7 @@ from ._decoder import Decoder
 from ._decoder_config import DecoderConfig
 from ._decoder_weights import HEADS, decoder_weights
 from ._llama_config import PRESETS, Config
-from ._weights import Entry, module_names
+from ._table import Entry, module_names
 
 __all__ = ["HEADS", "PREFIXES", "PRESETS", "TASKS", "WEIGHTS", "Config", "Llama"]
 

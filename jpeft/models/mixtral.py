@@ -22,7 +22,7 @@ from ._decoder_config import DecoderConfig, one_layout
 from ._decoder_layers import Attention, linear, norm
 from ._decoder_weights import HEADS, decoder_weights
 from ._experts import Experts, SparseMoe
-from ._weights import TRANSPOSE, Entry, Joined, Renamed, Rule, module_names
+from ._table import TRANSPOSE, Entry, Joined, Renamed, Rule, module_names
 
 __all__ = ["HEADS", "PREFIXES", "PRESETS", "TASKS", "WEIGHTS", "Config", "Mixtral"]
 

@@ -14,7 +14,7 @@ from . import _config
 from ._decoder import Decoder
 from ._decoder_config import DecoderConfig, Rope, one_layout
 from ._decoder_weights import HEADS, decoder_weights
-from ._weights import Entry, module_names
+from ._table import Entry, module_names
 
 __all__ = ["HEADS", "PREFIXES", "PRESETS", "TASKS", "WEIGHTS", "Config", "Phi3"]
 

@@ -18,7 +18,7 @@ from ._encoder_decoder import Encoded, EncoderDecoder, names_of_stacks
 from ._layers import token_table
 from ._t5_config import PRESETS, Config
 from ._t5_stack import Stack, linear
-from ._weights import TRANSPOSE, Entry, Ignore, Rule, Tied
+from ._table import TRANSPOSE, Entry, Ignore, Rule, Tied
 
 __all__ = ["HEADS", "PREFIXES", "PRESETS", "T5", "TASKS", "WEIGHTS", "Config", "Encoded"]
 

@@ -20,8 +20,8 @@ from ._attention import attention
 from ._bicubic import resized
 from ._layer_norm import LayerNorm
 from ._layers import ACTIVATIONS, in_front
+from ._table import COPY, TRANSPOSE, Entry, How, Ignore, Rule, module_names
 from ._vit_config import PRESETS, Config
-from ._weights import COPY, TRANSPOSE, Entry, How, Ignore, Rule, module_names
 
 __all__ = ["HEADS", "OPTIONAL", "PREFIXES", "PRESETS", "TASKS", "WEIGHTS", "Config", "ViT"]
 

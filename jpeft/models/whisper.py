@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from .._scope import scope
 from ._cache import Cache
 from ._encoder_decoder import Encoded, EncoderDecoder, names_of_stacks
-from ._weights import COPY, TRANSPOSE, Entry, How, Rule, Tied
+from ._table import COPY, TRANSPOSE, Entry, How, Rule, Tied
 from ._whisper_config import PRESETS, Config
 from ._whisper_stack import Decoder, Encoder, linear
 

@@ -18,7 +18,8 @@ from saved_bert import TINY, _folder, assert_equal, flat, read_tensors, saved  #
 from jpeft import models
 from jpeft.models import CheckpointError, _safetensors
 from jpeft.models._checkpoint import INDEX, SINGLE, open_checkpoint
-from jpeft.models._weights import How, Ignore, Renamed, Rule, Tied, load_leaves, module_names, save_leaves
+from jpeft.models._table import How, Ignore, Renamed, Rule, Tied, module_names
+from jpeft.models._weights import load_leaves, save_leaves
 
 
 def _rewrite(folder, tensors, **config):

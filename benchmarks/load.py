@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading a checkpoint of a Llama shape against `transformers.from_pretrained`: time, memory, and bytes read.
+
+    python benchmarks/load.py [--layers 12] [--cores 2] [--repeats 3] [--folder DIR] [--json FILE]
+
+Writes a random checkpoint in bfloat16 shards (deleted afterwards), then loads it in processes of their own that take
+turns, each once: by transformers in the same dtype, with its weights touched, since it maps files that are read when
+they are used; and by jpeft onto one device, onto a mesh of eight (fake ones of this CPU), in float32, and quantized.
+Memory is counted from when the libraries are imported: the highest resident memory, in which a mapped file's pages
+count, and the highest anonymous memory, which is what a machine must have. Bytes read are those of read calls
+(`/proc/self/io`); a mapped file is read by page faults, which do not count there.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+SIDES = ("transformers", "jpeft", "jpeft mesh of 8", "jpeft nf4", "transformers float32", "jpeft float32")
+SHAPE = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 2048,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 8192, "hidden_act": "silu",
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": False,
+    "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def write_checkpoint(folder: Path, layers: int, shard_bytes: int) -> int:
+    """Writes the checkpoint with small random values; its bytes."""
+    import jax
+    import ml_dtypes
+    import numpy as np
+
+    from jpeft import models
+    from jpeft.models._checkpoint import write_checkpoint
+    from jpeft.models._safetensors import Source
+    from jpeft.models._weights import fill, rules
+
+    config = SHAPE | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = jax.eval_shape(lambda: models.build(config, key=jax.random.key(0), dtype="bfloat16"))
+    leaves = models._flatten(model)[1]
+    rng = np.random.default_rng(0)
+    # Signs and mantissas are random, magnitudes about those of weights: nothing that a machine could share or skip.
+    bits = (rng.integers(0, 2**16, 2**24, np.uint16) & 0x807F | 0x3C80).view(ml_dtypes.bfloat16)
+
+    def values(shape: tuple[int, ...]) -> Any:
+        return np.resize(bits, shape)
+
+    sources: dict[str, Source] = {}
+    for rule in rules(models.weights(model)):
+        stacked = "{i}" in rule.hf
+        shape = leaves[rule.path].shape[1:] if stacked else leaves[rule.path].shape
+        shape = tuple(shape[axis] for axis in rule.how.to_hf or range(len(shape)))
+        for name in [fill(rule.hf, i) for i in range(layers)] if stacked else [rule.hf]:
+            sources[name] = Source(shape, bits.dtype, lambda shape=shape: values(shape))
+    write_checkpoint(folder, dict(sorted(sources.items())), shard_bytes)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+class Memory(threading.Thread):
+    """The highest resident and anonymous memory, above what was there, looked at every few milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.before, self.most, self._over = self.now(), {"resident": 0, "anonymous": 0}, threading.Event()
+        self.start()
+
+    @staticmethod
+    def now() -> dict[str, int]:
+        """Bytes now."""
+        lines = Path("/proc/self/status").read_text().splitlines()
+        fields = {
+            key: int(value.split()[0]) * 1024
+            for key, _, value in (line.partition(":") for line in lines)
+            if "kB" in value
+        }
+        return {"resident": fields["VmRSS"], "anonymous": fields["RssAnon"]}
+
+    def run(self) -> None:
+        """Looks until it is stopped."""
+        while not self._over.wait(0.003):
+            self.look()
+
+    def look(self) -> None:
+        """Looks once."""
+        now = self.now()
+        self.most = {key: max(self.most[key], now[key] - self.before[key]) for key in now}
+
+    def stop(self) -> dict[str, int]:
+        """What was found."""
+        self._over.set()
+        self.join()
+        self.look()
+        return self.most
+
+
+def read_bytes() -> int:
+    """What this process has read by calls so far."""
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+
+def load(side: str, folder: Path) -> dict[str, Any]:
+    """Loads once, in this process; seconds and bytes."""
+    name, _, how = side.partition(" ")
+    if name == "transformers":
+        action = _transformers(folder, how or "bfloat16")
+    else:
+        action = _jpeft(folder, how)
+    memory, before = Memory(), read_bytes()
+    start = time.perf_counter()
+    kept = action()
+    seconds = time.perf_counter() - start
+    found = {"seconds": seconds, "read": read_bytes() - before, **memory.stop()}
+    del kept
+    return found
+
+
+def _transformers(folder: Path, dtype: str) -> Any:
+    import torch
+    import transformers
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    transformers.utils.logging.disable_progress_bar()
+    torch.ones(3).sum()
+
+    def action() -> Any:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        for weight in model.parameters():  # a byte of every page
+            weight.detach().view(torch.uint8).view(-1)[::4096].max()
+        return model
+
+    return action
+
+
+def _jpeft(folder: Path, how: str) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    import jpeft
+
+    options: dict[str, Any] = {}
+    if how == "mesh of 8":
+        jax.config.update("jax_num_cpu_devices", 8)
+        options["sharding"] = jpeft.placement(jpeft.mesh("fsdp=4,tensor=2"))
+    elif how == "nf4":
+        options["quantize"] = "nf4"
+    elif how:
+        options["dtype"] = how
+    jax.block_until_ready(jnp.ones(3) + 1)
+    return lambda: jax.block_until_ready(jpeft.models.load(folder, **options))
+
+
+def compare(folder: Path, cores: list[int], repeats: int, sides: list[str]) -> dict[str, dict[str, float]]:
+    """The sides in turns, each time in a new process; medians."""
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for repeat in range(repeats):
+        for side in sides if repeat % 2 == 0 else reversed(sides):
+            command = [
+                "taskset",
+                "-c",
+                ",".join(map(str, cores)),
+                sys.executable,
+                __file__,
+                "--worker",
+                side,
+                str(folder),
+            ]
+            environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(len(cores))}
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            found[side].append(json.loads(done.stdout.splitlines()[-1]))
+    return {side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()}
+
+
+def show(results: dict[str, dict[str, float]], size: int) -> None:
+    """Prints a table; ratios are to transformers in the same dtype."""
+    print(f"a checkpoint of {size / 1e9:.2f} GB")
+    print(
+        "| side | s | GB/s | resident MB | anonymous MB | read MB | time ratio | memory ratio, resident | anonymous |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for side, figures in results.items():
+        base = results.get("transformers" + (" float32" if side.endswith("float32") else ""), figures)
+        ratios = (figures[key] / base[key] for key in ("seconds", "resident", "anonymous"))
+        print(
+            f"| {side} | {figures['seconds']:.2f} | {size / 1e9 / figures['seconds']:.2f} | "
+            f"{figures['resident'] / 2**20:,.0f} | {figures['anonymous'] / 2**20:,.0f} | {figures['read'] / 2**20:,.0f} | "
+            + " | ".join(f"{ratio:.2f}" for ratio in ratios)
+            + " |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:4]))
+    parser.add_argument("--folder", help="where the checkpoint is written (a temporary folder)")
+    parser.add_argument("--json", help="write the figures to this file")
+    options = parser.parse_args()
+    if options.worker:
+        return print(json.dumps(load(options.worker[0], Path(options.worker[1]))))
+    folder = Path(tempfile.mkdtemp(prefix="jpeft-load-", dir=options.folder))
+    try:
+        size = write_checkpoint(folder, options.layers, 10**9)
+        results = compare(folder, sorted(os.sched_getaffinity(0))[: options.cores], options.repeats, options.sides)
+    finally:
+        shutil.rmtree(folder)
+    show(results, size)
+    if options.json:
+        Path(options.json).write_text(json.dumps({"bytes": size, "sides": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
