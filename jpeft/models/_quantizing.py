@@ -41,7 +41,8 @@ def reading(abstract: Any, scheme: str | None, sharding: Sharding | None) -> tup
 
 def _quantized(model: Any, scheme: str) -> Any:
     """`model` with codes in every linear layer but the heads."""
+    heads = {*model.head, *getattr(model, "before_head", ())}
     for path, module in list(nnx.iter_modules(model)):
-        if isinstance(module, nnx.Linear) and path[0] not in model.head:
+        if isinstance(module, nnx.Linear) and path[0] not in heads:
             quantize_module(module, projection(module), scheme)  # type: ignore[arg-type]
     return model
