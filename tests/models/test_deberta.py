@@ -185,7 +185,7 @@ def test_the_pooler_goes_to_peft_and_back(tmp_path):
     theirs = torch_model(V3, "SEQ_CLS", DEBERTA.classes)
     theirs.save_pretrained(tmp_path / "base")
     base = models.load(tmp_path / "base")
-    ours = subjects.fill(jpeft.adapt(base, jpeft.LoRA(rank=3, alpha=5), key=jax.random.key(0)))
+    ours = subjects.fill(jpeft.adapt(base, jpeft.LoRA(rank=3, alpha=5.0), key=jax.random.key(0)))
     jpeft.export_peft(ours, tmp_path / "adapter")
     with quiet():
         real = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
