@@ -46,7 +46,8 @@ def plan(model: nnx.Module, method: Method) -> list[Planned]:
     asked = method.select(getattr(getattr(model, "config", None), "model_type", None))
     asked = asked if isinstance(asked, tuple) else (asked,)
     heads = _heads(model)
-    saved = _saved_modules(everything, asked[0], heads, getattr(model, "task", None))
+    default = heads if asked[0].modules_to_save is None else _paths(model, "head")
+    saved = _saved_modules(everything, asked[0], default, getattr(model, "task", None))
     active: Layers = {}
     copied: dict[str, Layers] = {}
     absorbed: dict[str, tuple[str, ...]] = {}
@@ -102,9 +103,14 @@ def chosen(model: nnx.Module, asked: Targets) -> list[Found]:
 
 
 def _heads(model: Any) -> tuple[str, ...]:
-    """Paths of the task's output layers, where the model tells: `head` may as well be a module of somebody's own."""
-    heads = getattr(model, "head", ())
-    return heads if isinstance(heads, tuple) and all(isinstance(head, str) for head in heads) else ()
+    """Paths of the task's output layers, and of those before them that pretrained models have not."""
+    return _paths(model, "head") + _paths(model, "before_head")
+
+
+def _paths(model: Any, name: str) -> tuple[str, ...]:
+    """What the model tells by an attribute, which may as well be a module of somebody's own."""
+    paths = getattr(model, name, ())
+    return paths if isinstance(paths, tuple) and all(isinstance(path, str) for path in paths) else ()
 
 
 def nearest(wanted: str, names: Iterable[str], count: int = 6) -> str:

@@ -22,6 +22,8 @@ import jpeft
 _SMALL = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 4}
 _BERT = _SMALL | {"num_hidden_layers": 3, "max_position_embeddings": 24, "num_labels": 3}
 _DISTILBERT = {"vocab_size": 48, "dim": 16, "hidden_dim": 20, "n_heads": 4, "n_layers": 3, "num_labels": 3}
+_DEBERTA = _BERT | {"relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 4}
+_DEBERTA |= {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False, "conv_kernel_size": 3}
 _GPT2 = {"vocab_size": 48, "n_embd": 16, "n_inner": 20, "n_head": 4, "n_layer": 3, "n_positions": 24}
 _GPT2 |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _T5 = {"vocab_size": 48, "d_model": 16, "d_kv": 6, "d_ff": 20, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}
@@ -44,6 +46,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("bert", "FEATURE_EXTRACTION", _BERT),
     "roberta cls": ("roberta", "SEQ_CLS", _BERT | {"pad_token_id": 0}),
     "xlm-roberta tokens": ("xlm-roberta", "TOKEN_CLS", _BERT | {"pad_token_id": 0}),
+    "deberta": ("deberta-v2", "FEATURE_EXTRACTION", _DEBERTA),
     "distilbert": ("distilbert", "SEQ_CLS", _DISTILBERT | {"max_position_embeddings": 24}),
     "gpt2": ("gpt2", "CAUSAL_LM", _GPT2),
     "llama": ("llama", "CAUSAL_LM", _LLAMA | {"attention_bias": True}),

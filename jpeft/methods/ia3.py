@@ -7,9 +7,9 @@
 All vectors start at one, exactly the base. The paper scales the hidden activation, `(gamma(x W1) * l) W2`, which is
 the input of the second feed-forward projection. Where the vectors sit by default is a matter of `placement`:
 
-  "peft"        PEFT's modules, by the model's type. For Llama and Mistral these are the paper's; for BERT the input of
-                the attention's output projection is scaled too, and for Qwen and Gemma
-                queries in the place of keys.
+  "peft"        PEFT's modules, by the model's type. For Llama and Mistral these are the paper's; for BERT and DeBERTa
+                the input of the attention's output projection is scaled too, and for Qwen and Gemma queries in the
+                place of keys.
   "paper"       keys, values, and the input of the second feed-forward projection alone.
   "adapterhub"  keys, values, and the output of the first feed-forward projection BEFORE the activation, so that
                 `gamma((x W1 + b1) * l)`: another function, except in a gated block, whose up projection is linear.

@@ -160,7 +160,7 @@ class DisentangledAttention(nnx.Module):
             parts.append(content_to_position(relative.far, q, tables["c2p"]))
         if relative is not None and "p2c" in tables:
             parts.append(position_to_content(relative.far, k[:, k.shape[1] - q.shape[1] :], tables["p2c"]))
-        return sum(parts) if parts else None
+        return jnp.swapaxes(sum(parts), 0, 1) if parts else None
 
     def _heads(self, y: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq heads d_head"]:
         return y.reshape(*y.shape[:2], self.config.num_attention_heads, -1)

@@ -68,7 +68,7 @@ def rows_of_distances(config: Config) -> np.ndarray:
 
 def content_to_position(
     far: Distances, q: Float[Array, "batch seq heads d_head"], keys: Float[Array, "rows heads d_head"]
-) -> Float[Array, "batch heads seq keys"]:
+) -> Float[Array, "heads batch seq keys"]:
     """q_i · K'_r for every query i and key j."""
     if far.columns is not None:
         return _shifted(_products(q, keys[far.columns]))
@@ -77,7 +77,7 @@ def content_to_position(
 
 def position_to_content(
     far: Distances, k: Float[Array, "batch keys heads d_head"], queries: Float[Array, "rows heads d_head"]
-) -> Float[Array, "batch heads seq keys"]:
+) -> Float[Array, "heads batch seq keys"]:
     """k_j · Q'_r for every query i and key j; computed by keys, from which distances have the other sign."""
     if far.columns is not None:
         columns = np.roll(far.columns[::-1], -1)  # of the distances 1 - seq, ..., seq
@@ -87,17 +87,17 @@ def position_to_content(
 
 
 def _products(x: jax.Array, table: jax.Array) -> jax.Array:
-    """x · each row of the table, `[batch heads seq rows]` in float32."""
-    return jnp.einsum("bshd,rhd->bhsr", x, table, preferred_element_type=jnp.float32)
+    """x · each row of the table, `[heads batch seq rows]` in float32: heads first, as a matrix product lays them."""
+    return jnp.einsum("bshd,rhd->hbsr", x, table, preferred_element_type=jnp.float32)
 
 
 def _pairs(far: Distances) -> jax.Array:
     """The rows of pairs, for all heads."""
     assert far.pairs is not None
-    return far.pairs[:, None]
+    return far.pairs[None]
 
 
-def _shifted(x: Float[Array, "batch heads seq double"]) -> Float[Array, "batch heads seq seq"]:
+def _shifted(x: Float[Array, "heads batch seq double"]) -> Float[Array, "heads batch seq seq"]:
     """y[i, j] = x[i, seq - 1 - i + j], with 2 seq columns in x: rows of one column less start one column later each."""
     *lead, seq, double = x.shape
     flat = x.reshape(*lead, seq * double)[..., seq - 1 :]

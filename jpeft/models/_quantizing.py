@@ -42,8 +42,9 @@ def reading(abstract: Any, scheme: str | None, sharding: Sharding | None) -> tup
 
 def _quantized(model: Any, scheme: str) -> Any:
     """`model` with codes in every linear layer but the heads."""
+    heads = {*model.head, *getattr(model, "before_head", ())}
     for path, module in list(nnx.iter_modules(model)):
         found = registered(module)
-        if isinstance(found, Matmul) and path[0] not in model.head:
+        if isinstance(found, Matmul) and path[0] not in heads:
             quantize_module(module, found, scheme)
     return model

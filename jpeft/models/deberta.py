@@ -43,8 +43,9 @@ class Deberta(nnx.Module):
     """DeBERTa for one task: `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS` or `FEATURE_EXTRACTION`.
 
     Attributes:
-      head: paths of the task's own output layer. The pooler of SEQ_CLS is none of them, as in PEFT, though a checkpoint
-        of the pretrained model has none either: train it by `modules_to_save=["pooler"]`.
+      head: paths of the task's own output layer.
+      before_head: the pooler of SEQ_CLS, which pretrained checkpoints have not. Unless `modules_to_save` says what is
+        trained beside the head, it is too. (PEFT leaves it as it was drawn, and out of its files.)
       remat, unroll: how the layers are run, see `jpeft.models.load`.
     """
 
@@ -60,6 +61,7 @@ class Deberta(nnx.Module):
     ):
         self.config, self.task, self.remat, self.unroll = config, task, remat, unroll
         self.head = (_HEAD[task],) if task in _HEAD else ()
+        self.before_head = ("pooler",) if task == "SEQ_CLS" else ()
         self.embeddings = Embeddings(config, rngs=rngs, dtype=dtype)
         self.input_embedding = InputEmbedding(config.d_embedding, "encoder", False, config.max_positions)
         if config.relative_attention:

@@ -66,6 +66,7 @@ EXPORTS = {
     "llama states, layers": ("llama states", lora(layers=[1])),
     "mistral": ("mistral", lora("q_proj", "k_proj", rslora=True)),
     "qwen2": ("qwen2", lora("k_proj", "down_proj", bias="all")),
+    "deberta": ("deberta", lora("query_proj", "dense", modules_to_save=["rel_embeddings", "conv"])),
     "distilbert": ("distilbert", lora()),
     "roberta": ("roberta cls", jpeft.LoRA(alpha=3, targets="all-linear")),
     "roberta, frozen head": ("roberta cls", lora("dense", modules_to_save=(), bias="lora_only", layers=[0, 2])),

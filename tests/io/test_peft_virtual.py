@@ -166,6 +166,7 @@ REFUSED = {
     "a gate": ("bert cls", prefix(gate=True), "PEFT's files hold no gates, and without them a gated prefix"),
     "some layers": ("llama", prefix(layers=[1]), "into the attention of every layer; adapt without layers="),
     "distilbert's prefix": ("distilbert", prefix(), "this model's prefixes: transformers' DistilBERT takes"),
+    "deberta's prefix": ("deberta", prefix(), "this model's prefixes: transformers' DeBERTa takes no keys and values"),
     "t5's prefix": ("t5", prefix(), "in T5's decoder alone, where a query adds to each the bias of a past token's"),
     "a window's prefix": ("mistral", prefix(), "off which the attention's window slides.* take sliding_window out of"),
     "a head beside tokens": ("bert cls", jpeft.TrainableTokens(TOKENS),

@@ -24,6 +24,7 @@ REAL = {
     "a head left alone": ("bert tokens", {"exclude": ["layer.0.attention.self.key"]},
                           {"exclude_modules": ["layer.0.attention.self.key"]}),
     "llama, whose keys have a bias": ("llama", {}, {}),
+    "deberta, whose keys read distances too": ("deberta", {}, {}),
     "mistral": ("mistral", {}, {}),
     "qwen2": ("qwen2", {}, {}),
     "qwen3": ("qwen3", {}, {}),
