@@ -135,9 +135,10 @@ def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None,
     config = read_config(folder)
     codec = _codec(config, folder / CONFIG)
     _check_task(config, model, folder / CONFIG)
-    config, tensors = by_module(config, safetensors.header(weights_file(folder)), names)
+    tensors: Mapping[str, Any] = safetensors.header(weights_file(folder))
     name = name or codec.kind
     try:
+        config, tensors = by_module(config, tensors, names)
         adapted = adapt(model, codec.read(config, names), key=jax.random.key(0) if key is None else key, name=name)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
