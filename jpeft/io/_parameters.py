@@ -74,8 +74,8 @@ def by_module(
         if not any(p.name == target or p.name.endswith(f".{target}") for p in chosen):
             ends = sorted({p.name.split(".", 3)[-1] for p in known})
             raise ValueError(
-                f"target_parameters names {target!r}; of parameters jpeft adapts those of experts and their routers, "
-                f"and this model has {', '.join(ends) or 'none'}. Name modules by target_modules"
+                f"target_parameters={[target]!r}: of parameters jpeft adapts those of experts and their routers, and "
+                f"this model has {', '.join(ends) or 'none'}; modules are named by target_modules"
             )
     found = dict(tensors)
     for p, depth in _nested(chosen):

@@ -151,9 +151,10 @@ def import_peft(
     config = read_config(folder)
     codec = _codec(config, folder / CONFIG)
     _check_task(config, model, folder / CONFIG)
-    config, tensors = by_module(config, safetensors.header(weights_file(folder)), names)
+    tensors: Mapping[str, Any] = safetensors.header(weights_file(folder))
     name = codec.kind if name is None else name
     with about(folder / CONFIG):
+        config, tensors = by_module(config, tensors, names)
         put_on = functools.partial(
             adapt, method=codec.read(config, names), key=jax.random.key(0) if key is None else key, name=name
         )

@@ -138,5 +138,5 @@ def test_lora_s_options_that_read_whole_texts_are_refused_on_experts(options):
 
 def test_an_unknown_parameter_is_named(tmp_path):
     oracle.train_real("mixtral", {"target_modules": [], "target_parameters": ["q_proj.weight"]}, tmp_path)
-    with pytest.raises(ValueError, match=r"'q_proj.weight'; of parameters jpeft adapts .* mlp.experts.down_proj"):
+    with pytest.raises(ValueError, match=r"\['q_proj.weight'\]: of parameters jpeft adapts .* mlp.experts.down_proj"):
         jpeft.import_peft(oracle.jax_model("mixtral"), tmp_path)

@@ -388,7 +388,7 @@ def test_wrong_calls_are_refused():
     with pytest.raises(ValueError, match="20 tokens are more than the 19 positions"):
         model(np.zeros((1, 20), int))
     with pytest.raises(
-        ValueError, match="TOKEN_CLS of a bert model has no pooler; it has one for SEQ_CLS, FEATURE_EXTRACTION"
+        ValueError, match="TOKEN_CLS of a bert model has no pooler; it has one for SEQ_CLS, MULTIPLE_CHOICE, FEAT"
     ):
         model.pooled(jnp.zeros((3, SEQ, 24)))
     with pytest.raises(ValueError, match="SEQ_CLS gives one output per row"):

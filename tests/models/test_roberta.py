@@ -86,5 +86,5 @@ def test_wrong_calls_are_refused():
     model = build(CONFIG, "SEQ_CLS")
     with pytest.raises(ValueError, match="15 tokens are more than the 14 positions"):
         model(np.zeros((1, 15), int))
-    with pytest.raises(ValueError, match="SEQ_CLS of a roberta model has no pooler; it has one for FEATURE_EXTRACTION"):
+    with pytest.raises(ValueError, match="SEQ_CLS of a roberta model has no pooler; it has one for MULTIPLE_CHOICE"):
         model.pooled(jnp.zeros((3, SEQ, 24)))
