@@ -241,8 +241,8 @@ def _trained(name, **options):
 
 _expected = functools.cache(_trained)
 OPTIONS = [{"unroll": True}, *({"remat": policy} for policy in ("full", "dots", "names", "offload"))]
-#: The fast lane has one of each family but T5, of which the contracts compare these, and siblings.
-FAST = {*SUBJECTS} - {"t5", *SIBLINGS}
+#: The fast lane has one of each family but T5, of which the contracts compare these, Whisper, and siblings.
+FAST = {*SUBJECTS} - {"t5", "whisper", *SIBLINGS}
 RUNS = [
     pytest.param(name, o, id=f"{name}-{o}", marks=() if o == {"remat": "full"} and name in FAST else pytest.mark.slow)
     for name in SUBJECTS
