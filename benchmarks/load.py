@@ -111,10 +111,7 @@ def read_bytes() -> int:
 def load(side: str, folder: Path) -> dict[str, Any]:
     """Loads once, in this process; seconds and bytes."""
     name, _, how = side.partition(" ")
-    if name == "transformers":
-        action = _transformers(folder, how or "bfloat16")
-    else:
-        action = _jpeft(folder, how)
+    action = _transformers(folder, how or "bfloat16") if name == "transformers" else _jpeft(folder, how)
     memory, before = Memory(), read_bytes()
     start = time.perf_counter()
     kept = action()
@@ -130,7 +127,7 @@ def _transformers(folder: Path, dtype: str) -> Any:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     transformers.utils.logging.disable_progress_bar()
-    torch.ones(3).sum()
+    _ = transformers.LlamaForCausalLM  # imported when it is first named
 
     def action() -> Any:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
@@ -190,9 +187,10 @@ def show(results: dict[str, dict[str, float]], size: int) -> None:
     for side, figures in results.items():
         base = results.get("transformers" + (" float32" if side.endswith("float32") else ""), figures)
         ratios = (figures[key] / base[key] for key in ("seconds", "resident", "anonymous"))
+        resident, anonymous, read = (f"{figures[key] / 2**20:,.0f}" for key in ("resident", "anonymous", "read"))
+        seconds = figures["seconds"]
         print(
-            f"| {side} | {figures['seconds']:.2f} | {size / 1e9 / figures['seconds']:.2f} | "
-            f"{figures['resident'] / 2**20:,.0f} | {figures['anonymous'] / 2**20:,.0f} | {figures['read'] / 2**20:,.0f} | "
+            f"| {side} | {seconds:.2f} | {size / 1e9 / seconds:.2f} | {resident} | {anonymous} | {read} | "
             + " | ".join(f"{ratio:.2f}" for ratio in ratios)
             + " |"
         )
