@@ -17,7 +17,7 @@ import numpy as np
 
 from .._method import Adapter, Start
 from ..methods import METHODS
-from ..methods.reft import orthonormal
+from ..methods._orthonormal import orthonormal
 from ._hub_codec import Arrays, HubCodec, Parts, check_plain, slot, with_defaults
 from ._hub_layout import Hub
 from ._slots import Slot, layer_index

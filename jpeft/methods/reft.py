@@ -27,6 +27,7 @@ from .._fields import indices, names, one_of, rate, whole
 from .._method import Method, Site, Start, Targets, wide
 from .._scope import fold_path
 from .._text import prompt_ends
+from ._orthonormal import orthonormal
 
 Leaf = Float[Array, "units d_model rank"]
 
@@ -147,14 +148,6 @@ class DiReFT(ReFT):
 
     kind: ClassVar[str] = "direft"
     subtracts: ClassVar[bool] = False
-
-
-def orthonormal(leaf: Float[Array, "*lead d_model rank"]) -> Float[Array, "*lead d_model rank"]:
-    """Q of leaf = Q T, the diagonal of T positive. A leaf of zeros, which does nothing, stays one."""
-    zeros = ~leaf.any((-2, -1), keepdims=True)
-    some = jnp.broadcast_to(jnp.eye(*leaf.shape[-2:], dtype=leaf.dtype), leaf.shape)
-    q, t = jnp.linalg.qr(jnp.where(zeros, some, leaf))
-    return jnp.where(zeros, 0, q * jnp.sign(jnp.diagonal(t, axis1=-2, axis2=-1))[..., None, :])
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

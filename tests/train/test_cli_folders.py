@@ -153,7 +153,7 @@ def test_inspect_a_run(capsys, lora, tmp_path):
     assert code == 1
     assert "jpeft run" in out
     assert "updates: 3" in out
-    faults = [line.strip() for line in out.splitlines() if "fault" in line]
+    faults = [line.strip() for line in out.splitlines() if line.startswith("  fault")]
     assert faults == ["fault: config.yaml is missing", "fault: metrics.jsonl has lines that are no JSON: 2"]
     (tmp_path / "config.yaml").write_text("a: 1\n")
     (tmp_path / "metrics.jsonl").write_text('{"loss": 1.0}\n')
