@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="write base and adapter as one Hugging Face folder")
     _names_model(merge)
     merge.add_argument("--out", required=True, metavar="DIR")
+    merge.add_argument("--text", metavar="FILE", help="what merging changes is measured on its first 64 lines")
 
     export = commands.add_parser("export", help="write an adapter, checked against its base, as a PEFT folder")
     _names_model(export)
@@ -178,8 +179,8 @@ def _merge(options: argparse.Namespace) -> None:
 
     if options.adapter is None:
         raise config.ConfigError("name the adapter to merge by --adapter")
-    drift = saved.save_merged(saved.open_model(options.model, options.adapter), options.out)
-    print(f"merged model: {options.out} (largest change of a logit by merging: {drift:.3g})")
+    drift = saved.save_merged(saved.open_model(options.model, options.adapter), options.out, options.text)
+    print(f"merged model: {options.out}\nby merging {drift}")
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -9,16 +9,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import safe_open
 
 from .. import models
-from ..io import export_merged, export_peft, import_peft
+from ..io import Drift, Sample, export_merged, export_peft, import_peft
 from ..io.card import Card
 from . import tokenizer
 from .job import read_hf_config
 
 #: Beside PEFT's files: what they have no place for.
 INFO = "jpeft.json"
+
+#: Lines of a text file that a drift is measured on.
+SAMPLED = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +63,37 @@ def save_adapter(model: Any, folder: str | Path, base: str | Path, info: Info, c
     (folder / INFO).write_text(json.dumps(dataclasses.asdict(info), indent=2) + "\n", encoding="utf-8")
 
 
-def save_merged(opened: Opened, folder: str | Path) -> float:
-    """Writes the merged model as a Hugging Face folder whose config.json names the labels; returns the drift."""
-    drift = export_merged(opened.model, folder, tokenizer_from=opened.base)
+def save_merged(opened: Opened, folder: str | Path, text: str | Path | None = None) -> Drift:
+    """Writes the merged model as a Hugging Face folder whose config.json names the labels; returns the drift.
+
+    Args:
+      text: a file on whose first lines the drift is measured; None for random tokens.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no such file, or no text in it.
+    """
+    sample = None if text is None else _sample(opened, Path(text))
+    drift = export_merged(opened.model, folder, tokenizer_from=opened.base, sample=sample, base=str(opened.base))
     if opened.info.label_names is not None:
         file = Path(folder) / "config.json"
         names = dict(enumerate(opened.info.label_names))
         labels = {"id2label": {str(i): name for i, name in names.items()}, "label2id": {v: k for k, v in names.items()}}
         file.write_text(json.dumps(read_hf_config(folder) | labels, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return drift
+
+
+def _sample(opened: Opened, file: Path) -> Sample:
+    """The first lines of a file that hold text, as tokens."""
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()][:SAMPLED]
+    length = opened.info.max_length or 128
+    rows = [ids for ids in opened.tokenizer.cut(lines, length)[0] if ids]
+    if not rows:
+        raise ValueError(f"{file} holds no text to measure the drift on")
+    ids = np.full((len(rows), max(map(len, rows))), opened.tokenizer.pad_id, np.int32)
+    mask = np.zeros_like(ids)
+    for at, row in enumerate(rows):
+        ids[at, : len(row)], mask[at, : len(row)] = row, 1
+    return Sample(ids, mask, f"{len(rows)} lines of {file.name}, {int(mask.sum()):,} tokens")
 
 
 def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
