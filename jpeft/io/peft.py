@@ -5,6 +5,7 @@ Both directions go through one list of slots (a tensor and the part of a leaf th
 the format cannot hold is refused on the way out; what is missing, unknown or ill-shaped is refused on the way in.
 """
 
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from .._adapt import adapt
 from .._fold import fold
 from .._graft import grafts
 from .._method import Adapter
-from .._summary import summary
+from .._summary import added, summary
 from .._walk import own_leaves
 from ..models import CheckpointError
 from ..models import _safetensors as safetensors
@@ -33,7 +34,7 @@ from ._norm_tuning_codec import NORM_TUNING
 from ._oft_codec import OFT
 from ._peft_folder import CONFIG, README, WEIGHTS, installing, read_config, weights_file
 from ._slots import Codec, Slot, all_slots, base_slots, host, transposed, whole
-from ._tokens_codec import TRAINABLE_TOKENS
+from ._tokens_codec import TOKENS_BESIDE, TRAINABLE_TOKENS, apart, write_beside
 from ._vera_codec import VERA
 from ._virtual_codecs import P_TUNING, PREFIX_TUNING, PROMPT_TUNING
 from .card import Card, render
@@ -69,12 +70,13 @@ def export_peft(
 
     The files are written beside their place and moved into it, so a save that is killed leaves no half adapter. PiSSA
     and OLoRA are written as plain LoRA of twice the rank, which is right on the base as it is; a prompt or prefix that
-    a network computes is written as what it is (`jpeft.fold`), without the network.
+    a network computes is written as what it is (`jpeft.fold`), without the network. A LoRA with trained tokens beside
+    it (`LoRA(trainable_token_indices=...)`, or `LoRA(...) | TrainableTokens(...)`) is one folder.
 
     Args:
       model: a model of the zoo with an adapter on it.
       folder: where adapter_config.json, adapter_model.safetensors and README.md go; what else it holds stays.
-      name: which adapter, where the model has several.
+      name: which adapter, where the model has several; None takes a LoRA and the trained tokens beside it together.
       base: the base model's id on the Hub, or its folder; for adapter_config.json and the card.
       card: data, metrics and versions for README.md.
 
@@ -88,9 +90,10 @@ def export_peft(
     Example:
       >>> jpeft.export_peft(model, "out/adapter", base="meta-llama/Llama-3.2-1B")
     """
-    name = _adapter_name(model, name)
-    row = next(row for row in summary(model).rows if row.name == name)
-    codec, config, slots = _written(fold(model), name, base)
+    chosen = _chosen(model, name)
+    rows = [row for row in summary(model).rows if row.name in chosen]
+    row = functools.reduce(added, sorted(rows, key=lambda row: row.method.kind == TRAINABLE_TOKENS.kind))
+    codec, config, slots = _written(fold(model), chosen, base)
     tensors = _tensors(codec, slots)
     with installing(Path(folder)) as new:
         sources = {key: safetensors.Source(t.shape, t.dtype, lambda t=t: t) for key, t in sorted(tensors.items())}
@@ -102,7 +105,7 @@ def export_peft(
 
 def check_export(model: Any, name: str | None = None) -> None:
     """Raises what `export_peft` would, as far as it does not depend on values: before a training, not after it."""
-    _written(fold(model), _adapter_name(model, name), None)
+    _written(fold(model), _chosen(model, name), None)
 
 
 def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None, name: str | None = None) -> Any:
@@ -139,8 +142,9 @@ def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None,
         adapted = adapt(model, codec.read(config, names), key=jax.random.key(0) if key is None else key, name=name)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
-    _check_copied(codec, _adapters(adapted, name), names)
-    found = {codec.name(slot): slot for slot in all_slots(codec, _adapters(adapted, name), names)}
+    adapters = _adapters(adapted, (name,))
+    _check_copied(codec, adapters, names)
+    found = {codec.name(slot): slot for slot in _slots(codec, adapters, names)}
     slots = {key: slot for key, slot in found.items() if key not in codec.left_out(config)}
     problems = _fill(slots, codec.counted(tensors, config), names, codec.prefix)
     if problems:
@@ -148,15 +152,32 @@ def import_peft(model: Any, folder: str | Path, *, key: jax.Array | None = None,
     return adapted
 
 
-def _adapters(model: Any, name: str) -> dict[str, Adapter]:
-    """The parts of one adapter, by the path of their module."""
-    return {path: module.adapters[name] for path, module in grafts(model) if name in module.adapters}
+def _adapters(model: Any, chosen: tuple[str, ...]) -> dict[str, Adapter]:
+    """The parts of one adapter, by the path of their module; of several that one folder holds.
+
+    Raises:
+      ValueError: two of these have a part at one module.
+    """
+    found: dict[str, Adapter] = {}
+    for path, module in grafts(model):
+        for name in (name for name in chosen if name in module.adapters):
+            if path in found:
+                raise ValueError(f"{path} has parts of {' and '.join(chosen)}, and in PEFT's one folder it holds one")
+            found[path] = module.adapters[name]
+    return found
+
+
+def _slots(codec: Codec, adapters: Mapping[str, Adapter], names: Names) -> list[Slot]:
+    """Every tensor of an adapter, with those of the tokens beside it."""
+    own, rows = apart(adapters)
+    return all_slots(codec, own, names) + all_slots(TOKENS_BESIDE, rows, names)
 
 
 def _check_copied(codec: Codec, adapters: Mapping[str, Adapter], names: Names) -> None:
     """An adapter on a table that transformers reads through copies alone means something here and nothing there."""
-    safe = names.tied.keys() if codec.on_copies else ()  # PEFT looks for copies where the table is the head too
     for path, adapter in adapters.items():
+        tokens = codec.on_copies or adapter.method.kind == TRAINABLE_TOKENS.kind
+        safe = names.tied.keys() if tokens else ()  # PEFT looks for copies where the table is the head too
         for name in (names.copied.keys() & {*adapter.site.names}) - {*safe}:
             raise ValueError(
                 f"{path} is read as {' and '.join(names.copied[name])} in transformers, which are modules of their own "
@@ -167,30 +188,41 @@ def _check_copied(codec: Codec, adapters: Mapping[str, Adapter], names: Names) -
 # Writing ------------------------------------------------------------------------------------------------------------
 
 
-def _adapter_name(model: Any, name: str | None) -> str:
-    there = sorted({name for _, module in grafts(model) for name in module.adapters})
+def _chosen(model: Any, name: str | None) -> tuple[str, ...]:
+    """The names of the adapters that go into a folder: one, or a LoRA and the trained tokens beside it."""
+    kinds: dict[str, set[str]] = {}
+    for _, module in grafts(model):
+        for own, adapter in module.adapters.items():
+            kinds.setdefault(own, set()).add(adapter.method.kind)
+    there = sorted(kinds)
     if not there:
         raise ValueError("the model has no adapter to export; jpeft.adapt puts one on it")
+    others = [kinds[own] - {TRAINABLE_TOKENS.kind} for own in there]
+    if name is None and [kind for kind in others if kind] == [{LORA.kind}]:
+        return tuple(there)
     if name is None and len(there) > 1:
         raise ValueError(f"the model has the adapters {', '.join(there)}, and a PEFT folder holds one: pass name=")
     if name is not None and name not in there:
         raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(there)}")
-    return name or there[0]
+    return (name or there[0],)
 
 
-def _written(model: Any, name: str, base: str | None) -> tuple[Codec, dict[str, Any], list[Slot]]:
-    """How the adapter `name` is written, its adapter_config.json and its tensors."""
-    names, adapters = names_of(model), _adapters(model, name)
-    kind = next(iter(adapters.values())).method.kind
+def _written(model: Any, chosen: tuple[str, ...], base: str | None) -> tuple[Codec, dict[str, Any], list[Slot]]:
+    """How an adapter is written, its adapter_config.json and its tensors."""
+    names, adapters = names_of(model), _adapters(model, chosen)
+    own, rows = apart(adapters)
+    kind = next(iter(own.values())).method.kind
     if kind not in CODECS:
-        raise ValueError(f"PEFT has no format for the adapter {name!r}, a {kind}; it has one for {', '.join(CODECS)}")
+        raise ValueError(
+            f"PEFT has no format for the adapter {chosen[0]!r}, a {kind}; it has one for {', '.join(CODECS)}"
+        )
     codec = CODECS[kind]
     _check_copied(codec, adapters, names)
-    adapters = {path: codec.portable(adapter) for path, adapter in adapters.items()}
-    slots = all_slots(codec, adapters, names)
+    own = {path: codec.portable(adapter) for path, adapter in own.items()}
+    slots = _slots(codec, own | rows, names)
     if codec.saves:
-        slots += _untrained_heads(model, adapters, names)
-    return codec, _config(model, codec, adapters, names, slots, base), slots
+        slots += _untrained_heads(model, own, names)
+    return codec, _config(model, codec, own, names, slots, base) | write_beside(rows), slots
 
 
 def _untrained_heads(model: Any, adapters: Mapping[str, Adapter], names: Names) -> list[Slot]:
