@@ -17,6 +17,7 @@ from ._quantize import dequantize
 from ._scope import fold_path
 from ._targets import Planned, plan
 from ._walk import seam_sizes
+from .methods import METHODS
 
 
 def adapt(model: nnx.Module, method: Method | Hybrid, *, key: jax.Array, name: str | None = None) -> Any:
@@ -44,11 +45,11 @@ def adapt(model: nnx.Module, method: Method | Hybrid, *, key: jax.Array, name: s
     if not isinstance(model, nnx.Module):
         raise TypeError(f"adapt takes an nnx.Module, got {type(model).__name__}")
     model = nnx.clone(model)
-    if isinstance(method, Method):
-        _put_on(model, method, key, method.kind if name is None else name)
-    else:
-        for own, part in method.named(name):
-            _put_on(model, part, key, own)
+    parts = ((method.kind if name is None else name, method),) if isinstance(method, Method) else method.named(name)
+    for own, part in parts:
+        for kind, options in part.beside():
+            _put_on(model, METHODS[kind](**options), key, own)
+        _put_on(model, part, key, own)
     return model
 
 
@@ -59,7 +60,8 @@ def _put_on(model: Any, method: Method, key: jax.Array, name: str) -> None:
     for at in planned:
         if name in adapters(at.found.module):
             raise ValueError(
-                f"{at.found.path} already has an adapter {name!r}; pass another name= to put a second one there"
+                f"{at.found.path} already has an adapter {name!r}; pass another name= to put a second one there, or "
+                "leave it out of targets="
             )
     sites = _sites(planned, name)
     for at, site in zip(planned, sites, strict=True):

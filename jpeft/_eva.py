@@ -78,7 +78,7 @@ def eva(
     adapted = adapt(model, spread, key=key, name=name)
     for module in modules(adapted):
         adapter = adapters(module.module).get(name or method.kind)
-        if adapter is not None and adapter.acts:
+        if adapter is not None and adapter.acts and adapter.method.kind == method.kind:
             _start(adapter, {place: own.vectors(whiten) for place, own in found.items()})
     return adapted
 

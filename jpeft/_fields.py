@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 
 def names(field: str, value: Any) -> Any:
     """What `targets`, `exclude` and `modules_to_save` take: a regular expression, names, or None.
@@ -50,6 +52,24 @@ def whole(method: str, field: str, value: Any, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{method}'s {field} must be a whole number of at least {least}, got {value!r}")
     return value
+
+
+def token_ids(method: str, value: Any) -> tuple[int, ...]:
+    """Ids of tokens, each once.
+
+    Raises:
+      TypeError, ValueError: they are something else, or none.
+    """
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{method} takes the ids of tokens, got {value!r}")
+    tokens = tuple(int(i) if isinstance(i, np.integer) else i for i in value)
+    for token in tokens:
+        whole(method, "token index", token, least=0)
+    twice = sorted({token for token in tokens if tokens.count(token) > 1})
+    if twice or not tokens:
+        what = f"{twice[0]} twice" if twice else "none"
+        raise ValueError(f"{method} trains one row for each token that is named, once; got {what}")
+    return tokens
 
 
 def one_of(method: str, field: str, value: Any, choices: Iterable[Any]) -> Any:

@@ -243,6 +243,10 @@ class Method(abc.ABC):
         """First values of its leaves at `site`; `key` is this site's own."""
         return Start({})
 
+    def beside(self) -> Sequence[tuple[str, Mapping[str, Any]]]:
+        """Other methods that go on the model with it, before it and under its name: their kinds and options."""
+        return ()
+
     def objection(self, adapter: Adapter, base: Any, company: Sequence[Adapter]) -> str | None:
         """Why it cannot work beside the other adapters of its module, if so; `company` holds all, in their order."""
         return None

@@ -38,7 +38,7 @@ class Summary:
     """What `jpeft.summary` gives; printed, a table.
 
     Attributes:
-      rows: one per adapter.
+      rows: one per adapter, and per method where an adapter is of two (`LoRA(trainable_token_indices=...)`).
       base: parameters (`nnx.Param`) of the base model, not its statistics or caches; the denominator of `percent`. A
         quantized kernel counts as the weights that it stands for.
       base_bytes: their memory, of codes and scales where they are quantized.
@@ -86,11 +86,12 @@ def summary(model: nnx.Module) -> Summary:
     Example:
       >>> print(jpeft.summary(model))
     """
-    rows: dict[str, Row] = {}
+    rows: dict[tuple[str, str], Row] = {}
     for _, module in grafts(model):
         for name, adapter in module.adapters.items():
-            row, more = rows.get(name), _row(name, adapter)
-            rows[name] = more if row is None else _sum(row, more)
+            at = name, adapter.method.kind
+            row, more = rows.get(at), _row(name, adapter)
+            rows[at] = more if row is None else added(row, more)
     base = [leaf for leaf in _leaves(model) if isinstance(leaf, nnx.Param) and not isinstance(leaf, AdapterParam)]
     codes = [leaf for leaf in _leaves(model) if isinstance(leaf, Quantized)]
     unpacked = [module for _, module in nnx.iter_modules(model) if isinstance(module, QuantizedKernel)]
@@ -110,7 +111,8 @@ def _row(name: str, adapter: Adapter) -> Row:
     return Row(name, adapter.method, places, trainable, changed, size)
 
 
-def _sum(a: Row, b: Row) -> Row:
+def added(a: Row, b: Row) -> Row:
+    """The numbers of both, as `a`'s."""
     added = {f: getattr(a, f) + getattr(b, f) for f in ("seams", "trainable", "changed", "bytes")}
     return dataclasses.replace(a, **added)
 

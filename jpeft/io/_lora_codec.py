@@ -27,6 +27,7 @@ from ._module_codec import write_targets
 from ._names import Names
 from ._selection import number, read_pattern, read_places, write_pattern
 from ._slots import Codec, Slot, host, layer_index, per_layer
+from ._tokens_codec import read_beside
 
 #: Keys that PEFT 0.21.2 writes, with the values of everything that jpeft's LoRA is not.
 _PLAIN: Mapping[str, Any] = {
@@ -55,7 +56,7 @@ _PLAIN: Mapping[str, Any] = {
 
 _READ = """
 alpha_pattern bias ensure_weight_tying exclude_modules init_lora_weights layers_pattern layers_to_transform lora_alpha
-lora_dropout modules_to_save r rank_pattern target_modules use_rslora
+lora_dropout modules_to_save r rank_pattern target_modules trainable_token_indices use_rslora
 """
 #: What changes no result once the tensors are there, beside what changes none of any method.
 _HARMLESS = """
@@ -179,6 +180,7 @@ def _read(config: dict[str, Any], names: Names) -> Any:
         alpha_pattern=read_pattern(config.get("alpha_pattern"), places.adapted),
         layers=places.layers,
         modules_to_save=places.modules_to_save,
+        trainable_token_indices=read_beside(config, names),
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README.md of an exported adapter: what it was trained from and on, how well it does, and how to load it."""
+"""README.md of an exported adapter: what it was trained from and on, how well it does, how to load it; of a merge."""
 
 import dataclasses
 import importlib.metadata
@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .._summary import Row
+from .._summary import Row, Summary
+from ._drift import Drift
 
 _PIPELINES = {
     "CAUSAL_LM": "text-generation",
@@ -53,7 +54,9 @@ def render(card: Card, config: Mapping[str, Any], row: Row, task: str) -> str:
     """README.md for an adapter with this adapter_config.json, of which `row` is the summary, on a model for `task`."""
     base = config["base_model_name_or_path"]
     blocks = [
-        _front_matter(config, task),
+        _front_matter(
+            _hub_entries(base, task) | {"library_name": "peft", "tags": ["jpeft", config["peft_type"].lower()]}
+        ),
         f"# {config['peft_type']} adapter" + (f" for {base}" if base else ""),
         f"Trained with jpeft: {row.trainable:,} parameters, which change {row.changed:,} of the base model's.",
         f"    {_short(row.method)}",
@@ -66,6 +69,31 @@ def render(card: Card, config: Mapping[str, Any], row: Row, task: str) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def render_merged(drift: Drift, counts: Summary, task: str, base: str | None) -> str:
+    """README.md for a merged model: what went into it, and what merging changed."""
+    entries = _hub_entries(base, task) | {"library_name": "transformers", "tags": ["jpeft", "merged"]}
+    blocks = [
+        _front_matter(entries),
+        "# Merged model" + (f" of {base}" if base else ""),
+        f"Adapters of jpeft that change {counts.changed:,} of the base model's {counts.base:,} parameters are merged:",
+        "\n".join(f"    {_short(row.method)}" for row in counts.rows),
+        "## Drift",
+        f"How far the outputs are from those of the base with the adapters beside it, on {drift.sample}:",
+        _table("measure", "value", _measures(drift)),
+        "## Versions",
+        _table("software", "version", installed()),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _measures(drift: Drift) -> dict[str, str]:
+    found = {"largest difference of a logit": f"{drift.logit:.3g}", "largest logit": f"{drift.largest:.3g}"}
+    if drift.kl is not None and drift.agreement is not None:
+        found["KL(adapted, merged), mean, nats"] = f"{drift.kl:.3g}"
+        found["same argmax"] = f"{100 * drift.agreement:.2f} % of {drift.count:,}"
+    return found
+
+
 def _short(method: Any) -> str:
     """The method with the options that are not its defaults."""
 
@@ -76,14 +104,19 @@ def _short(method: Any) -> str:
     return f"{type(method).__name__}({', '.join(f'{name}={getattr(method, name)!r}' for name in names)})"
 
 
-def _front_matter(config: Mapping[str, Any], task: str) -> str:
-    base = config["base_model_name_or_path"]
-    entries: dict[str, Any] = {"library_name": "peft", "tags": ["jpeft", config["peft_type"].lower()]}
+def _front_matter(entries: Mapping[str, Any]) -> str:
+    """What the Hub reads."""
+    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in sorted(entries.items())), "---"])
+
+
+def _hub_entries(base: str | None, task: str) -> dict[str, Any]:
+    """The base, where the Hub can have it, and the task, where it has a name for it."""
+    entries: dict[str, Any] = {}
     if base and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base):  # the Hub takes ids of its own only, and no folders
         entries["base_model"] = base
     if task in _PIPELINES:
         entries["pipeline_tag"] = _PIPELINES[task]
-    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in sorted(entries.items())), "---"])
+    return entries
 
 
 def _use(config: Mapping[str, Any], task: str) -> str:

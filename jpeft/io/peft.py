@@ -17,8 +17,9 @@ from flax import nnx
 
 from .._adapt import adapt
 from .._fold import fold
+from .._graft import grafts
 from .._method import Adapter
-from .._summary import summary
+from .._summary import added, summary
 from .._walk import own_leaves
 from ..models import CheckpointError
 from ..models import _safetensors as safetensors
@@ -38,7 +39,7 @@ from ._oft_codec import OFT
 from ._parameters import by_module, check_experts
 from ._peft_folder import CONFIG, README, WEIGHTS, installing, read_config, weights_file
 from ._slots import Codec, Slot, all_slots, base_slots, whole
-from ._tokens_codec import TRAINABLE_TOKENS
+from ._tokens_codec import TOKENS_BESIDE, TRAINABLE_TOKENS, apart, write_beside
 from ._vera_codec import VERA
 from ._virtual_codecs import P_TUNING, PREFIX_TUNING, PROMPT_TUNING
 from .card import Card, render
@@ -77,12 +78,13 @@ def export_peft(
 
     The files are written beside their place and moved into it, so a save that is killed leaves no half adapter. PiSSA
     and OLoRA are written as plain LoRA of twice the rank, which is right on the base as it is; a prompt or prefix that
-    a network computes is written as what it is (`jpeft.fold`), without the network.
+    a network computes is written as what it is (`jpeft.fold`), without the network. A LoRA with trained tokens beside
+    it (`LoRA(trainable_token_indices=...)`, or `LoRA(...) | TrainableTokens(...)`) is one folder.
 
     Args:
       model: a model of the zoo with an adapter on it.
       folder: where adapter_config.json, adapter_model.safetensors and README.md go; what else it holds stays.
-      name: which adapter, where the model has several.
+      name: which adapter, where the model has several; None takes a LoRA and the trained tokens beside it together.
       base: the base model's id on the Hub, or its folder; for adapter_config.json and the card.
       card: data, metrics and versions for README.md.
 
@@ -96,9 +98,10 @@ def export_peft(
     Example:
       >>> jpeft.export_peft(model, "out/adapter", base="meta-llama/Llama-3.2-1B")
     """
-    name = chosen_name(model, name, "a PEFT folder")
-    row = next(row for row in summary(model).rows if row.name == name)
-    codec, config, slots = _written(fold(model), name, base)
+    chosen = _chosen(model, name)
+    rows = [row for row in summary(model).rows if row.name in chosen]
+    row = functools.reduce(added, sorted(rows, key=lambda row: row.method.kind == TRAINABLE_TOKENS.kind))
+    codec, config, slots = _written(fold(model), chosen, base)
     tensors = tensors_of(keyed(slots, codec.name))
     with installing(Path(folder)) as new:
         safetensors.write(new / WEIGHTS, sources(tensors), {"format": "pt"})
@@ -109,7 +112,7 @@ def export_peft(
 
 def check_export(model: Any, name: str | None = None) -> None:
     """Raises what `export_peft` would, as far as it does not depend on values: before a training, not after it."""
-    _written(fold(model), chosen_name(model, name, "a PEFT folder"), None)
+    _written(fold(model), _chosen(model, name), None)
 
 
 def import_peft(
@@ -160,8 +163,9 @@ def import_peft(
         )
         _check_size(nnx.eval_shape(put_on, model), name, tensors)
         adapted = put_on(model)
-    _check_copied(codec, adapters_of(adapted, name), names)
-    found = keyed(all_slots(codec, adapters_of(adapted, name), names), codec.name)
+    adapters = _adapters(adapted, (name,))
+    _check_copied(codec, adapters, names)
+    found = keyed(_slots(codec, adapters, names), codec.name)
     slots = {key: slot for key, slot in found.items() if key not in codec.left_out(config)}
     problems = fill(slots, codec.counted(tensors, config), names, codec.prefix)
     if problems:
@@ -177,10 +181,32 @@ def _check_size(shapes: Any, name: str, tensors: Mapping[str, safetensors.Tensor
         raise ValueError(f"it asks for an adapter of {asked:,} numbers, and {WEIGHTS} holds {held:,}")
 
 
+def _adapters(model: Any, chosen: tuple[str, ...]) -> dict[str, Adapter]:
+    """The parts of one adapter, by the path of their module; of several that one folder holds.
+
+    Raises:
+      ValueError: two of these have a part at one module.
+    """
+    found: dict[str, Adapter] = {}
+    for path, module in grafts(model):
+        for name in (name for name in chosen if name in module.adapters):
+            if path in found:
+                raise ValueError(f"{path} has parts of {' and '.join(chosen)}, and in PEFT's one folder it holds one")
+            found[path] = module.adapters[name]
+    return found
+
+
+def _slots(codec: Codec, adapters: Mapping[str, Adapter], names: Names) -> list[Slot]:
+    """Every tensor of an adapter, with those of the tokens beside it."""
+    own, rows = apart(adapters)
+    return all_slots(codec, own, names) + all_slots(TOKENS_BESIDE, rows, names)
+
+
 def _check_copied(codec: Codec, adapters: Mapping[str, Adapter], names: Names) -> None:
     """An adapter on a table that transformers reads through copies alone means something here and nothing there."""
-    safe = names.tied.keys() if codec.on_copies else ()  # PEFT looks for copies where the table is the head too
     for path, adapter in adapters.items():
+        tokens = codec.on_copies or adapter.method.kind == TRAINABLE_TOKENS.kind
+        safe = names.tied.keys() if tokens else ()  # PEFT looks for copies where the table is the head too
         for name in (names.copied.keys() & {*adapter.site.names}) - {*safe}:
             raise ValueError(
                 f"{path} is read as {' and '.join(names.copied[name])} in transformers, which are modules of their own "
@@ -191,25 +217,40 @@ def _check_copied(codec: Codec, adapters: Mapping[str, Adapter], names: Names) -
 # Writing ------------------------------------------------------------------------------------------------------------
 
 
-def _written(model: Any, name: str, base: str | None) -> tuple[Codec, dict[str, Any], list[Slot]]:
-    """How the adapter `name` is written, its adapter_config.json and its tensors."""
-    names, adapters = names_of(model), adapters_of(model, name)
-    kind = next(iter(adapters.values())).method.kind
+def _chosen(model: Any, name: str | None) -> tuple[str, ...]:
+    """The names of the adapters that go into a folder: one, or a LoRA and the trained tokens beside it."""
+    kinds: dict[str, set[str]] = {}
+    for _, module in grafts(model):
+        for own, adapter in module.adapters.items():
+            kinds.setdefault(own, set()).add(adapter.method.kind)
+    others = [found - {TRAINABLE_TOKENS.kind} for found in kinds.values()]
+    if name is None and [kind for kind in others if kind] == [{LORA.kind}]:
+        return tuple(sorted(kinds))
+    return (chosen_name(model, name, "a PEFT folder"),)
+
+
+def _written(model: Any, chosen: tuple[str, ...], base: str | None) -> tuple[Codec, dict[str, Any], list[Slot]]:
+    """How an adapter is written, its adapter_config.json and its tensors."""
+    names, adapters = names_of(model), _adapters(model, chosen)
+    own, rows = apart(adapters)
+    kind = next(iter(own.values())).method.kind
     if kind not in CODECS:
-        raise ValueError(f"PEFT has no format for the adapter {name!r}, a {kind}; it has one for {', '.join(CODECS)}")
+        raise ValueError(
+            f"PEFT has no format for the adapter {chosen[0]!r}, a {kind}; it has one for {', '.join(CODECS)}"
+        )
     codec = CODECS[kind]
     _check_copied(codec, adapters, names)
-    check_experts(kind, adapters, names)
+    check_experts(kind, own, names)
     if model.task in UNNAMED and any(adapter.site.seam in ("input", "keys_values") for adapter in adapters.values()):
         raise ValueError(
             f"PEFT has no name for the task {model.task}, and uses a {kind} for tasks that it knows alone: it has no "
             "form for this adapter"
         )
-    adapters = {path: codec.portable(adapter) for path, adapter in adapters.items()}
-    slots = all_slots(codec, adapters, names)
+    own = {path: codec.portable(adapter) for path, adapter in own.items()}
+    slots = _slots(codec, own | rows, names)
     if codec.saves:
-        slots += _untrained_heads(model, adapters, names)
-    return codec, _config(model, codec, adapters, names, slots, base), slots
+        slots += _untrained_heads(model, own, names)
+    return codec, _config(model, codec, own, names, slots, base) | write_beside(rows), slots
 
 
 def _untrained_heads(model: Any, adapters: Mapping[str, Adapter], names: Names) -> list[Slot]:

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import seams
-from .._fields import Frozen, one_of
+from .._fields import Frozen, one_of, token_ids
 from .._method import Adapter, Method, Site, Start, Targets, wide
 from .._scope import fold_path
 from .._text import check_gate, text_mean
@@ -48,6 +48,8 @@ class LoRA(Method):
       layers: indices of the layers to adapt; None for all.
       exclude: names left out of `targets`, by the same rules.
       modules_to_save: modules trained whole, as a copy; None trains the head of a classification task, () nothing.
+      trainable_token_indices: ids of tokens whose rows of the input's table are trained too; of other tables, a mapping
+        of their names to ids. It is `jpeft.TrainableTokens` beside LoRA, under one name.
 
     Example:
       >>> jpeft.LoRA(rank=16, alpha=32, targets=["q_proj", "v_proj"], dropout=0.05)
@@ -69,13 +71,24 @@ class LoRA(Method):
     layers: Any = None
     exclude: Any = ()
     modules_to_save: Any = None
+    trainable_token_indices: Any = None
 
     def __post_init__(self) -> None:
         _low_rank.check_factors(self)
         one_of("LoRA", "gate", self.gate, (True, False))
+        object.__setattr__(self, "trainable_token_indices", _tables(self.trainable_token_indices))
 
     def select(self, model_type: str | None) -> Targets:
         return _low_rank.select(self, model_type, (*self.rank_pattern, *self.alpha_pattern))
+
+    def beside(self) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+        tables = self.trainable_token_indices
+        if not isinstance(tables, Mapping):
+            tables = {} if tables is None else {None: tables}
+        return tuple(
+            ("trainable_tokens", {"token_indices": ids, "targets": name and [name], "modules_to_save": ()})
+            for name, ids in tables.items()
+        )
 
     def start(self, site: Site, base: Any, key: jax.Array) -> Start:
         if site.beside and (self.dropout or self.gate):
@@ -142,6 +155,19 @@ class LoRA(Method):
 
     def _running_factors(self, adapter: Any) -> tuple[jax.Array, jax.Array]:
         return _low_rank.factors(adapter, _low_rank.running_scale(adapter, self.table(adapter.site)))
+
+
+def _tables(tokens: Any) -> Any:
+    """`trainable_token_indices` as it is kept: ids, or of every named table its ids; None for none.
+
+    Raises:
+      TypeError, ValueError: it is something else.
+    """
+    if not isinstance(tokens, Mapping):
+        return None if tokens is None else token_ids("LoRA", tokens)
+    if not tokens:
+        raise ValueError("LoRA's trainable_token_indices names no table; leave it out to train no token")
+    return Frozen({name: token_ids("LoRA", ids) for name, ids in tokens.items()})
 
 
 def _gate(site: Site, base: Any, key: jax.Array) -> Mapping[str, jax.Array]:

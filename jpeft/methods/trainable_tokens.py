@@ -8,7 +8,7 @@ models of the zoo train no vector of the padding token at the input.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import seams
-from .._fields import selection, whole
+from .._fields import selection, token_ids
 from .._method import Method, Site, Start, Targets, wide
 
 #: The table of the input's tokens, by the model's type.
@@ -53,16 +53,7 @@ class TrainableTokens(Method):
 
     def __post_init__(self) -> None:
         selection(self)
-        if isinstance(self.token_indices, str) or not isinstance(self.token_indices, Iterable):
-            raise TypeError(f"TrainableTokens takes the ids of tokens, got {self.token_indices!r}")
-        tokens = tuple(int(i) if isinstance(i, np.integer) else i for i in self.token_indices)
-        for token in tokens:
-            whole("TrainableTokens", "token index", token, least=0)
-        twice = sorted({token for token in tokens if tokens.count(token) > 1})
-        if twice or not tokens:
-            what = f"{twice[0]} twice" if twice else "none"
-            raise ValueError(f"TrainableTokens trains one row for each token that is named, once; got {what}")
-        object.__setattr__(self, "token_indices", tokens)
+        object.__setattr__(self, "token_indices", token_ids("TrainableTokens", self.token_indices))
 
     def select(self, model_type: str | None) -> Targets:
         if self.targets is None and model_type not in DEFAULT_TARGETS:

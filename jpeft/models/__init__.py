@@ -3,7 +3,7 @@
 
   model = jpeft.models.load("path/to/folder")                       # what its config.json says it is
   model = jpeft.models.load("path/to/folder", task="SEQ_CLS", num_labels=4)
-  model = jpeft.models.build(hf_config, "CAUSAL_LM", key=key)       # from scratch
+  model = jpeft.models.build(hf_config, "CAUSAL_LM", key=key)       # from scratch; or "llama-2-7b", one of presets()
   jpeft.models.save(model, "path/to/other")                         # transformers loads it
   ids = jpeft.models.generate(model, prompt, max_new_tokens=32)     # what it writes
 
@@ -25,7 +25,7 @@ from flax import nnx
 
 from .._stack import REMAT_POLICIES
 from ._checkpoint import TOKENIZER_FILES, common_dtype, open_checkpoint, read_config
-from ._families import FAMILIES, LABELLED, Family, family_of, saved_task, task_of
+from ._families import FAMILIES, LABELLED, Family, family_of, preset, presets, saved_task, task_of
 from ._files import CheckpointError, about, copy_file, is_file, names
 from ._folder import replacing
 from ._hub import model_folder
@@ -43,6 +43,7 @@ __all__ = [
     "generate",
     "load",
     "num_parameters",
+    "presets",
     "save",
     "stream",
     "task_of",
@@ -133,7 +134,7 @@ def load(
 
 
 def build(
-    hf_config: Mapping[str, Any] | Any,
+    hf_config: Mapping[str, Any] | str | Any,
     task: str | None = None,
     *,
     key: jax.Array,
@@ -145,16 +146,16 @@ def build(
     """A model from scratch, initialised as transformers does; under `jax.eval_shape` it costs nothing.
 
     Args:
-      hf_config: config.json as a mapping; or a Config of the zoo, one of a family's `PRESETS` for example.
+      hf_config: config.json as a mapping, a Config of the zoo, or a preset's name (`jpeft.models.presets`).
       task: as in `load`; None keeps what `architectures` says, and means FEATURE_EXTRACTION where it says nothing.
       key: of the first values.
       dtype, num_labels, remat, unroll: as in `load`.
 
     Raises:
-      ValueError: a model type, task or config attribute that is not supported.
+      ValueError: a model type, task or config attribute that is not supported; a name that is no preset's.
 
     Example:
-      >>> shapes = jax.eval_shape(lambda: nnx.state(build(config, "CAUSAL_LM", key=jax.random.key(0))))
+      >>> shapes = jax.eval_shape(lambda: nnx.state(build("llama-2-7b", "CAUSAL_LM", key=jax.random.key(0))))
     """
     hf = _as_hf(hf_config)
     family = family_of(hf)
@@ -165,11 +166,11 @@ def build(
     return nnx.graph.unflatten(graphdef, [leaves[path] for path in shapes])
 
 
-def num_parameters(hf_config: Mapping[str, Any] | Any, task: str | None = None) -> int:
-    """How many parameters a model has, by shape alone; tied ones count once.
+def num_parameters(hf_config: Mapping[str, Any] | str | Any, task: str | None = None) -> int:
+    """How many parameters a model has, by shape alone; tied ones count once. Arguments as of `build`.
 
     Example:
-      >>> num_parameters(jpeft.models.bert.PRESETS["bert-base-uncased"])
+      >>> num_parameters("bert-base-uncased")
       109482240
     """
     hf = _as_hf(hf_config)
@@ -271,6 +272,8 @@ def _without(tensors: Mapping[str, Tensor], heads: Sequence[str]) -> dict[str, T
 
 
 def _as_hf(config: Any) -> dict[str, Any]:
+    """config.json of what `build` takes."""
+    config = preset(config) if isinstance(config, str) else config
     return dict(config) if isinstance(config, Mapping) else config.to_hf()
 
 

@@ -2,6 +2,7 @@
 """Which file models of a type are in, and what transformers calls their classes."""
 
 import dataclasses
+import difflib
 import importlib
 from collections.abc import Mapping
 from typing import Any
@@ -105,6 +106,32 @@ ENDINGS = {
 
 #: The tasks whose head has `num_labels` outputs.
 LABELLED = ("SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS")
+
+
+def presets() -> dict[str, Any]:
+    """The published shapes that the zoo knows, by name: a Config each, for `jpeft.models.build`.
+
+    Example:
+      >>> {name: num_parameters(config) for name, config in presets().items()}
+    """
+    modules = {family.file: family.module for family in FAMILIES.values()}
+    return {name: config for module in modules.values() for name, config in module.PRESETS.items()}
+
+
+def preset(name: str) -> Any:
+    """The Config of a published shape.
+
+    Raises:
+      ValueError: the zoo knows none of this name.
+    """
+    found = presets()
+    if name not in found:
+        close = difflib.get_close_matches(name.lower(), found, 4, 0.4) or [*found]
+        raise ValueError(
+            f"{name!r} is no preset; nearest: {', '.join(close)} (jpeft.models.presets() has all; a folder is "
+            "read by jpeft.models.load)"
+        )
+    return found[name]
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:

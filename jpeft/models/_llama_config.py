@@ -108,6 +108,13 @@ _QWEN_2_5 = Config(
     num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=131072, rope_theta=1e6,
     tie_word_embeddings=True)
 
+_QWEN_3 = dataclasses.replace(
+    _QWEN_2_5, model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_attention_heads=16,
+    num_key_value_heads=8, head_dim=128, max_position_embeddings=40960)
+_QWEN_3_8B = dataclasses.replace(
+    _QWEN_3, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+    tie_word_embeddings=False)
+
 #: Configs by name. "qwen2.5-1.5b" without its tie and with another rope_theta is DeepSeek-R1's 1.5B distillation.
 PRESETS = {
     "llama-2-7b": _LLAMA_2_7B,
@@ -122,8 +129,14 @@ PRESETS = {
         sliding_window=4096),
     "qwen2.5-1.5b": _QWEN_2_5,
     "deepseek-r1-distill-qwen-1.5b": dataclasses.replace(_QWEN_2_5, rope_theta=1e4, tie_word_embeddings=False),
-    "qwen3-0.6b": dataclasses.replace(
-        _QWEN_2_5, model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=40960),
+    "qwen3-0.6b": _QWEN_3,
+    "qwen3-1.7b": dataclasses.replace(_QWEN_3, hidden_size=2048, intermediate_size=6144),
+    "qwen3-4b": dataclasses.replace(
+        _QWEN_3, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32),
+    "qwen3-8b": _QWEN_3_8B,
+    "qwen3-14b": dataclasses.replace(
+        _QWEN_3_8B, hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40),
+    "qwen3-32b": dataclasses.replace(
+        _QWEN_3_8B, hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64),
 }
 # fmt: on

@@ -85,11 +85,16 @@ def _activation(feed_forward_proj: str) -> str:
 _T5_BASE = Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12)
 _V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
+_V1_1_SIZES = {
+    "small": Config(d_ff=1024, num_layers=8, num_heads=6, **_V1_1),
+    "base": dataclasses.replace(_T5_BASE, d_ff=2048, **_V1_1),
+    "large": Config(d_model=1024, d_ff=2816, num_layers=24, num_heads=16, **_V1_1),
+}
+
 PRESETS = {
     "t5-small": Config(),
     "t5-base": _T5_BASE,
     "t5-large": Config(d_model=1024, d_ff=4096, num_layers=24, num_heads=16),
-    "flan-t5-small": Config(d_ff=1024, num_layers=8, num_heads=6, **_V1_1),
-    "flan-t5-base": dataclasses.replace(_T5_BASE, d_ff=2048, **_V1_1),
-    "flan-t5-large": Config(d_model=1024, d_ff=2816, num_layers=24, num_heads=16, **_V1_1),
+    **{f"t5-v1_1-{size}": config for size, config in _V1_1_SIZES.items()},
+    **{f"flan-t5-{size}": config for size, config in _V1_1_SIZES.items()},
 }

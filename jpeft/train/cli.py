@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="write base and adapter as one Hugging Face folder")
     _names_model(merge)
     merge.add_argument("--out", required=True, metavar="DIR")
+    merge.add_argument("--text", metavar="FILE", help="what merging changes is measured on its first 64 lines")
 
     exporting.add_parsers(commands)
 
@@ -185,8 +186,8 @@ def _merge(options: argparse.Namespace) -> None:
 
     if options.adapter is None:
         raise config.ConfigError("name the adapter to merge by --adapter")
-    drift = saved.save_merged(saved.open_model(options.model, options.adapter), options.out)
-    print(f"merged model: {options.out} (largest change of a logit by merging: {drift:.3g})")
+    drift = saved.save_merged(saved.open_model(options.model, options.adapter), options.out, options.text)
+    print(f"merged model: {options.out}\nby merging {drift}")
 
 
 def _push(options: argparse.Namespace) -> None:

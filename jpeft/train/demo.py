@@ -72,7 +72,7 @@ def run(out: Path) -> None:
         f"trained:  {counts.trainable:,} of {counts.base:,} parameters ({counts.percent:.2f} %), "
         f"{result.real_rate:,.0f} tokens/s ({result.padded_rate:,.0f} with padding)",
         f"adapter:  {result.adapter}   (PEFT's format: peft.PeftModel.from_pretrained reads it)",
-        f"merged:   {out / 'merged'}   (a Hugging Face folder; merging moved no logit by more than {drift:.1g})",
+        f"merged:   {out / 'merged'}   (a Hugging Face folder; merging moved no logit by more than {drift.logit:.1g})",
         f"picture:  {picture}",
         f"{time.time() - started:.0f} seconds. Now try:",
         f"  jpeft predict --adapter {shlex.quote(str(result.adapter))} {shlex.quote(SENTENCE)}",

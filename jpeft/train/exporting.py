@@ -63,7 +63,7 @@ def _write(opened: Any, options: argparse.Namespace) -> None:
 
     if options.format == "merged":
         drift = saved.save_merged(opened, options.out)
-        print(f"merged model: {options.out} (largest change of a logit by merging: {drift:.3g})")
+        print(f"merged model: {options.out}\nby merging {drift}")
         return
     findings = check(opened.model, options.format)
     if findings.refused:

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import models
 from .._quantized import SCHEMES
+from ..io import Drift, Sample, export_adapters, export_merged, export_peft, import_adapters, import_peft
 from ..io import _peft_folder as peft
-from ..io import export_adapters, export_merged, export_peft, import_adapters, import_peft
 from ..io._peft_folder import INFO
 from ..io.card import Card
 from ..models import CheckpointError
@@ -21,6 +23,9 @@ from ..models._checkpoint import read_config
 from ..models._files import is_file, read_json, write_text
 from ..models._hub import adapter_folder, is_id, model_folder
 from . import tokenizer
+
+#: Lines of a text file that a drift is measured on.
+SAMPLED = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +73,37 @@ def save_for_adapters(opened: Opened, folder: str | Path) -> None:
     models.copy_tokenizer(opened.base, export_adapters(opened.model, folder))
 
 
-def save_merged(opened: Opened, folder: str | Path) -> float:
-    """Writes the merged model as a Hugging Face folder whose config.json names the labels; returns the drift."""
-    drift = export_merged(opened.model, folder, tokenizer_from=opened.base)
+def save_merged(opened: Opened, folder: str | Path, text: str | Path | None = None) -> Drift:
+    """Writes the merged model as a Hugging Face folder whose config.json names the labels; returns the drift.
+
+    Args:
+      text: a file on whose first lines the drift is measured; None for random tokens.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no such file, or no text in it.
+    """
+    sample = None if text is None else _sample(opened, Path(text))
+    drift = export_merged(opened.model, folder, tokenizer_from=opened.base, sample=sample, base=str(opened.base))
     if opened.info.label_names is not None:
         file = Path(folder) / "config.json"
         names = dict(enumerate(opened.info.label_names))
         labels = {"id2label": {str(i): name for i, name in names.items()}, "label2id": {v: k for k, v in names.items()}}
         write_text(file, json.dumps(read_config(folder) | labels, indent=2, sort_keys=True) + "\n")
     return drift
+
+
+def _sample(opened: Opened, file: Path) -> Sample:
+    """The first lines of a file that hold text, as tokens."""
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()][:SAMPLED]
+    length = opened.info.max_length or 128
+    rows = [ids for ids in opened.tokenizer.cut(lines, length)[0] if ids]
+    if not rows:
+        raise ValueError(f"{file} holds no text to measure the drift on")
+    ids = np.full((len(rows), max(map(len, rows))), opened.tokenizer.pad_id, np.int32)
+    mask = np.zeros_like(ids)
+    for at, row in enumerate(rows):
+        ids[at, : len(row)], mask[at, : len(row)] = row, 1
+    return Sample(ids, mask, f"{len(rows)} lines of {file.name}, {int(mask.sum()):,} tokens")
 
 
 def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:

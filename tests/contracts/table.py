@@ -158,10 +158,7 @@ METHODS: dict[str, Line] = {
         fast=("foreign",),
     ),
     "vera": Line(
-        lambda targets: jpeft.VeRA(rank=5, targets=tables_aside(targets)),
-        on=EVERY,
-        drawn=False,
-        fast=("llama",),
+        lambda targets: jpeft.VeRA(rank=5, targets=tables_aside(targets)), on=EVERY, drawn=False, fast=("llama",)
     ),
     "vera with dropout": Line(
         lambda targets: jpeft.VeRA(rank=3, d_initial=0.5, dropout=0.3, targets=tables_aside(targets)),

@@ -173,7 +173,10 @@ def test_a_head_that_went_its_own_way(tmp_path):
         ({"peft_type": None}, "peft_type None; jpeft reads LORA"),
         ({"task_type": "TOKEN_CLS"}, "an adapter for TOKEN_CLS, the model is one for SEQ_CLS"),
         ({"use_dora": True, "lora_bias": True}, "does not do, or does not know: lora_bias=True"),
-        ({"trainable_token_indices": [1]}, r"trainable_token_indices=\[1\]"),
+        (
+            {"trainable_token_indices": {"wte": [1]}},
+            "trainable_token_indices names 'wte', which this model does not have",
+        ),
         ({"target_parameters": ["a.b"]}, r"target_parameters=\['a.b'\]"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -124,9 +125,17 @@ def test_eval_gives_the_runs_figures(capsys, trained, reviews):
 
 
 def test_a_merged_model_needs_no_adapter(capsys, trained, tmp_path):
-    code, out, _ = jpeft_(capsys, "merge", "--adapter", trained / "adapter", "--out", tmp_path / "merged")
+    text = tmp_path / "sample.txt"
+    text.write_text("the film was good\n\nthe plot is poor and the plot is poor\n")
+    given = ("--adapter", trained / "adapter", "--out", tmp_path / "merged")
+    code, out, _ = jpeft_(capsys, "merge", *given, "--text", text)
     assert code == 0
-    assert "merged model" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("by merging a logit moved by at most ")]
+    assert re.search(r"KL \S+ nats, same argmax in 2 of 2; on 2 lines of sample.txt, \d+ tokens$", line)
+    text.write_text("\n")
+    code, _, err = jpeft_(capsys, "merge", *given, "--text", text)
+    assert code == 2
+    assert "sample.txt holds no text to measure the drift on" in err
     sentences = ["the film was good", "the plot is poor"]
     _, with_adapter, _ = jpeft_(capsys, "predict", "--adapter", trained / "adapter", *sentences)
     code, merged, err = jpeft_(capsys, "predict", "--model", tmp_path / "merged", *sentences)
