@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 _HARMLESS = """
 _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path
-architectures attn_implementation bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
 decoder_start_token_id directionality diversity_penalty do_sample dtype early_stopping
 encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
 forced_eos_token_id gradient_checkpointing id2label label2id language length_penalty max_length min_length
@@ -57,8 +57,12 @@ _SHARED = {
     "rope_parameters": Mapping[str, Any] | None,
     "scale_decoder_outputs": bool,
 }
-#: Whole numbers that may be 0 and more, where others are sizes.
-_MAY_BE_0 = ("head_dim", "max_window_layers", "num_decoder_layers", "num_key_value_heads", "sliding_window")
+#: Whole numbers that may be 0 and more, or -1 and more, where others are sizes.
+_MAY_BE_0 = (
+    *("conv_kernel_size", "head_dim", "max_window_layers", "num_decoder_layers", "num_key_value_heads"),
+    *("sliding_window", "type_vocab_size"),
+)
+_MAY_BE_NEGATIVE = ("max_relative_positions", "position_buckets")
 #: Above these no model is; what a file says beyond is damage, and would take all memory.
 _MOST = {"layer": 10_000, "layers": 10_000, "labels": 1_000_000}
 
@@ -66,13 +70,15 @@ _MOST = {"layer": 10_000, "layers": 10_000, "labels": 1_000_000}
 def check_values(config_type: type, hf: Mapping[str, Any]) -> None:
     """A config.json must have values of the types of the fields, in the ranges that numbers of their kind have.
 
+    Where a field may be written in other types than its own, `READ_AS` of its Config says in which.
+
     Raises:
       ValueError: it has not; the message names every such attribute.
     """
     kinds = {field.name: field.type for field in dataclasses.fields(cast(Any, config_type)) if field.name != "hf"}
     wrong = [
         f"{name}={hf[name]!r:.100}"
-        for name, kind in (kinds | _SHARED).items()
+        for name, kind in (kinds | _SHARED | getattr(config_type, "READ_AS", {})).items()
         if name in hf and not (hf[name] is None and name in _MAY_BE_NULL) and not _fits(name, hf[name], kind)
     ]
     labels = hf.get("id2label")
@@ -87,7 +93,7 @@ def _fits(name: str, value: Any, kind: Any) -> bool:
         return any(_fits(name, value, one) for one in typing.get_args(kind))
     if kind is int:
         ending = name.rpartition("_")[2]
-        least = -1 if ending == "id" else int(name not in _MAY_BE_0)
+        least = -1 if ending == "id" or name in _MAY_BE_NEGATIVE else int(name not in _MAY_BE_0)
         return type(value) is int and least <= value <= _MOST.get(ending, 2**31 - 1)
     if kind is float:
         known = type(value) in (int, float) and 0 <= value <= 1e30

@@ -3,7 +3,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from . import _config
 from ._layers import ACTIVATIONS
@@ -20,6 +20,8 @@ _KINDS = ("c2p", "p2c")
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The attributes of config.json that change what DeBERTa computes, with transformers' defaults."""
+
+    READ_AS: ClassVar[Mapping[str, Any]] = {"pos_att_type": str | tuple[str, ...] | None}
 
     vocab_size: int = 128100
     hidden_size: int = 1536

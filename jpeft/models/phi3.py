@@ -69,7 +69,8 @@ class Config(DecoderConfig):
         hf["rope_scaling"]["rope_type"] = "longrope" if kind in _OLD_NAMES else kind
         if part is not None:
             hf["partial_rotary_factor"] = part
-        return _config.read(cls, hf, harmless=["embd_pdrop"])  # which does nothing in transformers either
+        fixed = {"attention_bias": (False,)}
+        return _config.read(cls, hf, fixed=fixed, harmless=["embd_pdrop"])  # which does nothing in transformers either
 
     def to_hf(self) -> dict[str, Any]:
         """config.json, in the layout that every version of transformers reads."""
