@@ -55,6 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 #: Where methods sit on a model that has no defaults for them, as it has none in peft.
 PLACES: dict[tuple[str, str], dict[str, Any]] = {
     ("ia3", "distilbert"): {"targets": ("k_lin", "v_lin", "lin2"), "feedforward": ("lin2",)},
+    ("ia3", "mixtral"): {"targets": ("k_proj", "v_proj"), "feedforward": ()},
     ("ia3", "phi3"): {"targets": ("qkv_proj", "down_proj"), "feedforward": ("down_proj",)},
     ("ia3", "xlm-roberta tokens"): {"targets": ("key", "value", "output.dense"), "feedforward": ("output.dense",)},
     ("ia3", "vit"): {"targets": ("k_proj", "v_proj", "fc2"), "feedforward": ("fc2",)},

@@ -59,8 +59,8 @@ def _rows(rng, seq, subject):
     mask[1, seq - 3 :] = 0
     mask[2, : seq // 3] = 0
     inputs = {"input_ids": np.where(mask, rng.integers(1, subject.vocab, (3, seq)), 0), "attention_mask": mask}
-    if "type_vocab_size" in subject.config:
-        inputs["token_type_ids"] = rng.integers(0, subject.config["type_vocab_size"], (3, seq))
+    if types := subject.config.get("type_vocab_size"):
+        inputs["token_type_ids"] = rng.integers(0, types, (3, seq))
     return inputs
 
 

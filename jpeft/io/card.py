@@ -26,6 +26,7 @@ _AUTO = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "MULTIPLE_CHOICE": "AutoModelForMultipleChoice",
+    "IMAGE_CLS": "AutoModelForImageClassification",
     "FEATURE_EXTRACTION": "AutoModel",
 }
 
@@ -121,7 +122,7 @@ def _hub_entries(base: str | None, task: str) -> dict[str, Any]:
 
 def _use(config: Mapping[str, Any], task: str) -> str:
     base = config["base_model_name_or_path"] or "path/to/base"
-    auto = config["auto_mapping"]["base_model_class"] if config["auto_mapping"] else _AUTO.get(task, "AutoModel")
+    auto = _AUTO.get(task, "AutoModel")
     return (
         "```python\n"
         f"base = transformers.{auto}.from_pretrained({base!r})\n"

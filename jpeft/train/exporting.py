@@ -76,7 +76,7 @@ def _write(opened: Any, options: argparse.Namespace) -> None:
         saved.save_for_adapters(opened, options.out)
         print(f"AdapterHub adapter: {options.out}")
         return
-    saved.save_adapter(opened.model, options.out, opened.base, opened.info, Card())
+    saved.save_adapter(opened.model, options.out, opened.name, opened.info, Card())
     print(f"PEFT adapter: {options.out}")
 
 

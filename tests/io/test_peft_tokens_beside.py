@@ -44,7 +44,7 @@ def adapted(family, method):
 
 
 def outputs(model):
-    return oracle.seen(run(model, oracle.IDS, oracle.MASK, **oracle.MORE.get(model.task, {})))
+    return oracle.seen(run(model, **oracle.inputs_of(model)))
 
 
 def slow(*values):

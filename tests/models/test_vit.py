@@ -221,7 +221,7 @@ def test_lora_on_the_patches_goes_to_peft_and_back(tmp_path):
     assert (config["task_type"], config["modules_to_save"]) == (None, ["classifier"])
     card = (tmp_path / "ours" / "README.md").read_text()
     assert 'pipeline_tag: "image-classification"' in card
-    assert "transformers.ViTForImageClassification.from_pretrained(" in card
+    assert "transformers.AutoModelForImageClassification.from_pretrained(" in card
     again = jpeft.import_peft(oracle.jax_model("vit"), tmp_path / "ours")
     jax.tree.map(np.testing.assert_array_equal, jpeft.partition(again)[1], jpeft.partition(model)[1])
 

@@ -76,7 +76,7 @@ def test_what_would_be_lost_is_written_when_asked_for(capsys, llama, tmp_path, m
     opened = saved.open_model(llama, None)
     method = jpeft.PrefixTuning(num_tokens=2, projection=True, shift_positions=True)
     model = jpeft.adapt(opened.model, method, key=KEY)
-    monkeypatch.setattr(saved, "open_model", lambda *folders: saved.Opened(model, None, opened.info, llama))
+    monkeypatch.setattr(saved, "open_model", lambda *folders: saved.Opened(model, None, opened.info, llama, str(llama)))
     arguments = "export", "--adapter", "x", "--out", tmp_path / "out"
     code, _, err = jpeft_(capsys, *arguments)
     assert code == 2
