@@ -30,8 +30,15 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("family", [BERT, LLAMA], ids=["bert", "llama"])
-@pytest.mark.parametrize("methods", METHODS.values(), ids=METHODS)
+#: Each method on one family, and in the slow lane on the other.
+RUNS = [
+    pytest.param(methods, family, id=f"{name}-{kind}", marks=() if i % 2 == (family is LLAMA) else pytest.mark.slow)
+    for i, (name, methods) in enumerate(METHODS.items())
+    for kind, family in (("bert", BERT), ("llama", LLAMA))
+]
+
+
+@pytest.mark.parametrize("methods, family", RUNS)
 def test_several_sizes_of_one_method(methods, family):
     task = "TOKEN_CLS" if family is BERT else "CAUSAL_LM"
     base = jpeft.models.build(family | {"max_position_embeddings": 16}, task, key=jax.random.key(1))

@@ -194,7 +194,13 @@ CASES = {
         ("llama",),
     ),
 }
-RUNS = [(name, family) for name, case in CASES.items() for family in case.families]
+#: In the fast lane, one of each kind of method.
+FAST = ("lora", "dora", "lokr", "ia3", "tokens", "prompt", "prefix", "bitfit")
+RUNS = [
+    pytest.param(name, family, marks=() if name in FAST and family == case.families[0] else pytest.mark.slow)
+    for name, case in CASES.items()
+    for family in case.families
+]
 
 
 @pytest.mark.parametrize("name, family", RUNS, ids=lambda value: value)

@@ -159,7 +159,7 @@ def test_module_names_are_transformers(name, tmp_path):
 
 
 @functools.cache
-def _jaxpr(name, task, **changes):
+def _jaxpr(name, task, backward, **changes):
     subject, family = SUBJECTS[name], module_of(name)
     config = dataclasses.replace(family.Config.from_hf(subject.config), **changes)
     inputs = batch(subject if subject.reads == "input_ids" else subject.changed(changes))
@@ -169,7 +169,7 @@ def _jaxpr(name, task, **changes):
     def loss(state, read, key):
         return jnp.sum(nnx.merge(graphdef, state)(**inputs | {subject.reads: read}, key=key))
 
-    closed = jax.make_jaxpr(jax.grad(loss))(state, inputs[subject.reads], jax.random.key(0))
+    closed = jax.make_jaxpr(jax.grad(loss) if backward else loss)(state, inputs[subject.reads], jax.random.key(0))
     return str(closed), [np.asarray(constant).tolist() for constant in closed.consts]
 
 
@@ -177,7 +177,8 @@ def _jaxpr(name, task, **changes):
 def test_every_field_changes_the_program(name, field):
     value, task, *beside = SUBJECTS[name].perturbed[field]
     others = dict(*beside)
-    assert _jaxpr(name, task, **others) != _jaxpr(name, task, **others | {field: value})
+    backward = (False, True)  # a padding token's row counts in the gradient alone, and that takes longer to trace
+    assert any(_jaxpr(name, task, b, **others) != _jaxpr(name, task, b, **others | {field: value}) for b in backward)
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
