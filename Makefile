@@ -23,7 +23,7 @@ test: $(VENV)/.test  ## the fast tests
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" --durations=15 $(TESTS)
 
 typed: $(VENV)/.test  ## the fast tests with every annotation and array shape of jpeft checked
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not untyped" --jaxtyping-packages=jpeft,beartype.beartype $(TESTS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not untyped" --jaxtyping-packages=jpeft,numeric_tower.checked $(TESTS)
 
 slow: $(VENV)/.test  ## the slow tests: training, several processes, the built wheel in an empty environment
 	$(BIN)/python -m pytest -m slow $(TESTS)

@@ -73,6 +73,7 @@ def test_a_variable_type_selects_by_type(model, trainable):
         jpeft.mask(frozen, nnx.Param)
 
 
+@pytest.mark.untyped
 def test_wrong_selectors(trainable):
     with pytest.raises(ValueError, match="mask needs at least one selector"):
         jpeft.mask(trainable)

@@ -340,6 +340,7 @@ WRONG_FIELDS = [
 
 
 @pytest.mark.parametrize("fields, error, message", WRONG_FIELDS, ids=lambda v: str(v) if isinstance(v, dict) else "")
+@pytest.mark.untyped
 def test_a_wrong_field_is_an_error(fields, error, message):
     with pytest.raises(error, match=message):
         jpeft.LoRA(**fields)

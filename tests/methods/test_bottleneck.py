@@ -235,6 +235,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("make, fields, message", WRONG, ids=lambda value: str(value)[:40])
+@pytest.mark.untyped
 def test_a_wrong_field_is_an_error(make, fields, message):
     with pytest.raises(ValueError, match=message):
         make(**fields)

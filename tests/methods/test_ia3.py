@@ -215,6 +215,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("options, message", WRONG, ids=lambda v: str(v) if isinstance(v, dict) else "")
+@pytest.mark.untyped
 def test_a_wrong_option_is_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         jpeft.adapt(oracle.jax_model("bert"), jpeft.IA3(**options), key=KEY)

@@ -205,6 +205,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("fields, message", WRONG, ids=str)
+@pytest.mark.untyped
 def test_a_wrong_field_is_an_error(fields, message):
     with pytest.raises(ValueError, match=message):
         jpeft.LoKr(targets=["a"], **fields)

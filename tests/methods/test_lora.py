@@ -241,6 +241,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("fields, message", WRONG, ids=lambda value: str(value))
+@pytest.mark.untyped
 def test_a_wrong_field_is_an_error(fields, message):
     with pytest.raises(ValueError, match=message):
         jpeft.LoRA(targets=["a"], **fields)

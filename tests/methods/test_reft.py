@@ -308,6 +308,7 @@ def test_counts_of_bert_base(kind, options, count):
     ],
 )
 @pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.untyped
 def test_a_wrong_option_is_an_error(kind, options, message):
     with pytest.raises(ValueError, match=message):
         METHODS[kind](**options)

@@ -124,6 +124,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("options, error, message", WRONG, ids=lambda v: str(v) if isinstance(v, dict) else "")
+@pytest.mark.untyped
 def test_a_wrong_option_is_an_error(options, error, message):
     with pytest.raises(error, match=message):
         jpeft.adapt(Tied(nnx.Rngs(0)), jpeft.TrainableTokens(**{"targets": ["table"], **options}), key=KEY)

@@ -147,7 +147,7 @@ TYPES = ["full_attention", "sliding_attention"]
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
             "layers of sliding_attention have the default rotary embedding; got",
         ),
-        ("phi3", {"attention_bias": True}, "not supported: attention_bias"),
+        ("phi3", {"attention_bias": True}, "asks for attention_bias=True: not supported"),
         ("phi3", {"partial_rotary_factor": 0.4}, "even head size; got head_dim=8, partial_rotary_factor=0.4"),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is default or longrope; got 'linear'"),
         (
