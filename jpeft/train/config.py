@@ -12,117 +12,20 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from . import _yaml
+from .sections import Data, Model, Optimizer, Train
+from .sections._checks import FORBID
 
 #: Tasks that `jpeft train` has data and metrics for.
 TASKS = ("SEQ_CLS", "CAUSAL_LM")
 
-_FORBID = {"extra": "forbid"}
 _MOST_BYTES = 10**6
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run as it stands."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """The base model.
-
-    Attributes:
-      path: a Hugging Face folder, or an id on the hub.
-      task: `SEQ_CLS` or `CAUSAL_LM`.
-      dtype: of the base's storage and computation; None keeps the checkpoint's. Adapters are float32.
-      remat: what a layer keeps for the backward pass: `none`, `dots`, `full`, `names` or `offload`.
-      quantize: `nf4`, `nf4_double` or `int8` keeps the base's linear layers as codes (QLoRA); None as they are. The
-        adapter is used beside the same codes afterwards.
-    """
-
-    __pydantic_config__: ClassVar = _FORBID
-    path: str
-    task: Literal["SEQ_CLS", "CAUSAL_LM"]
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    remat: Literal["none", "dots", "full", "names", "offload"] = "none"
-    quantize: Literal["nf4", "nf4_double", "int8"] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Rows and how they become tokens.
-
-    Attributes:
-      train, eval: a file or several, of one kind: `.jsonl`, `.json`, `.csv`, `.parquet` or `.txt`.
-      text: column of the text; a `.txt` file has one called `text`.
-      label: column of the label, for classification: a name, or an index into `label_names`.
-      label_names: all labels, in the order of the head's outputs; None takes those of the training rows, sorted.
-      max_length: longest row in tokens.
-      longer: what happens to longer text: `truncate` (counted and printed) or `split` into rows (language models).
-      txt: what is one text of a `.txt` file: a `line`, a `paragraph` or the whole `document`.
-      num_widths: into how many widths rows are padded at most; each is compiled once.
-    """
-
-    __pydantic_config__: ClassVar = _FORBID
-    train: str | tuple[str, ...]
-    eval: str | tuple[str, ...] = ()
-    text: str = "text"
-    label: str = "label"
-    label_names: tuple[str, ...] | None = None
-    max_length: int = 128
-    longer: Literal["truncate", "split"] = "truncate"
-    txt: Literal["line", "paragraph", "document"] = "line"
-    num_widths: int = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Optimizer:
-    """AdamW and its learning rate.
-
-    Attributes:
-      lr: highest learning rate.
-      schedule: towards 0 at the end by `linear` or `cosine`, or `constant`.
-      warmup: share of all updates, in [0, 1), in which the rate rises from 0.
-      weight_decay: biases and norms have none.
-      betas, eps: of Adam.
-      clip: largest norm of the gradient of the whole trainable tree; None does not clip.
-      lora_plus_ratio: LoRA+ (Hayou et al. 2024): the rate of B over that of A.
-    """
-
-    __pydantic_config__: ClassVar = _FORBID
-    lr: float = 1e-4
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: float = 0.0
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip: float | None = 1.0
-    lora_plus_ratio: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Train:
-    """How long, how much at a time, and how often to look.
-
-    Attributes:
-      epochs: passes over the data; `max_steps` in its place counts updates.
-      batch_size: rows at a time, over all devices.
-      accumulation: batches per update.
-      seed: of the order, the adapter's start and dropout; the same seed gives the same run.
-      dropout: whether dropout, the model's own and the method's, is on in training.
-      log_every: updates between two lines of metrics.jsonl.
-      eval_every: updates between two evaluations; None is once an epoch.
-    """
-
-    __pydantic_config__: ClassVar = _FORBID
-    epochs: int | None = None
-    max_steps: int | None = None
-    batch_size: int = 32
-    accumulation: int = 1
-    seed: int = 0
-    dropout: bool = True
-    log_every: int = 10
-    eval_every: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +39,13 @@ class Config:
       mesh: `"data=2,fsdp=2,tensor=2"`; None is one device.
     """
 
-    __pydantic_config__: ClassVar = _FORBID
+    __pydantic_config__: ClassVar = FORBID
     model: Model
     data: Data
     out: str
     method: dict[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "lora"})
-    optimizer: Optimizer = Optimizer()
-    train: Train = Train()
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    train: Train = dataclasses.field(default_factory=Train)
     mesh: str | None = None
 
 
@@ -262,33 +165,8 @@ def _plain(value: Any) -> Any:
 
 
 def _ranges(config: Config) -> list[str]:
-    """What is wrong with single values."""
-    data, optimizer, train = config.data, config.optimizer, config.train
-    counts = {
-        "data.max_length": data.max_length,
-        "data.num_widths": data.num_widths,
-        "train.epochs": train.epochs,
-        "train.max_steps": train.max_steps,
-        "train.batch_size": train.batch_size,
-        "train.accumulation": train.accumulation,
-        "train.log_every": train.log_every,
-        "train.eval_every": train.eval_every,
-    }
-    positive = {
-        "optimizer.lr": optimizer.lr,
-        "optimizer.eps": optimizer.eps,
-        "optimizer.clip": optimizer.clip,
-        "optimizer.lora_plus_ratio": optimizer.lora_plus_ratio,
-    }
-    shares = {"optimizer.warmup": optimizer.warmup, "optimizer.betas": max(optimizer.betas, key=abs)}
-    wrong = [
-        f"{key} must be 1 or more, got {value}" for key, value in counts.items() if value is not None and value < 1
-    ]
-    wrong += [f"{key} must be positive, got {x}" for key, x in positive.items() if x is not None and not x > 0]
-    wrong += [f"{key} must be in [0, 1), got {value}" for key, value in shares.items() if not 0 <= value < 1]
-    if optimizer.weight_decay < 0:
-        wrong.append(f"optimizer.weight_decay must not be negative, got {optimizer.weight_decay}")
-    return wrong
+    """What is wrong within single sections."""
+    return [*config.data.wrong(), *config.optimizer.wrong(), *config.train.wrong()]
 
 
 def _conflicts(config: Config) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 from . import config as configuration
 from .buckets import Batch, Buckets, choose_widths
 from .rows import DataError, Rows, digest, read
+from .sections import Data
 from .tokenizer import Tokenizer
 
 #: A label that is ignored, as in torch.
@@ -81,15 +82,13 @@ def label_names(rows: Sequence[Rows], column: str) -> tuple[str, ...]:
     return names
 
 
-def read_rows(data: configuration.Data, task: str, split: str) -> list[Rows]:
+def read_rows(data: Data, task: str, split: str) -> list[Rows]:
     """The rows of `split`, `train` or `eval`, with the columns that the task needs."""
     columns = [data.text, data.label] if task == "SEQ_CLS" else [data.text]
     return read(configuration.paths(getattr(data, split)), columns, data.txt)
 
 
-def encode(
-    rows: Sequence[Rows], data: configuration.Data, tokenizer: Tokenizer, names: Sequence[str] | None
-) -> Examples:
+def encode(rows: Sequence[Rows], data: Data, tokenizer: Tokenizer, names: Sequence[str] | None) -> Examples:
     """Tokenised rows: for classification with label `names`, for a language model without.
 
     Raises:
@@ -170,7 +169,7 @@ def batches_like(train: Batches, examples: Examples) -> Batches:
     return Batches(examples, Buckets(examples.lengths, widths, rows), 1, train.pad_id)
 
 
-def _lm_tokens(texts: list[str], data: configuration.Data, tokenizer: Tokenizer) -> tuple[list[list[int]], list[int]]:
+def _lm_tokens(texts: list[str], data: Data, tokenizer: Tokenizer) -> tuple[list[list[int]], list[int]]:
     """Rows of at most `max_length` tokens, each text with its end-of-text token; and the tokens lost per text."""
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     whole = [ids if ids[-1:] == end else ids + end for ids in tokenizer.encode(texts)]

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from .._masks import optimizer as by_rules
-from .config import Optimizer
+from .sections import Optimizer
 
 #: Leaves that weight decay leaves alone, by the last part of their path: vectors, DoRA's
 #: magnitudes, and AdapterFusion's value matrix, which

@@ -14,8 +14,8 @@ import jpeft
 from jpeft import AdapterFusion, Compacter, Houlsby, LoRA, ParallelAdapter, Pfeiffer
 from jpeft.models import bert
 from jpeft.train import optim
-from jpeft.train.config import Optimizer
 from jpeft.train.losses import cls_loss, cls_sums
+from jpeft.train.sections import Optimizer
 from jpeft.train.step import begin, make_step
 
 KEY = jax.random.key(0)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The section `train`: how long, how much at a time, how often to look."""
+
+import dataclasses
+from typing import ClassVar
+
+from ._checks import FORBID, at_least_one
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """How long, how much at a time, and how often to look.
+
+    Attributes:
+      epochs: passes over the data; `max_steps` in its place counts updates.
+      batch_size: rows at a time, over all devices.
+      accumulation: batches per update.
+      seed: of the order, the adapter's start and dropout; the same seed gives the same run.
+      dropout: whether dropout, the model's own and the method's, is on in training.
+      log_every: updates between two lines of metrics.jsonl.
+      eval_every: updates between two evaluations; None is once an epoch.
+    """
+
+    __pydantic_config__: ClassVar = FORBID
+    epochs: int | None = None
+    max_steps: int | None = None
+    batch_size: int = 32
+    accumulation: int = 1
+    seed: int = 0
+    dropout: bool = True
+    log_every: int = 10
+    eval_every: int | None = None
+
+    def wrong(self) -> list[str]:
+        """What cannot be, a line each."""
+        return at_least_one(
+            {
+                "train.epochs": self.epochs,
+                "train.max_steps": self.max_steps,
+                "train.batch_size": self.batch_size,
+                "train.accumulation": self.accumulation,
+                "train.log_every": self.log_every,
+                "train.eval_every": self.eval_every,
+            }
+        )
