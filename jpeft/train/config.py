@@ -12,7 +12,7 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from . import _yaml
 from .sections import Data, Model, Optimizer, Train
@@ -22,6 +22,7 @@ from .sections._checks import FORBID
 TASKS = ("SEQ_CLS", "CAUSAL_LM")
 
 _MOST_BYTES = 10**6
+_T = TypeVar("_T")
 
 
 class ConfigError(ValueError):
@@ -104,16 +105,26 @@ def parse(tree: Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: what is wrong, one line each.
     """
-    import pydantic
-
-    try:
-        config = pydantic.TypeAdapter(Config).validate_python(_expanded(tree))
-    except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_said(detail) for detail in error.errors())) from error
+    config = validated(Config, _expanded(tree))
     wrong = _ranges(config) + _conflicts(config)
     if wrong:
         raise ConfigError("\n".join(wrong))
     return config
+
+
+def validated(kind: type[_T], tree: Mapping[str, Any]) -> _T:
+    """A dataclass from plain values, of the right types.
+
+    Raises:
+      ConfigError: keys that it does not have, with the nearest, and values of wrong types, one line each.
+    """
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(tree)
+    except pydantic.ValidationError as error:
+        keys = _keys(kind)
+        raise ConfigError("\n".join(_said(detail, keys) for detail in error.errors())) from error
 
 
 def dump(config: Config) -> str:
@@ -190,11 +201,11 @@ def _conflicts(config: Config) -> list[str]:
     return [message for message, broken in rules.items() if broken]
 
 
-def _said(detail: Mapping[str, Any]) -> str:
+def _said(detail: Mapping[str, Any], keys: Sequence[str]) -> str:
     """One of pydantic's errors as a line."""
     where = ".".join(str(part) for part in detail["loc"] if str(part) != "str" and "[" not in str(part))
     if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return _unknown(where, _keys())
+        return _unknown(where, keys)
     if detail["type"] in ("missing", "missing_argument"):
         return f"{where} is missing"
     return f"{where}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r}"
@@ -215,10 +226,10 @@ def nearest(key: str, known: Sequence[str]) -> str:
     return f"did you mean {found[0]}?" if found else f"the keys are {', '.join(siblings.values() or known)}"
 
 
-def _keys() -> list[str]:
-    """Every key of a configuration, dotted."""
+def _keys(kind: Any) -> list[str]:
+    """Every key of a dataclass and its sections, dotted."""
     out = []
-    for field in dataclasses.fields(Config):
+    for field in dataclasses.fields(kind):
         out.append(field.name)
         if dataclasses.is_dataclass(field.type):
             out += [f"{field.name}.{inner.name}" for inner in dataclasses.fields(field.type)]
