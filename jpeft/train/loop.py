@@ -73,14 +73,17 @@ def train(config: Config) -> Result:
     say(job.describe(config, dataset))
     parts = job.build(config, dataset.label_names, mesh)
     say(str(parts.summary))
+    if parts.own_format is not None:
+        say(f"the adapter will be saved in jpeft's own format, for PEFT's cannot hold it: {parts.own_format}")
     folder.begin(config, dataset, parts)
     return Loop(config, dataset, parts, mesh, folder).run()
 
 
 def _check_plan(method: Any, num_updates: int) -> None:
     """Refuses a method that plans for a training of another length."""
-    planned = getattr(method, "total_steps", num_updates)
-    if planned != num_updates:
+    parts = getattr(method, "methods", (method,))
+    planned = next((p.total_steps for p in parts if getattr(p, "total_steps", num_updates) != num_updates), None)
+    if planned is not None:
         raise configuration.ConfigError(
             f"method.total_steps is {planned}, and this run makes {num_updates} updates; make the two equal, for the "
             "method plans its whole course by it"
@@ -188,7 +191,7 @@ class Loop:
         card = Card(" ".join(said), evaluation.metrics if evaluation else {})
         model = combine(self._parts.graphdef, trainable, self._parts.frozen)
         info = Info(self._dataset.label_names, data.max_length, config.model.quantize)
-        save_adapter(model, self._folder.adapter, config.model.path, info, card)
+        save_adapter(model, self._folder.adapter, config.model.path, info, card, config.method)
         say(f"adapter: {self._folder.adapter}")
 
 

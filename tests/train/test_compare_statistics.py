@@ -65,7 +65,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     rng, held = np.random.default_rng(0), 0
     for trial in range(200):
         right = rng.random(150) < 0.7
-        found = statistics.interval([classes(np.ones(150, int), right.astype(int), 2)], "accuracy", draws=200, seed=trial)
+        found = statistics.interval(
+            [classes(np.ones(150, int), right.astype(int), 2)], "accuracy", draws=200, seed=trial
+        )
         held += found.low <= 0.7 <= found.high
         assert found.mean == pytest.approx(right.mean())
     assert 0.90 <= held / 200 <= 0.99

@@ -59,7 +59,7 @@ def conduct(study: Study, say: Callable[[str], None] = print, command: Sequence[
 
 
 def choose(trials: Sequence[Done]) -> dict[Key, Mapping[str, Any]]:
-    """The values of the best trial for each (model, task, method): by the main figure on data.eval; of equals the first.
+    """The values of the best trial for each (model, task, method), by data.eval's main figure; of equals the first.
 
     Raises:
       RunFailed: all trials of one diverged.
