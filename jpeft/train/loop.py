@@ -6,7 +6,6 @@ is one `step.State`, from which the next batch and dropout key follow; so whatev
 """
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ from .._partition import combine
 from ..io.card import Card
 from . import config as configuration
 from . import devices, job
-from .buckets import Batch
+from .batches import Fed
 from .config import Config
 from .evaluate import Evaluation, Evaluator
 from .folder import RunFolder
 from .losses import SUMS
 from .optim import make_optimizer, schedule
+from .prefetch import Prefetch
 from .progress import Meter, say
 from .saved import Info, save_adapter
 from .step import Metrics, State, begin, make_step
@@ -106,10 +106,12 @@ class Loop:
         pending: list[Metrics] = []
         losses: list[float] = []
         evaluation = None
-        for number, batch in self._batches(int(state.updates)):
-            arrays = devices.place(self._dataset.train.collate(batch), self._mesh)
-            state, metrics = self._update(state, self._parts.frozen, arrays, self._key)
-            meter.add(*self._dataset.train.sizes(batch))
+        done, seed = int(state.updates), self._config.train.seed
+        walk = self._dataset.train.walk(seed, self._dataset.train.position(seed, done))
+        feed = Prefetch(walk, then=self._placed)
+        for number, fed in zip(range(done + 1, self._dataset.num_updates + 1), feed, strict=False):
+            state, metrics = self._update(state, self._parts.frozen, fed.arrays, self._key)
+            meter.add(fed.real, fed.padded)
             pending.append(metrics)
             evaluates = self._evaluates_at(number)
             if number % self._config.train.log_every == 0 or evaluates or number == self._dataset.num_updates:
@@ -118,19 +120,13 @@ class Loop:
             if evaluates:
                 evaluation = self._evaluation(number, state)
                 meter.restart()
+        feed.close()
         meter.close()
         self._save(state, evaluation)
         return Result(state, evaluation, losses, *meter.overall(), self._folder.adapter)
 
-    def _batches(self, done: int) -> Iterator[tuple[int, Batch]]:
-        """(number of the update, from 1; its batch) of every update that is still to be made."""
-        buckets, seed = self._dataset.train.buckets, self._config.train.seed
-        epoch, order = -1, []
-        for index in range(done, self._dataset.num_updates):
-            if index // buckets.num_batches != epoch:
-                epoch = index // buckets.num_batches
-                order = buckets.epoch(seed, epoch)
-            yield index + 1, order[index % buckets.num_batches]
+    def _placed(self, fed: Fed) -> Fed:
+        return dataclasses.replace(fed, arrays=devices.place(fed.arrays, self._mesh))
 
     def _evaluates_at(self, number: int) -> bool:
         every = self._config.train.eval_every or self._dataset.train.buckets.num_batches
@@ -156,10 +152,10 @@ class Loop:
         return losses.tolist()
 
     def _stop(self, state: State, figures: np.ndarray) -> None:
-        done = int(state.updates)
-        batch = next(batch for _, batch in self._batches(done))
+        done, seed = int(state.updates), self._config.train.seed
+        batch = next(self._dataset.train.walk(seed, self._dataset.train.position(seed, done))).arrays
         loss, _, norm = figures[~np.isfinite(figures).all(axis=1)][0]
-        folder = self._folder.save_failure(_mesh.gather(state), self._dataset.train.collate(batch))
+        folder = self._folder.save_failure(_mesh.gather(state), batch)
         raise TrainingStopped(
             f"update {done + 1}: loss {loss}, gradient norm {norm}. The update was not made; its batch and the state "
             f"before it lie in {folder}. A lower optimizer.lr or model.dtype=float32 may help"
