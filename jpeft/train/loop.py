@@ -6,7 +6,6 @@ is one `step.State`, from which the next batch and dropout key follow; so whatev
 """
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ from .._partition import combine
 from ..io.card import Card
 from . import config as configuration
 from . import devices, job
-from .buckets import Batch
+from .batches import Fed
 from .config import Config
 from .evaluate import Evaluation, Evaluator
-from .folder import RunFolder
+from .folder import RunFolder, replaced
 from .losses import SUMS
 from .optim import make_optimizer
+from .prefetch import Prefetch
 from .progress import say
 from .saved import Info, save_adapter
 from .standing import Standing
@@ -47,6 +47,7 @@ class Result:
       losses: of every update.
       real_rate, padded_rate: tokens/s over the whole run, compilation and evaluation left out.
       adapter: folder of the saved adapter.
+      standing: of the evaluations, where the configuration follows a figure of theirs.
     """
 
     state: State
@@ -55,6 +56,7 @@ class Result:
     real_rate: float
     padded_rate: float
     adapter: Path
+    standing: Standing
 
 
 def train(config: Config) -> Result:
@@ -100,59 +102,73 @@ class Loop:
         self._evaluate = Evaluator(parts.graphdef, config.model.task, mesh)
         self._key = job.dropout_key(config)
 
-    def run(self, state: State | None = None, standing: Standing = Standing()) -> Result:
+    def run(self, state: State | None = None, standing: Standing | None = None) -> Result:
         """Trains from `state`, by default from the beginning, and saves the adapter."""
         state = begin(self._tx, self._parts.trainable) if state is None else state
-        done = int(state.updates)
+        done, seed = int(state.updates), self._config.train.seed
         watch = Watch(self._config, self._dataset, self._parts, self._folder, self._update, done, standing)
         losses: list[float] = []
         evaluation = None
-        for number, batch, arrays in watch.waiting(self._placed(done)):
-            state, metrics = self._update(state, self._parts.frozen, arrays, self._key)
-            watch.update(metrics, *self._dataset.train.sizes(batch))
+        walk = self._dataset.train.walk(seed, self._dataset.train.position(seed, done))
+        feed = Prefetch(walk, then=self._placed)
+        for number, fed in zip(range(done + 1, self._dataset.num_updates + 1), watch.waiting(feed), strict=False):
+            state, metrics = self._update(state, self._parts.frozen, fed.arrays, self._key)
+            watch.update(metrics, fed.real, fed.padded)
             evaluates = self._evaluates_at(number)
             if watch.due(number) or evaluates:
                 if bool(state.failed):
                     self._stop(state, watch.pending_figures())
                 losses += watch.log(number)
             if evaluates:
-                with watch.clock.on("evaluation"):
-                    evaluation = self._evaluate(state.trainable, self._parts.frozen, self._dataset.eval)
-                watch.evaluated(number, evaluation)
+                evaluation = self._evaluation(number, state, watch)
+                if watch.exhausted:
+                    break
+        feed.close()
         rates = watch.end()
-        self._save(state, evaluation)
-        return Result(state, evaluation, losses, *rates, self._folder.adapter)
+        with watch.clock.on("save"):
+            self._finish(state, evaluation, watch.standing)
+        return Result(state, evaluation, losses, *rates, self._folder.adapter, watch.standing)
 
-    def _placed(self, done: int) -> Iterator[tuple[int, Batch, dict[str, Any]]]:
-        """`_batches` with their arrays on the devices."""
-        for number, batch in self._batches(done):
-            yield number, batch, devices.place(self._dataset.train.collate(batch), self._mesh)
+    def _evaluation(self, number: int, state: State, watch: Watch) -> Evaluation:
+        """Evaluates, and keeps a copy of the adapter where it is the best so far."""
+        assert self._dataset.eval is not None
+        with watch.clock.on("evaluation"):
+            evaluation = self._evaluate(state.trainable, self._parts.frozen, self._dataset.eval)
+        watch.evaluated(number, evaluation)
+        if watch.improved:
+            with watch.clock.on("save"):
+                self._save(state, evaluation, self._folder.best)
+        return evaluation
 
-    def _batches(self, done: int) -> Iterator[tuple[int, Batch]]:
-        """(number of the update, from 1; its batch) of every update that is still to be made."""
-        buckets, seed = self._dataset.train.buckets, self._config.train.seed
-        epoch, order = -1, []
-        for index in range(done, self._dataset.num_updates):
-            if index // buckets.num_batches != epoch:
-                epoch = index // buckets.num_batches
-                order = buckets.epoch(seed, epoch)
-            yield index + 1, order[index % buckets.num_batches]
+    def _placed(self, fed: Fed) -> Fed:
+        return dataclasses.replace(fed, arrays=devices.place(fed.arrays, self._mesh))
 
     def _evaluates_at(self, number: int) -> bool:
         every = self._config.train.eval_every or self._dataset.train.buckets.num_batches
         return self._dataset.eval is not None and (number % every == 0 or number == self._dataset.num_updates)
 
     def _stop(self, state: State, figures: np.ndarray) -> None:
-        done = int(state.updates)
-        batch = next(batch for _, batch in self._batches(done))
+        done, seed = int(state.updates), self._config.train.seed
+        batch = next(self._dataset.train.walk(seed, self._dataset.train.position(seed, done))).arrays
         loss, _, norm = figures[~np.isfinite(figures).all(axis=1)][0]
-        folder = self._folder.save_failure(_mesh.gather(state), self._dataset.train.collate(batch))
+        folder = self._folder.save_failure(_mesh.gather(state), batch)
         raise TrainingStopped(
             f"update {done + 1}: loss {loss}, gradient norm {norm}. The update was not made; its batch and the state "
             f"before it lie in {folder}. A lower optimizer.lr or model.dtype=float32 may help"
         )
 
-    def _save(self, state: State, evaluation: Evaluation | None) -> None:
+    def _finish(self, state: State, evaluation: Evaluation | None, standing: Standing) -> None:
+        """The run's adapter: the last one, or a copy of the best where one is followed."""
+        best = self._config.train.best
+        if best is None:
+            self._save(state, evaluation, self._folder.adapter)
+        else:
+            self._folder.adopt_best()
+            say(f"the best {best}, {standing.best:.4f}, was that of update {standing.update}")
+        say(f"adapter: {self._folder.adapter}")
+
+    def _save(self, state: State, evaluation: Evaluation | None, folder: Path) -> None:
+        """Writes an adapter into `folder`, in the place of what was there, whole or not at all."""
         trainable = _mesh.gather(state.trainable)  # by all processes
         if not devices.is_main():
             return
@@ -165,8 +181,8 @@ class Loop:
         card = Card(" ".join(said), evaluation.metrics if evaluation else {})
         model = combine(self._parts.graphdef, trainable, self._parts.frozen)
         info = Info(self._dataset.label_names, data.max_length, config.model.quantize)
-        save_adapter(model, self._folder.adapter, config.model.path, info, card)
-        say(f"adapter: {self._folder.adapter}")
+        with replaced(folder) as fresh:
+            save_adapter(model, fresh, config.model.path, info, card)
 
 
 def dry_run(config: Config) -> str:
