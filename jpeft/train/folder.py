@@ -83,6 +83,7 @@ class RunFolder:
             "updates": dataset.num_updates,
             "widths": dataset.train.buckets.widths,
             "trainable": parts.summary.trainable,
+            "changed": parts.summary.changed,
             "base": parts.summary.base,
         }
         write_text(self.path / "run.json", json.dumps(record, indent=2) + "\n")

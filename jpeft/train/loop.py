@@ -29,7 +29,7 @@ from .prefetch import Prefetch
 from .progress import say
 from .saved import Info, save_adapter
 from .standing import Standing
-from .step import State, begin, make_step
+from .step import Cost, State, begin, make_step
 from .watch import Watch
 
 
@@ -48,6 +48,8 @@ class Result:
       real_rate, padded_rate: tokens/s over the whole run, compilation and evaluation left out.
       adapter: folder of the saved adapter.
       standing: of the evaluations, where the configuration follows a figure of theirs.
+      cost: of one update of the widest batch; None where the backend does not tell.
+      compile_seconds: that went into compiling the step.
     """
 
     state: State
@@ -57,6 +59,8 @@ class Result:
     padded_rate: float
     adapter: Path
     standing: Standing
+    cost: Cost | None
+    compile_seconds: float
 
 
 def train(config: Config) -> Result:
@@ -129,7 +133,7 @@ class Loop:
         rates = watch.end()
         with watch.clock.on("save"):
             self._finish(state, evaluation, watch.standing)
-        return Result(state, evaluation, losses, *rates, self._folder.adapter, watch.standing)
+        return Result(state, evaluation, losses, *rates, self._folder.adapter, watch.standing, *self._told())
 
     def _evaluation(self, number: int, state: State, watch: Watch) -> Evaluation:
         """Evaluates, and keeps a copy of the adapter where it is the best so far."""
@@ -141,6 +145,9 @@ class Loop:
             with watch.clock.on("save"):
                 self._save(state, evaluation, self._folder.best)
         return evaluation
+
+    def _told(self) -> tuple[Cost | None, float]:
+        return self._update.cost, self._update.compile_seconds
 
     def _placed(self, fed: Fed) -> Fed:
         return dataclasses.replace(fed, arrays=devices.place(fed.arrays, self._mesh))
