@@ -5,53 +5,30 @@ Truncated rows, lost tokens and dropped rows are counted and printed. What canno
 that names file and line: an empty data set, a label that is none of the names, a value that is no text.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
 
 from . import config as configuration
-from .buckets import Batch, Buckets, choose_widths
-from .rows import DataError, Rows, digest, read
+from .batches import Batches, batches_like, make_batches
+from .examples import IGNORED, Examples
+from .records import DataError
+from .rows import Rows, digest, read
 from .sections import Data
 from .tokenizer import Tokenizer
 
-#: A label that is ignored, as in torch.
-IGNORED = -100
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """Tokenised rows.
-
-    Attributes:
-      tokens: ids of every row.
-      labels: of every row: one class `[]`, or one label per token `[tokens]`.
-      rows: rows read.
-      truncated: rows that were cut, and `lost` the tokens cut off.
-      dropped: rows left out because nothing in them could be trained.
-      digests: SHA-256 by file.
-    """
-
-    tokens: list[np.ndarray]
-    labels: list[np.ndarray]
-    rows: int
-    truncated: int
-    lost: int
-    dropped: int
-    digests: dict[str, str]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(tokens) for tokens in self.tokens])
-
-    def __str__(self) -> str:
-        total = int(self.lengths.sum())
-        return (
-            f"{self.rows:,} rows -> {len(self.tokens):,} examples, {total:,} tokens; truncated {self.truncated:,} rows"
-            f" ({self.lost:,} tokens lost); dropped {self.dropped:,} without a trainable token"
-        )
+__all__ = [
+    "IGNORED",
+    "Batches",
+    "DataError",
+    "Examples",
+    "batches_like",
+    "encode",
+    "label_names",
+    "make_batches",
+    "read_rows",
+]
 
 
 def label_names(rows: Sequence[Rows], column: str) -> tuple[str, ...]:
@@ -114,59 +91,6 @@ def encode(rows: Sequence[Rows], data: Data, tokenizer: Tokenizer, names: Sequen
         dropped=len(tokens) - len(kept),
         digests={str(part.file): digest(part.file) for part in rows},
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Batches:
-    """Examples as fixed shapes.
-
-    Attributes:
-      examples: tokenised rows.
-      buckets: which rows make a batch.
-      accumulation: micro-batches of a batch.
-      pad_id: token that padding is filled with.
-    """
-
-    examples: Examples
-    buckets: Buckets
-    accumulation: int
-    pad_id: int
-
-    def collate(self, batch: Batch) -> dict[str, np.ndarray]:
-        """`input_ids`, `attention_mask` `[accumulation, rows, width]` and `labels`; missing rows weigh nothing."""
-        rows = self.buckets.batch_rows
-        per_token = self.examples.labels[0].ndim == 1
-        ids = np.full((rows, batch.width), self.pad_id, np.int32)
-        mask = np.zeros((rows, batch.width), np.int32)
-        mask[:, 0] = 1  # a row of padding attends to its first token, so that no softmax is over nothing
-        labels = np.full((rows, batch.width) if per_token else (rows,), IGNORED, np.int32)
-        for at, row in enumerate(batch.rows):
-            tokens = self.examples.tokens[row]
-            ids[at, : len(tokens)] = tokens
-            mask[at, : len(tokens)] = 1
-            labels[(at, slice(len(tokens))) if per_token else at] = self.examples.labels[row]
-        arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        return {name: x.reshape(self.accumulation, -1, *x.shape[1:]) for name, x in arrays.items()}
-
-    def sizes(self, batch: Batch) -> tuple[int, int]:
-        """Tokens of a batch: real ones, and with padding."""
-        return int(self.buckets.lengths[batch.rows].sum()), batch.width * self.buckets.batch_rows
-
-
-def make_batches(
-    examples: Examples, *, batch_size: int, accumulation: int, max_length: int, num_widths: int, pad_id: int
-) -> Batches:
-    """Batches of `batch_size` rows, `accumulation` of them at a time, in the widths with the least padding."""
-    widths = choose_widths(examples.lengths, num_widths, max_length)
-    return Batches(examples, Buckets(examples.lengths, widths, batch_size * accumulation), accumulation, pad_id)
-
-
-def batches_like(train: Batches, examples: Examples) -> Batches:
-    """Other examples in the widths of `train`, for which programs are compiled, and one more where a row needs it."""
-    widths, rows = train.buckets.widths, train.buckets.batch_rows // train.accumulation
-    longest = int(examples.lengths.max())
-    widths += () if longest <= widths[-1] else choose_widths([longest], 1, longest)
-    return Batches(examples, Buckets(examples.lengths, widths, rows), 1, train.pad_id)
 
 
 def _lm_tokens(texts: list[str], data: Data, tokenizer: Tokenizer) -> tuple[list[list[int]], list[int]]:

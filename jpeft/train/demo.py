@@ -142,7 +142,11 @@ class Embedder:
         rows: dict[int, np.ndarray] = {}
         for batch in batches.buckets.in_order():
             rows.update(
-                zip(batch.rows.tolist(), np.asarray(self._embed(self._frozen, batches.collate(batch))), strict=False)
+                zip(
+                    np.asarray(batch.rows).tolist(),
+                    np.asarray(self._embed(self._frozen, batches.collate(batch))),
+                    strict=False,
+                )
             )
         return np.stack([rows[i] for i in range(len(rows))])
 

@@ -10,12 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .records import DataError
+
 #: What `datasets` calls the kind of a file, by its ending.
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on; the message names the file, and the line where it is one row's fault."""
 
 
 @dataclasses.dataclass(frozen=True)
