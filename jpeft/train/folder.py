@@ -4,7 +4,7 @@
 config.yaml     the configuration, every key written out
 run.json        command, versions, device, data and tokenizer hashes, counts
 metrics.jsonl   one line per log interval and per evaluation
-adapter/        PEFT's format, with the tokenizer, label names and a model card
+adapter/        in PEFT's format, or jpeft's own where PEFT has none for it; tokenizer, label names, a model card
 failure/        only where the loss was not finite: the batch, and the state before it
 """
 

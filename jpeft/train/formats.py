@@ -170,7 +170,7 @@ def find(given: Collection[str], task: str, named: Mapping[str, str], form: str 
         raise DataError(f"{where} has the columns {', '.join(given)}, which fit no form for {task}; {_listed(usable)}")
     several = ", ".join(form.name for form, _ in fitting)
     raise DataError(
-        f"{where} has the columns {', '.join(given)}, which fit several forms: {several}; say by data.format which it is"
+        f"{where} has the columns {', '.join(given)}, which fit several forms: {several}; say which by data.format"
     )
 
 
