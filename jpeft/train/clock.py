@@ -4,9 +4,10 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import Literal, get_args
 
 #: What takes time beside updates. `data`: the loop waited for a batch while the device had nothing to do.
-PARTS = ("compile", "data", "evaluation", "samples", "save", "log")
+Part = Literal["compile", "data", "evaluation", "samples", "save", "log"]
 
 
 class Clock:
@@ -17,11 +18,11 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self.spent = dict.fromkeys(PARTS, 0.0)
+        self.spent: dict[Part, float] = dict.fromkeys(get_args(Part), 0.0)
         self._start = time.perf_counter()
 
     @contextlib.contextmanager
-    def on(self, part: str) -> Iterator[None]:
+    def on(self, part: Part) -> Iterator[None]:
         """Counts what runs inside as time spent on `part`."""
         start = time.perf_counter()
         try:
@@ -37,12 +38,13 @@ class Clock:
     @property
     def apart(self) -> float:
         """Seconds that went into something else than updates and what belongs to them: data and log lines."""
-        return sum(self.spent[part] for part in ("compile", "evaluation", "samples", "save"))
+        spent = self.spent
+        return spent["compile"] + spent["evaluation"] + spent["samples"] + spent["save"]
 
     def shares(self) -> dict[str, float]:
         """Every part's share of all time; what is left is `updates`."""
         total = max(self.elapsed, 1e-9)
-        shares = {part: seconds / total for part, seconds in self.spent.items()}
+        shares: dict[str, float] = {part: seconds / total for part, seconds in self.spent.items()}
         return {"updates": max(1.0 - sum(shares.values()), 0.0), **shares}
 
     def __str__(self) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from . import _yaml
 from .sections import Data, Model, Optimizer, Train
 from .sections._checks import FORBID
+from .standing import METRICS
 
 #: Tasks that `jpeft train` has data and metrics for.
 TASKS = ("SEQ_CLS", "CAUSAL_LM")
@@ -192,12 +193,19 @@ def _conflicts(config: Config) -> list[str]:
     """What is wrong with values together."""
     data, train, classify = config.data, config.train, config.model.task == "SEQ_CLS"
     kinds = [part.get("kind") for part in ([config.method] if isinstance(config.method, dict) else config.method)]
-    names = data.label_names
+    names, figures = data.label_names, METRICS[config.model.task]
     rules = {
         "data.train names no file": not paths(data.train),
         "give one of train.epochs and train.max_steps, and leave the other null": (train.epochs is None)
         == (train.max_steps is None),
         "train.eval_every is set, and data.eval names no file": train.eval_every is not None and not paths(data.eval),
+        f"train.best is one of {', '.join(figures)}, the figures of this evaluation, got {train.best!r}": (
+            train.best is not None and train.best not in figures
+        ),
+        "train.best is set, and data.eval names no file": train.best is not None and not paths(data.eval),
+        "train.patience needs train.best, the figure that has to gain": (
+            train.patience is not None and train.best is None
+        ),
         "data.longer=split is for CAUSAL_LM: a piece of a text has no label": classify and data.longer == "split",
         "data.streaming has no end; give train.max_steps": data.streaming and train.max_steps is None,
         "data.streaming is for CAUSAL_LM; classes are counted over whole files": classify and data.streaming,

@@ -22,7 +22,7 @@ from . import devices, job
 from .batches import Fed
 from .config import Config
 from .evaluate import Evaluation, Evaluator
-from .folder import RunFolder
+from .folder import RunFolder, replaced
 from .losses import SUMS
 from .optim import make_optimizer
 from .prefetch import Prefetch
@@ -47,6 +47,7 @@ class Result:
       losses: of every update.
       real_rate, padded_rate: tokens/s over the whole run, compilation and evaluation left out.
       adapter: folder of the saved adapter.
+      standing: of the evaluations, where the configuration follows a figure of theirs.
     """
 
     state: State
@@ -55,6 +56,7 @@ class Result:
     real_rate: float
     padded_rate: float
     adapter: Path
+    standing: Standing
 
 
 def train(config: Config) -> Result:
@@ -103,7 +105,7 @@ class Loop:
         self._evaluate = Evaluator(parts.graphdef, config.model.task, mesh)
         self._key = job.dropout_key(config)
 
-    def run(self, state: State | None = None, standing: Standing = Standing()) -> Result:
+    def run(self, state: State | None = None, standing: Standing | None = None) -> Result:
         """Trains from `state`, by default from the beginning, and saves the adapter."""
         state = begin(self._tx, self._parts.trainable) if state is None else state
         done, seed = int(state.updates), self._config.train.seed
@@ -121,12 +123,24 @@ class Loop:
                         self._stop(state, watch.pending_figures())
                     losses += watch.log(number)
                 if evaluates:
-                    with watch.clock.on("evaluation"):
-                        evaluation = self._evaluate(state.trainable, self._parts.frozen, self._dataset.eval)
-                    watch.evaluated(number, evaluation)
+                    evaluation = self._evaluation(number, state, watch)
+                    if watch.exhausted:
+                        break
         rates = watch.end()
-        self._save(state, evaluation)
-        return Result(state, evaluation, losses, *rates, self._folder.adapter)
+        with watch.clock.on("save"):
+            self._finish(state, evaluation, watch.standing)
+        return Result(state, evaluation, losses, *rates, self._folder.adapter, watch.standing)
+
+    def _evaluation(self, number: int, state: State, watch: Watch) -> Evaluation:
+        """Evaluates, and keeps a copy of the adapter where it is the best so far."""
+        assert self._dataset.eval is not None
+        with watch.clock.on("evaluation"):
+            evaluation = self._evaluate(state.trainable, self._parts.frozen, self._dataset.eval)
+        watch.evaluated(number, evaluation)
+        if watch.improved:
+            with watch.clock.on("save"):
+                self._save(state, evaluation, self._folder.best)
+        return evaluation
 
     def _placed(self, fed: Fed) -> Fed:
         return dataclasses.replace(fed, arrays=devices.place(fed.arrays, self._mesh))
@@ -145,7 +159,18 @@ class Loop:
             f"before it lie in {folder}. A lower optimizer.lr or model.dtype=float32 may help"
         )
 
-    def _save(self, state: State, evaluation: Evaluation | None) -> None:
+    def _finish(self, state: State, evaluation: Evaluation | None, standing: Standing) -> None:
+        """The run's adapter: the last one, or a copy of the best where one is followed."""
+        best = self._config.train.best
+        if best is None:
+            self._save(state, evaluation, self._folder.adapter)
+        else:
+            self._folder.adopt_best()
+            say(f"the best {best}, {standing.best:.4f}, was that of update {standing.update}")
+        say(f"adapter: {self._folder.adapter}")
+
+    def _save(self, state: State, evaluation: Evaluation | None, folder: Path) -> None:
+        """Writes an adapter into `folder`, in the place of what was there, whole or not at all."""
         trainable = _mesh.gather(state.trainable)  # by all processes
         if not devices.is_main():
             return
@@ -158,8 +183,8 @@ class Loop:
         card = Card(" ".join(said), evaluation.metrics if evaluation else {})
         model = combine(self._parts.graphdef, trainable, self._parts.frozen)
         info = Info(self._dataset.label_names, data.max_length, config.model.quantize)
-        save_adapter(model, self._folder.adapter, config.model.path, info, card, config.method)
-        say(f"adapter: {self._folder.adapter}")
+        with replaced(folder) as fresh:
+            save_adapter(model, fresh, config.model.path, info, card, config.method)
 
 
 def dry_run(config: Config) -> str:

@@ -35,10 +35,10 @@ class Bar:
     def __init__(self, total: int, done: int, file: TextIO | None = None, columns: int | None = None):
         from tqdm import tqdm
 
-        file = sys.stderr if file is None else file
-        self._columns = columns
+        file, self._columns = file or sys.stderr, columns
+        shown = is_main() and file is not None and file.isatty()
         self._bar = tqdm(
-            total=total, initial=done, file=file, disable=not (is_main() and file.isatty()), bar_format=_BAR,
+            total=total, initial=done, file=file, disable=not shown, bar_format=_BAR,
             ncols=columns, dynamic_ncols=columns is None,
         )  # fmt: skip
 

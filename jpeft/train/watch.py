@@ -2,14 +2,14 @@
 """What a run measures of itself and shows: the loop calls this, and it changes nothing that is trained.
 
   watch = Watch(config, dataset, parts, folder, update, done, standing)
-  for number, batch in watch.waiting(batches):
+  for number, fed in watch.waiting(feed):
       state, metrics = update(...)
-      watch.update(metrics, real, padded)
+      watch.update(metrics, fed.real, fed.padded)
       if watch.due(number):
           losses += watch.log(number)
-      if evaluates and watch.evaluated(number, evaluation, state.trainable):
-          break
-  watch.end(number)
+      if evaluates:
+          watch.evaluated(number, evaluation)     # then watch.improved, watch.exhausted
+  watch.end()
 
 Nothing is read back from the device but in `pending_figures`, `log` and what follows an evaluation.
 """
@@ -52,9 +52,9 @@ class Watch:
 
     def __init__(
         self, config: Config, dataset: Dataset, parts: Parts, folder: RunFolder, update: Compiled,
-        done: int = 0, standing: Standing = Standing(),
+        done: int = 0, standing: Standing | None = None,
     ):  # fmt: skip
-        self.standing, self.clock = standing, Clock()
+        self.standing, self.clock = standing or Standing(), Clock()
         self._config, self._dataset, self._folder, self._compiled = config, dataset, folder, update
         self._rate = schedule(config.optimizer, dataset.num_updates)
         model = combine(parts.graphdef, parts.trainable, parts.frozen)
@@ -73,7 +73,8 @@ class Watch:
             item: Any = next(source, nothing)
             if item is nothing:
                 return
-            if not self._pending or self._pending[-1].loss.is_ready():
+            last: Any = self._pending[-1].loss if self._pending else None
+            if last is None or last.is_ready():
                 self.clock.spent["data"] += self.clock.elapsed - before
             yield item
 
@@ -113,11 +114,25 @@ class Watch:
         return losses.tolist()
 
     def evaluated(self, number: int, evaluation: Evaluation) -> None:
-        """Writes and says an evaluation."""
+        """Writes and says an evaluation, and follows the configured figure."""
         figures = {f"eval_{name}": value for name, value in evaluation.metrics.items()}
         self._folder.log({"update": number, "epoch": self._epoch(number), **figures})
+        followed = self._config.train.best
+        if followed is not None:
+            self.standing = self.standing.after(followed, evaluation.metrics[followed], number)
         said = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
-        say(f"update {number}, epoch {number / self._dataset.train.buckets.num_batches:.2f}: {said}")
+        say(f"update {number}, epoch {self._epoch(number):.2f}: {said}{' (the best)' if self.improved else ''}")
+
+    @property
+    def improved(self) -> bool:
+        """Whether the last evaluation is the best so far."""
+        return self.standing.best is not None and not self.standing.since
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether training ends early: as many evaluations without a gain as there is patience."""
+        patience = self._config.train.patience
+        return patience is not None and self.standing.since >= patience
 
     def end(self) -> tuple[float, float]:
         """Ends the bar, says where the time went; real and padded tokens/s over all updates."""
