@@ -170,15 +170,17 @@ def _svg(lengths: np.ndarray) -> str:
         tall, left = 110 * count / most, at * step
         parts.append(
             f"<rect x='{left:.1f}' y='{120 - tall:.1f}' width='{step - 3:.1f}' height='{tall:.1f}'/>"
-            f"<text x='{left:.1f}' y='{115 - tall:.1f}'>{count:,}</text><text x='{left:.1f}' y='134'>{low}-{high}</text>"
+            f"<text x='{left:.1f}' y='{115 - tall:.1f}'>{count:,}</text>"
+            f"<text x='{left:.1f}' y='134'>{low}-{high}</text>"
         )
     return "".join([*parts, "<text x='0' y='148'>tokens of an example</text></svg>"])
 
 
 _PAGE = """<!doctype html><meta charset=utf-8><title>Training data</title><style>
-body{{font:15px/1.6 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b;background:#fff}}
+body{{font:15px/1.6 system-ui,sans-serif;max-width:60rem;margin:2rem auto;color:#1b1b1b;background:#fff}}
 h1{{font-size:1.3rem}}h2{{font-size:1rem;margin:1.6rem 0 .3rem;color:#555}}pre{{white-space:pre-wrap;color:#333}}
-.row{{font:14px/1.9 ui-monospace,monospace;color:#8a8a8a;overflow-wrap:anywhere;margin:0}}i{{color:#bbb;font-style:normal}}
+.row{{font:14px/1.9 ui-monospace,monospace;color:#8a8a8a;overflow-wrap:anywhere;margin:0}}
+i{{color:#bbb;font-style:normal}}
 .row span:nth-of-type(even){{border-bottom:1px solid #ddd}}.row span.learnt{{color:#0b5d1e;background:#dcf3e1}}
 svg{{width:100%;max-width:640px}}rect{{fill:#4c78a8}}text{{font-size:9px;fill:#444}}
 </style><body>{body}
