@@ -109,6 +109,13 @@ def test_a_packed_batch_holds_its_examples_and_tells_them_apart():
     assert sorted(seen) == [*range(8)]
 
 
+def test_what_is_evaluated_beside_packed_rows_is_padded():
+    train, held = walk(examples([9, 30, 7]), "best_fit"), examples([5, 6, 50, 7])
+    made_like = made.batches_like(train, held)
+    assert made_like.buckets.widths == (8, 50)
+    assert "segment_ids" not in made_like.collate(made_like.buckets.in_order()[0])
+
+
 # ------------------------------------------------------------------------------------------------------------ losses
 
 

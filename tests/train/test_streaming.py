@@ -7,7 +7,7 @@ import json
 import chat_tokenizer as tiny
 import pytest
 
-from jpeft.train import config, data, encoding, streaming, tokenizer
+from jpeft.train import config, data, encoding, loop, streaming, tokenizer
 from jpeft.train.sections.data import Source
 
 
@@ -124,3 +124,18 @@ def test_a_percentage_of_a_stream_is_not_known(folder, sources):
     assert taken(streaming.Mixture(open_stream(folder, Source(sources[0].path, split="train[3:5]")).parts), 3) == [
         "a3", "a4", "a3",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options", [{"packing": "best_fit"}, {"streaming": True, "window": 24}], ids=["packed", "streamed"]
+)
+def test_the_program_trains_on_it(generate, options):
+    tree = {**generate, "data": {**generate["data"], "max_length": 32, **options}}
+    tree["train"] = {"max_steps": 8, "eval_every": 8, "batch_size": 8, "log_every": 4}
+    result = loop.train(config.parse(tree))
+    assert len(result.losses) == 8
+    assert result.losses[-1] < result.losses[0]
+    assert result.evaluation is not None
+    assert result.evaluation.metrics["loss"] < result.losses[0]
+    lines = [json.loads(line) for line in (result.adapter.parent / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] is None for line in lines] == ["streaming" in options] * len(lines)
