@@ -6,6 +6,7 @@ is one `step.State`, from which the next batch and dropout key follow; so whatev
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +117,18 @@ class Loop:
         watch = Watch(self._config, self._dataset, self._parts, self._folder, self._update, done, standing)
         losses: list[float] = []
         evaluation = None
-        walk = self._dataset.train.walk(seed, self._dataset.train.position(seed, done))
+        walk, starts = self._dataset.feed.walk(seed, self._dataset.feed.position(seed, done)), {}
         with Prefetch(walk, then=self._placed) as feed:
             for number, fed in zip(range(done + 1, self._dataset.num_updates + 1), watch.waiting(feed), strict=False):
                 state, metrics = self._update(state, self._parts.frozen, fed.arrays, self._key)
                 watch.update(metrics, fed.real, fed.padded)
+                starts[number] = fed.start
                 evaluates = self._evaluates_at(number)
                 if watch.due(number) or evaluates:
                     if bool(state.failed):
-                        self._stop(state, watch.pending_figures())
+                        self._stop(state, watch.pending_figures(), starts)
                     losses += watch.log(number)
+                    starts.clear()
                 if evaluates:
                     evaluation = self._evaluation(number, state, watch)
                     if watch.exhausted:
@@ -156,9 +159,10 @@ class Loop:
         every = self._config.train.eval_every or self._dataset.train.buckets.num_batches
         return self._dataset.eval is not None and (number % every == 0 or number == self._dataset.num_updates)
 
-    def _stop(self, state: State, figures: np.ndarray) -> None:
-        done, seed = int(state.updates), self._config.train.seed
-        batch = next(self._dataset.train.walk(seed, self._dataset.train.position(seed, done))).arrays
+    def _stop(self, state: State, figures: np.ndarray, starts: Mapping[int, Mapping[str, Any]]) -> None:
+        """Saves the batch of the update that failed; `starts` are the positions of the last updates' batches."""
+        done = int(state.updates)
+        batch = next(self._dataset.feed.walk(self._config.train.seed, starts[done + 1])).arrays
         loss, _, norm = figures[~np.isfinite(figures).all(axis=1)][0]
         folder = self._folder.save_failure(_mesh.gather(state), batch)
         raise TrainingStopped(

@@ -101,7 +101,7 @@ class Watch:
             self.clock.spent["compile"] = self._compiled.compile_seconds
             entry = {
                 "update": number,
-                "epoch": self._epoch(number),
+                "epoch": self._dataset.epochs(number),
                 "loss": float(losses @ labels / labels.sum()),
                 "losses": losses.tolist(),
                 "grad_norm": float(norms[-1]),
@@ -116,12 +116,14 @@ class Watch:
     def evaluated(self, number: int, evaluation: Evaluation) -> None:
         """Writes and says an evaluation, and follows the configured figure."""
         figures = {f"eval_{name}": value for name, value in evaluation.metrics.items()}
-        self._folder.log({"update": number, "epoch": self._epoch(number), **figures})
+        self._folder.log({"update": number, "epoch": self._dataset.epochs(number), **figures})
         followed = self._config.train.best
         if followed is not None:
             self.standing = self.standing.after(followed, evaluation.metrics[followed], number)
         said = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
-        say(f"update {number}, epoch {self._epoch(number):.2f}: {said}{' (the best)' if self.improved else ''}")
+        epoch = self._dataset.epochs(number)
+        when = f"update {number}" if epoch is None else f"update {number}, epoch {epoch:.2f}"
+        say(f"{when}: {said}{' (the best)' if self.improved else ''}")
 
     @property
     def improved(self) -> bool:
@@ -141,9 +143,6 @@ class Watch:
         say(f"time: {self.clock}")
         real, padded, seconds = self._sum
         return real / max(seconds, 1e-9), padded / max(seconds, 1e-9)
-
-    def _epoch(self, number: int) -> float:
-        return round(number / self._dataset.train.buckets.num_batches, 4)
 
     def _lap_figures(self) -> dict[str, Any]:
         """Rates since the last line, without the time of compilation, evaluation and saving."""

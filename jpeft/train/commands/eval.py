@@ -12,9 +12,9 @@ HELP = "loss and metrics of a model on a file"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, and the rows."""
     names_model(parser)
-    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help=".jsonl, .json, .csv, .parquet, .txt")
-    parser.add_argument("--text", default="text", metavar="COLUMN", help="column of the text (text)")
-    parser.add_argument("--label", default="label", metavar="COLUMN", help="column of the label (label)")
+    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help=".jsonl, .csv, .parquet, .txt ...")
+    parser.add_argument("--text", metavar="COLUMN", help="column of the text (text or sentence)")
+    parser.add_argument("--label", metavar="COLUMN", help="column of the label (label)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows at a time (32)")
     takes_length(parser)
 
