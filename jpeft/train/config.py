@@ -12,17 +12,21 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from . import _yaml
-from .sections import Data, Model, Optimizer, Train
+from .sections import Data, Logging, Model, Optimizer, Preference, Train
 from .sections._checks import FORBID
 from .standing import METRICS
 
 #: Tasks that `jpeft train` has data and metrics for.
 TASKS = ("SEQ_CLS", "CAUSAL_LM")
 
+if TYPE_CHECKING:
+    from .._method import Hybrid, Method
+
 _MOST_BYTES = 10**6
+_T = TypeVar("_T")
 
 
 class ConfigError(ValueError):
@@ -34,8 +38,8 @@ class Config:
     """A run.
 
     Attributes:
-      model, data, optimizer, train: see there.
-      method: `kind`, one of `jpeft.METHODS`, and that method's own options.
+      model, data, optimizer, train, preference, logging: see there.
+      method: `kind`, one of `jpeft.METHODS`, and that method's own options; or a list of them, for a hybrid.
       out: the run's folder, which must not hold a run yet.
       mesh: `"data=2,fsdp=2,tensor=2"`; None is one device.
     """
@@ -44,9 +48,11 @@ class Config:
     model: Model
     data: Data
     out: str
-    method: dict[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "lora"})
+    method: dict[str, Any] | tuple[dict[str, Any], ...] = dataclasses.field(default_factory=lambda: {"kind": "lora"})
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     train: Train = dataclasses.field(default_factory=Train)
+    preference: Preference = dataclasses.field(default_factory=Preference)
+    logging: Logging = dataclasses.field(default_factory=Logging)
     mesh: str | None = None
 
 
@@ -105,16 +111,26 @@ def parse(tree: Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: what is wrong, one line each.
     """
-    import pydantic
-
-    try:
-        config = pydantic.TypeAdapter(Config).validate_python(_expanded(tree))
-    except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_said(detail) for detail in error.errors())) from error
+    config = validated(Config, _expanded(tree))
     wrong = _ranges(config) + _conflicts(config)
     if wrong:
         raise ConfigError("\n".join(wrong))
     return config
+
+
+def validated(kind: type[_T], tree: Mapping[str, Any]) -> _T:
+    """A dataclass from plain values, of the right types.
+
+    Raises:
+      ConfigError: keys that it does not have, with the nearest, and values of wrong types, one line each.
+    """
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(tree)
+    except pydantic.ValidationError as error:
+        keys = _keys(kind)
+        raise ConfigError("\n".join(_said(detail, keys) for detail in error.errors())) from error
 
 
 def dump(config: Config) -> str:
@@ -124,33 +140,37 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
 
 
-def method(options: Mapping[str, Any]) -> Any:
-    """The method that `{"kind": ..., **options}` describes.
+def method(options: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> "Method | Hybrid":
+    """The method that `{"kind": ..., **options}` describes, or the hybrid of a list of them.
 
     Raises:
-      ConfigError: an unknown kind or option, one whose adapters cannot be saved, or a value that the method refuses.
+      ConfigError: an unknown kind or option, or a value that the method refuses.
     """
-    from ..io.peft import CODECS
+    from .._method import Hybrid
+
+    if isinstance(options, Mapping):
+        return _method(options, "method")
+    if not options:
+        raise ConfigError("method is an empty list; name at least one method")
+    return Hybrid(tuple(_method(part, f"method.{at}") for at, part in enumerate(options)))
+
+
+def _method(options: Mapping[str, Any], where: str) -> "Method":
     from ..methods import METHODS
 
     options = dict(options)
     kind = options.pop("kind", None)
     if kind not in METHODS:
-        raise ConfigError(f"method.kind is one of {', '.join(CODECS)}; got {kind!r}")
-    if kind not in CODECS:
-        raise ConfigError(
-            f"method.kind={kind!r}: a run saves its adapter in PEFT's format, which jpeft writes of "
-            f"{', '.join(CODECS)}; train a {METHODS[kind].__name__} in a loop of your own (jpeft.train.step.make_step)"
-        )
+        raise ConfigError(f"{where}.kind is one of {', '.join(METHODS)}; got {kind!r}")
     chosen: Any = METHODS[kind]
     known = [field.name for field in dataclasses.fields(chosen)]
     unknown = [key for key in options if key not in known]
     if unknown:
-        raise ConfigError("\n".join(_unknown(f"method.{key}", [f"method.{name}" for name in known]) for key in unknown))
+        raise ConfigError("\n".join(_unknown(f"{where}.{k}", [f"{where}.{name}" for name in known]) for k in unknown))
     try:
         return chosen(**options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"method: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def paths(files: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -167,13 +187,15 @@ def _plain(value: Any) -> Any:
 
 def _ranges(config: Config) -> list[str]:
     """What is wrong within single sections."""
-    return [*config.data.wrong(), *config.optimizer.wrong(), *config.train.wrong()]
+    parts = (config.data, config.optimizer, config.train, config.preference, config.logging)
+    return [line for part in parts for line in part.wrong()]
 
 
 def _conflicts(config: Config) -> list[str]:
     """What is wrong with values together."""
     data, train, classify = config.data, config.train, config.model.task == "SEQ_CLS"
-    kind, names, figures = config.method.get("kind"), data.label_names, METRICS[config.model.task]
+    kinds = [part.get("kind") for part in ([config.method] if isinstance(config.method, dict) else config.method)]
+    names, figures = data.label_names, METRICS["dpo" if train.objective == "dpo" else config.model.task]
     rules = {
         "data.train names no file": not paths(data.train),
         "give one of train.epochs and train.max_steps, and leave the other null": (train.epochs is None)
@@ -186,23 +208,36 @@ def _conflicts(config: Config) -> list[str]:
         "train.patience needs train.best, the figure that has to gain": (
             train.patience is not None and train.best is None
         ),
+        f"train.objective=dpo is for CAUSAL_LM, got {config.model.task}": train.objective == "dpo" and classify,
+        "train.objective=dpo takes pairs, which are not packed; leave data.packing none": (
+            train.objective == "dpo" and getattr(data, "packing", "none") != "none"
+        ),
+        "the section preference is for train.objective=dpo": (
+            train.objective != "dpo" and config.preference != Preference()
+        ),
+        f"train.samples is for a model that writes (CAUSAL_LM), got {config.model.task}": (
+            bool(train.samples) and classify
+        ),
+        "train.samples is set, and data.eval names no file: samples are written after evaluations": (
+            bool(train.samples) and not paths(data.eval)
+        ),
         "data.longer=split is for CAUSAL_LM: a piece of a text has no label": classify and data.longer == "split",
         "data.label_names is for SEQ_CLS; CAUSAL_LM has no labels": not classify and names is not None,
         f"data.label_names needs two or more different names, got {names}": (
             names is not None and (len(names) < 2 or len({*names}) < len(names))
         ),
-        f"optimizer.lora_plus_ratio is for method.kind=lora, got {kind!r}": (
-            config.optimizer.lora_plus_ratio != 1 and kind != "lora"
+        f"optimizer.lora_plus_ratio is for method.kind=lora, got {', '.join(map(repr, kinds))}": (
+            config.optimizer.lora_plus_ratio != 1 and "lora" not in kinds
         ),
     }
     return [message for message, broken in rules.items() if broken]
 
 
-def _said(detail: Mapping[str, Any]) -> str:
+def _said(detail: Mapping[str, Any], keys: Sequence[str]) -> str:
     """One of pydantic's errors as a line."""
     where = ".".join(str(part) for part in detail["loc"] if str(part) != "str" and "[" not in str(part))
     if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return _unknown(where, _keys())
+        return _unknown(where, keys)
     if detail["type"] in ("missing", "missing_argument"):
         return f"{where} is missing"
     return f"{where}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r}"
@@ -223,10 +258,10 @@ def nearest(key: str, known: Sequence[str]) -> str:
     return f"did you mean {found[0]}?" if found else f"the keys are {', '.join(siblings.values() or known)}"
 
 
-def _keys() -> list[str]:
-    """Every key of a configuration, dotted."""
+def _keys(kind: Any) -> list[str]:
+    """Every key of a dataclass and its sections, dotted."""
     out = []
-    for field in dataclasses.fields(Config):
+    for field in dataclasses.fields(kind):
         out.append(field.name)
         if dataclasses.is_dataclass(field.type):
             out += [f"{field.name}.{inner.name}" for inner in dataclasses.fields(field.type)]

@@ -14,13 +14,14 @@ from .._partition import GraphDef, Leaves, partition
 from .._quantize import quantize
 from .._sharding import placement, shard
 from .._summary import Summary, summary
-from ..io.peft import check_export
 from ..models._checkpoint import read_config
 from ..models._hub import model_folder
 from . import config as configuration
 from . import data, tokenizer
 from .config import Config
 from .data import Batches
+from .preference import with_reference
+from .saved import no_form_in_peft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +50,19 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The adapted model, partitioned, and its counts."""
+    """The adapted model, partitioned.
+
+    Attributes:
+      graphdef, trainable, frozen: of `jpeft.partition`.
+      summary: its counts.
+      own_format: why the adapter will be saved in jpeft's own format and not in PEFT's; None where PEFT's holds it.
+    """
 
     graphdef: GraphDef
     trainable: Leaves
     frozen: Leaves
     summary: Summary
+    own_format: str | None
 
 
 def read_data(config: Config) -> Dataset:
@@ -83,6 +91,13 @@ def read_data(config: Config) -> Dataset:
     return Dataset(words, names, train, held, updates)
 
 
+def with_references(dataset: Dataset, parts: Parts, mesh: Mesh | None) -> Dataset:
+    """The same data with the reference's log-probabilities beside every pair."""
+    leaves = parts.graphdef, parts.trainable, parts.frozen
+    held = None if dataset.eval is None else with_reference(dataset.eval, *leaves, mesh)
+    return dataclasses.replace(dataset, train=with_reference(dataset.train, *leaves, mesh), eval=held)
+
+
 def make_mesh(config: Config) -> Mesh | None:
     """The mesh that a configuration names, which must divide its batch.
 
@@ -97,7 +112,7 @@ def make_mesh(config: Config) -> Mesh | None:
 
 
 def build(config: Config, label_names: tuple[str, ...] | None, mesh: Mesh | None) -> Parts:
-    """Loads the base, puts the method on it, and every leaf in its place; what a run could not save is refused.
+    """Loads the base, puts the method on it, and every leaf in its place.
 
     Raises:
       FileNotFoundError, CheckpointError, ConfigError, ValueError: the folder or the method is not right.
@@ -115,16 +130,8 @@ def build(config: Config, label_names: tuple[str, ...] | None, mesh: Mesh | None
         quantize=config.model.quantize,
     )
     model = adapt(base, method, key=start)
-    _check_saving(model)
-    counts = summary(model)
-    return Parts(*partition(model if mesh is None else shard(model, mesh)), counts)
-
-
-def _check_saving(model: Any) -> None:
-    try:
-        check_export(model)
-    except ValueError as error:
-        raise configuration.ConfigError(f"method: a run saves its adapter in PEFT's format, and {error}") from error
+    counts, reason = summary(model), no_form_in_peft(model)
+    return Parts(*partition(model if mesh is None else shard(model, mesh)), counts, reason)
 
 
 def count(config: Config, label_names: tuple[str, ...] | None) -> Summary:

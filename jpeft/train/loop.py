@@ -6,6 +6,7 @@ is one `step.State`, from which the next batch and dropout key follow; so whatev
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from .._masks import optimizer
 from .._partition import combine
 from ..io.card import Card
 from . import config as configuration
-from . import devices, job
+from . import devices, job, loggers
 from .batches import Fed
 from .config import Config
 from .evaluate import Evaluation, Evaluator
 from .folder import RunFolder, replaced
 from .losses import SUMS
+from .measures import MEASURES, Measure, measured_by
 from .optim import make_optimizer
+from .preference import PreferenceSums
 from .prefetch import Prefetch
 from .progress import say
 from .saved import Info, save_adapter
@@ -69,26 +72,53 @@ def train(config: Config) -> Result:
     Example:
       >>> result = train(config.load("sst2.yaml", ["train.seed=1"]))
     """
+    loggers.check(config.logging)
     method = configuration.method(config.method)  # wrong options before minutes of reading
     folder = RunFolder(config.out, devices.is_main())
     dataset = job.read_data(config)
     _check_plan(method, dataset.num_updates)
+    _check_pairs(config, dataset)
     mesh = job.make_mesh(config)
     say(job.describe(config, dataset))
     parts = job.build(config, dataset.label_names, mesh)
     say(str(parts.summary))
+    if parts.own_format is not None:
+        say(f"the adapter will be saved in jpeft's own format, for PEFT's cannot hold it: {parts.own_format}")
     folder.begin(config, dataset, parts)
+    if config.preference.precompute:
+        say("the reference's log-probabilities are computed")
+        dataset = job.with_references(dataset, parts, mesh)
     return Loop(config, dataset, parts, mesh, folder).run()
 
 
 def _check_plan(method: Any, num_updates: int) -> None:
     """Refuses a method that plans for a training of another length."""
-    planned = getattr(method, "total_steps", num_updates)
-    if planned != num_updates:
+    parts = getattr(method, "methods", (method,))
+    planned = next((p.total_steps for p in parts if getattr(p, "total_steps", num_updates) != num_updates), None)
+    if planned is not None:
         raise configuration.ConfigError(
             f"method.total_steps is {planned}, and this run makes {num_updates} updates; make the two equal, for the "
             "method plans its whole course by it"
         )
+
+
+def _check_pairs(config: Config, dataset: job.Dataset) -> None:
+    """Refuses rows that the objective has no use for."""
+    pairs, wanted = dataset.train.examples.per_example == 2, config.train.objective == "dpo"
+    if pairs != wanted:
+        found = "pairs of answers" if pairs else "no pairs of answers"
+        needs = "takes pairs (rows with prompt, chosen and rejected)" if wanted else "takes none; use dpo"
+        raise configuration.ConfigError(
+            f"data.train holds {found}, and train.objective={config.train.objective} {needs}"
+        )
+
+
+def objective(config: Config) -> tuple[Callable[..., Any], Measure]:
+    """What is trained, as `make_step` takes it, and what is measured."""
+    if config.train.objective == "likelihood":
+        return SUMS[config.model.task], MEASURES[config.model.task]
+    sums = PreferenceSums(config.preference)
+    return sums, measured_by(sums)
 
 
 class Loop:
@@ -97,9 +127,9 @@ class Loop:
     def __init__(self, config: Config, dataset: job.Dataset, parts: job.Parts, mesh: Any, folder: RunFolder):
         self._config, self._dataset, self._parts, self._mesh, self._folder = config, dataset, parts, mesh, folder
         self._tx = optimizer(make_optimizer(config.optimizer, dataset.num_updates), model=parts.graphdef)
-        sums, groups = SUMS[config.model.task], devices.num_groups(mesh)
-        self._update = make_step(parts.graphdef, sums, self._tx, groups=groups)
-        self._evaluate = Evaluator(parts.graphdef, config.model.task, mesh)
+        sums, measure = objective(config)
+        self._update = make_step(parts.graphdef, sums, self._tx, groups=devices.num_groups(mesh))
+        self._evaluate = Evaluator(parts.graphdef, measure, mesh)
         self._key = job.dropout_key(config)
 
     def run(self, state: State | None = None, standing: Standing | None = None) -> Result:
@@ -110,20 +140,19 @@ class Loop:
         losses: list[float] = []
         evaluation = None
         walk = self._dataset.train.walk(seed, self._dataset.train.position(seed, done))
-        feed = Prefetch(walk, then=self._placed)
-        for number, fed in zip(range(done + 1, self._dataset.num_updates + 1), watch.waiting(feed), strict=False):
-            state, metrics = self._update(state, self._parts.frozen, fed.arrays, self._key)
-            watch.update(metrics, fed.real, fed.padded)
-            evaluates = self._evaluates_at(number)
-            if watch.due(number) or evaluates:
-                if bool(state.failed):
-                    self._stop(state, watch.pending_figures())
-                losses += watch.log(number)
-            if evaluates:
-                evaluation = self._evaluation(number, state, watch)
-                if watch.exhausted:
-                    break
-        feed.close()
+        with Prefetch(walk, then=self._placed) as feed:
+            for number, fed in zip(range(done + 1, self._dataset.num_updates + 1), watch.waiting(feed), strict=False):
+                state, metrics = self._update(state, self._parts.frozen, fed.arrays, self._key)
+                watch.update(metrics, fed.real, fed.padded)
+                evaluates = self._evaluates_at(number)
+                if watch.due(number) or evaluates:
+                    if bool(state.failed):
+                        self._stop(state, watch.pending_figures())
+                    losses += watch.log(number)
+                if evaluates:
+                    evaluation = self._evaluation(number, state, watch)
+                    if watch.exhausted:
+                        break
         rates = watch.end()
         with watch.clock.on("save"):
             self._finish(state, evaluation, watch.standing)
@@ -134,7 +163,7 @@ class Loop:
         assert self._dataset.eval is not None
         with watch.clock.on("evaluation"):
             evaluation = self._evaluate(state.trainable, self._parts.frozen, self._dataset.eval)
-        watch.evaluated(number, evaluation)
+        watch.evaluated(number, evaluation, lambda: combine(self._parts.graphdef, state.trainable, self._parts.frozen))
         if watch.improved:
             with watch.clock.on("save"):
                 self._save(state, evaluation, self._folder.best)
@@ -182,7 +211,7 @@ class Loop:
         model = combine(self._parts.graphdef, trainable, self._parts.frozen)
         info = Info(self._dataset.label_names, data.max_length, config.model.quantize)
         with replaced(folder) as fresh:
-            save_adapter(model, fresh, config.model.path, info, card)
+            save_adapter(model, fresh, config.model.path, info, card, config.method)
 
 
 def dry_run(config: Config) -> str:
