@@ -173,9 +173,10 @@ def _method(options: Mapping[str, Any], where: str) -> "Method":
         raise ConfigError(f"{where}: {error}") from error
 
 
-def paths(files: str | tuple[str, ...]) -> tuple[str, ...]:
-    """One file or several, as a tuple."""
-    return (files,) if isinstance(files, str) else tuple(files)
+def paths(files: Any) -> tuple[str, ...]:
+    """Where the sources of `data.train` or `data.eval` lie, one or several, as a tuple."""
+    many = files if isinstance(files, tuple | list) else (files,)
+    return tuple(file if isinstance(file, str) else file.path for file in many)
 
 
 def _plain(value: Any) -> Any:
@@ -210,7 +211,7 @@ def _conflicts(config: Config) -> list[str]:
         ),
         f"train.objective=dpo is for CAUSAL_LM, got {config.model.task}": train.objective == "dpo" and classify,
         "train.objective=dpo takes pairs, which are not packed; leave data.packing none": (
-            train.objective == "dpo" and getattr(data, "packing", "none") != "none"
+            train.objective == "dpo" and data.packing != "none"
         ),
         "the section preference is for train.objective=dpo": (
             train.objective != "dpo" and config.preference != Preference()
@@ -222,6 +223,13 @@ def _conflicts(config: Config) -> list[str]:
             bool(train.samples) and not paths(data.eval)
         ),
         "data.longer=split is for CAUSAL_LM: a piece of a text has no label": classify and data.longer == "split",
+        "data.streaming has no end; give train.max_steps": data.streaming and train.max_steps is None,
+        "data.streaming is for CAUSAL_LM; classes are counted over whole files": classify and data.streaming,
+        "data.streaming has no epoch at whose end to evaluate; give train.eval_every": (
+            data.streaming and bool(paths(data.eval)) and train.eval_every is None
+        ),
+        "data.packing is for CAUSAL_LM: a packed row has no one label": classify and data.packing != "none",
+        "data.template is for CAUSAL_LM; SEQ_CLS has no messages": classify and data.template is not None,
         "data.label_names is for SEQ_CLS; CAUSAL_LM has no labels": not classify and names is not None,
         f"data.label_names needs two or more different names, got {names}": (
             names is not None and (len(names) < 2 or len({*names}) < len(names))
@@ -279,6 +287,8 @@ def _expanded(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path(value: Any) -> Any:
+    if isinstance(value, dict) and "path" in value:
+        return value | {"path": _path(value["path"])}
     if isinstance(value, (list, tuple)):
         return [_path(item) for item in value]
     if not isinstance(value, str):

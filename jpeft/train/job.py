@@ -20,6 +20,7 @@ from . import config as configuration
 from . import data, tokenizer
 from .config import Config
 from .data import Batches
+from .packing import Packs
 from .preference import with_reference
 from .saved import no_form_in_peft
 
@@ -75,14 +76,15 @@ def read_data(config: Config) -> Dataset:
     rows = data.read_rows(options, task, "train")
     names = None
     if task == "SEQ_CLS":
-        names = options.label_names or data.label_names(rows, options.label)
+        names = options.label_names or data.label_names(rows)
     train = data.make_batches(
-        data.encode(rows, options, words, names),
+        data.encode(rows, options, words, names, config.train.seed),
         batch_size=config.train.batch_size,
         accumulation=config.train.accumulation,
         max_length=options.max_length,
         num_widths=options.num_widths,
         pad_id=words.pad_id,
+        packing=options.packing,
     )
     held = None
     if configuration.paths(options.eval):
@@ -162,13 +164,18 @@ def describe(config: Config, dataset: Dataset) -> str:
         lines.append(f"eval:  {dataset.eval.examples}")
     if dataset.label_names:
         lines.append(f"labels: {', '.join(dataset.label_names)}")
-    widths = ", ".join(map(str, dataset.train.buckets.widths))
+    shapes = dataset.train.buckets
+    if isinstance(shapes, Packs):
+        padded_to = f"{shapes.width} tokens, packed with up to {shapes.most} examples"
+    else:
+        padded_to = f"one of {', '.join(map(str, shapes.widths))} tokens, padded"
     lines += [
-        f"batches of {config.train.batch_size} x {config.train.accumulation} rows, padded to one of {widths} tokens;"
+        f"batches of {config.train.batch_size} x {config.train.accumulation} rows of {padded_to};"
         f" {100 * real / padded:.1f} % of what is computed is real",
-        f"{dataset.num_updates:,} updates, {dataset.train.buckets.num_batches:,} an epoch;"
-        f" at most {len(dataset.train.buckets.widths)} compilations",
+        f"{dataset.num_updates:,} updates, {shapes.num_batches:,} an epoch; at most {len(shapes.widths)} compilations",
     ]
+    if dataset.train.examples.per_token and dataset.train.examples.unended == len(dataset.train.examples.tokens):
+        lines.append("WARNING: no row learns an end of text, so the model will not learn to stop")
     return "\n".join(lines)
 
 
