@@ -72,7 +72,8 @@ def read_data(config: Config) -> Dataset:
     Raises:
       FileNotFoundError, DataError: see `data`.
     """
-    words, task, options = tokenizer.load(model_folder(config.model.path)), config.model.task, config.data
+    words, options = tokenizer.load(model_folder(config.model.path)), config.data
+    task = "PREFERENCE" if config.train.objective == "dpo" else config.model.task
     rows = data.read_rows(options, task, "train")
     names = None
     if task == "SEQ_CLS":

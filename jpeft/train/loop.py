@@ -77,7 +77,6 @@ def train(config: Config) -> Result:
     folder = RunFolder(config.out, devices.is_main())
     dataset = job.read_data(config)
     _check_plan(method, dataset.num_updates)
-    _check_pairs(config, dataset)
     mesh = job.make_mesh(config)
     say(job.describe(config, dataset))
     parts = job.build(config, dataset.label_names, mesh)
@@ -99,17 +98,6 @@ def _check_plan(method: Any, num_updates: int) -> None:
         raise configuration.ConfigError(
             f"method.total_steps is {planned}, and this run makes {num_updates} updates; make the two equal, for the "
             "method plans its whole course by it"
-        )
-
-
-def _check_pairs(config: Config, dataset: job.Dataset) -> None:
-    """Refuses rows that the objective has no use for."""
-    pairs, wanted = dataset.train.examples.per_example == 2, config.train.objective == "dpo"
-    if pairs != wanted:
-        found = "pairs of answers" if pairs else "no pairs of answers"
-        needs = "takes pairs (rows with prompt, chosen and rejected)" if wanted else "takes none; use dpo"
-        raise configuration.ConfigError(
-            f"data.train holds {found}, and train.objective={config.train.objective} {needs}"
         )
 
 
