@@ -21,6 +21,7 @@ from ..io.card import Card
 from . import config as configuration
 from . import devices, job, loggers
 from .batches import Fed
+from .clock import Clock
 from .config import Config
 from .evaluate import Evaluation, Evaluator
 from .folder import RunFolder, replaced
@@ -51,6 +52,7 @@ class Result:
       real_rate, padded_rate: tokens/s over the whole run, compilation and evaluation left out.
       adapter: folder of the saved adapter.
       standing: of the evaluations, where the configuration follows a figure of theirs.
+      clock: where the time went.
     """
 
     state: State
@@ -60,6 +62,7 @@ class Result:
     padded_rate: float
     adapter: Path
     standing: Standing
+    clock: Clock
 
 
 def train(config: Config) -> Result:
@@ -144,7 +147,7 @@ class Loop:
         rates = watch.end()
         with watch.clock.on("save"):
             self._finish(state, evaluation, watch.standing)
-        return Result(state, evaluation, losses, *rates, self._folder.adapter, watch.standing)
+        return Result(state, evaluation, losses, *rates, self._folder.adapter, watch.standing, watch.clock)
 
     def _evaluation(self, number: int, state: State, watch: Watch) -> Evaluation:
         """Evaluates, and keeps a copy of the adapter where it is the best so far."""
