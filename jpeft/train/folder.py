@@ -4,6 +4,10 @@
 config.yaml     the configuration, every key written out
 run.json        command, versions, device, data and tokenizer hashes, counts
 metrics.jsonl   one line per log interval and per evaluation
+samples.jsonl   what the model wrote after every evaluation, where `train.samples` wants any
+plots/          the figures as pictures
+profile/        a trace, where `logging.profile` wants one
+tensorboard/, wandb/   of the loggers that `logging.to` names
 adapter/        in PEFT's format, or jpeft's own where PEFT has none for it; tokenizer, label names, a model card
 best/           the same after the best evaluation so far, where `train.best` follows one; at the end also adapter/
 failure/        only where the loss was not finite: the batch, and the state before it
@@ -17,7 +21,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from ..models._files import write_text
 from . import config as configuration
 from .config import Config
 from .job import Dataset, Parts
+from .samples import Sample
 
 _VERSIONS = ("jpeft", "jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "datasets")
 
@@ -88,12 +93,20 @@ class RunFolder:
         }
         write_text(self.path / "run.json", json.dumps(record, indent=2) + "\n")
 
-    def log(self, entry: Mapping[str, Any]) -> None:
-        """Appends a line to metrics.jsonl, with the seconds since the run began."""
+    def log(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Appends a line to metrics.jsonl: `entry` with the seconds since the run began, which is given back."""
+        whole = {**entry, "seconds": round(time.time() - self._start, 3)}
         if self._writes:
-            line = json.dumps({**entry, "seconds": round(time.time() - self._start, 3)}, allow_nan=False)
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(json.dumps(whole, allow_nan=False) + "\n")
+        return whole
+
+    def log_samples(self, number: int, samples: Sequence[Sample]) -> None:
+        """Appends what the model wrote after update `number` to samples.jsonl."""
+        if self._writes:
+            with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
+                for sample in samples:
+                    file.write(json.dumps({"update": number, **sample._asdict()}, ensure_ascii=False) + "\n")
 
     def save_failure(self, state: Any, batch: Mapping[str, np.ndarray]) -> Path:
         """Writes the batch whose loss was not finite, and the state before it, as arrays; returns the folder."""
@@ -131,9 +144,9 @@ def remove_run(path: str | Path) -> None:
         return
     if not (folder / "metrics.jsonl").is_file() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds something that is no run; it is not replaced")
-    for name in ("adapter", "best", "failure", "plots"):
+    for name in ("adapter", "best", "failure", "plots", "profile", "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("config.yaml", "run.json", "metrics.jsonl"):
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl"):
         (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()

@@ -6,7 +6,7 @@ is one `step.State`, from which the next batch and dropout key follow; so whatev
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,16 @@ from .._masks import optimizer
 from .._partition import combine
 from ..io.card import Card
 from . import config as configuration
-from . import devices, job
+from . import devices, job, loggers
 from .batches import Fed
+from .clock import Clock
 from .config import Config
 from .evaluate import Evaluation, Evaluator
 from .folder import RunFolder, replaced
 from .losses import SUMS
+from .measures import MEASURES, Measure, measured_by
 from .optim import make_optimizer
+from .preference import PreferenceSums
 from .prefetch import Prefetch
 from .progress import say
 from .saved import Info, save_adapter
@@ -49,8 +52,8 @@ class Result:
       real_rate, padded_rate: tokens/s over the whole run, compilation and evaluation left out.
       adapter: folder of the saved adapter.
       standing: of the evaluations, where the configuration follows a figure of theirs.
+      clock: where the time went.
       cost: of one update of the widest batch; None where the backend does not tell.
-      compile_seconds: that went into compiling the step.
     """
 
     state: State
@@ -60,8 +63,8 @@ class Result:
     padded_rate: float
     adapter: Path
     standing: Standing
+    clock: Clock
     cost: Cost | None
-    compile_seconds: float
 
 
 def train(config: Config) -> Result:
@@ -74,6 +77,7 @@ def train(config: Config) -> Result:
     Example:
       >>> result = train(config.load("sst2.yaml", ["train.seed=1"]))
     """
+    loggers.check(config.logging)
     method = configuration.method(config.method)  # wrong options before minutes of reading
     folder = RunFolder(config.out, devices.is_main())
     dataset = job.read_data(config)
@@ -85,6 +89,9 @@ def train(config: Config) -> Result:
     if parts.own_format is not None:
         say(f"the adapter will be saved in jpeft's own format, for PEFT's cannot hold it: {parts.own_format}")
     folder.begin(config, dataset, parts)
+    if config.preference.precompute:
+        say("the reference's log-probabilities are computed")
+        dataset = job.with_references(dataset, parts, mesh)
     return Loop(config, dataset, parts, mesh, folder).run()
 
 
@@ -99,15 +106,23 @@ def _check_plan(method: Any, num_updates: int) -> None:
         )
 
 
+def objective(config: Config) -> tuple[Callable[..., Any], Measure]:
+    """What is trained, as `make_step` takes it, and what is measured."""
+    if config.train.objective == "likelihood":
+        return SUMS[config.model.task], MEASURES[config.model.task]
+    sums = PreferenceSums(config.preference)
+    return sums, measured_by(sums)
+
+
 class Loop:
     """One run, from a state to its end."""
 
     def __init__(self, config: Config, dataset: job.Dataset, parts: job.Parts, mesh: Any, folder: RunFolder):
         self._config, self._dataset, self._parts, self._mesh, self._folder = config, dataset, parts, mesh, folder
         self._tx = optimizer(make_optimizer(config.optimizer, dataset.num_updates), model=parts.graphdef)
-        sums, groups = SUMS[config.model.task], devices.num_groups(mesh)
-        self._update = make_step(parts.graphdef, sums, self._tx, groups=groups)
-        self._evaluate = Evaluator(parts.graphdef, config.model.task, mesh)
+        sums, measure = objective(config)
+        self._update = make_step(parts.graphdef, sums, self._tx, groups=devices.num_groups(mesh))
+        self._evaluate = Evaluator(parts.graphdef, measure, mesh)
         self._key = job.dropout_key(config)
 
     def run(self, state: State | None = None, standing: Standing | None = None) -> Result:
@@ -136,21 +151,19 @@ class Loop:
         rates = watch.end()
         with watch.clock.on("save"):
             self._finish(state, evaluation, watch.standing)
-        return Result(state, evaluation, losses, *rates, self._folder.adapter, watch.standing, *self._told())
+        told = watch.standing, watch.clock, self._update.cost
+        return Result(state, evaluation, losses, *rates, self._folder.adapter, *told)
 
     def _evaluation(self, number: int, state: State, watch: Watch) -> Evaluation:
         """Evaluates, and keeps a copy of the adapter where it is the best so far."""
         assert self._dataset.eval is not None
         with watch.clock.on("evaluation"):
             evaluation = self._evaluate(state.trainable, self._parts.frozen, self._dataset.eval)
-        watch.evaluated(number, evaluation)
+        watch.evaluated(number, evaluation, lambda: combine(self._parts.graphdef, state.trainable, self._parts.frozen))
         if watch.improved:
             with watch.clock.on("save"):
                 self._save(state, evaluation, self._folder.best)
         return evaluation
-
-    def _told(self) -> tuple[Cost | None, float]:
-        return self._update.cost, self._update.compile_seconds
 
     def _placed(self, fed: Fed) -> Fed:
         return dataclasses.replace(fed, arrays=devices.place(fed.arrays, self._mesh))

@@ -121,7 +121,7 @@ def _of_training(result: loop.Result, out: Path, dataset: job.Dataset, target: f
             "step_ms": 1000 * padded / result.padded_rate,
             "gflop_step": None if cost is None else cost.flops / 1e9,
             "mfu_percent": 100 * float(np.median(mfus)) if mfus else None,
-            "compile_s": result.compile_seconds,
+            "compile_s": result.clock.spent["compile"],
             "to_target_s": _reached(curve, target),
         },
         "memory": {

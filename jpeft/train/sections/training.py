@@ -2,7 +2,7 @@
 """The section `train`: how long, how much at a time, how often to look."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ._checks import FORBID, at_least_one
 
@@ -21,6 +21,9 @@ class Train:
       eval_every: updates between two evaluations; None is once an epoch.
       best: figure of the evaluation whose best adapter is kept (in the run's best/ and, at the end, adapter/), such as
         `accuracy` or `loss`; None keeps the last.
+      objective: `likelihood` of the labels, or `dpo`: preferences between two answers (see the section `preference`).
+      samples: what the model writes after every evaluation: prompts, or how many examples of data.eval to begin.
+      sample_tokens: how many tokens of each.
       patience: evaluations without a gain in `best` after which training ends early; None goes on to the end.
     """
 
@@ -33,6 +36,9 @@ class Train:
     dropout: bool = True
     log_every: int = 10
     eval_every: int | None = None
+    objective: Literal["likelihood", "dpo"] = "likelihood"
+    samples: int | tuple[str, ...] = 0
+    sample_tokens: int = 64
     best: str | None = None
     patience: int | None = None
 
@@ -47,5 +53,6 @@ class Train:
                 "train.log_every": self.log_every,
                 "train.eval_every": self.eval_every,
                 "train.patience": self.patience,
+                "train.sample_tokens": self.sample_tokens,
             }
         )
