@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--mesh", metavar="AXES", help="mesh: such as data=2,fsdp=2,tensor=2")
     train.add_argument("--distributed", metavar="WHERE", help="host:port,num_processes,process_id; or auto")
     train.add_argument("--dry-run", action="store_true", help="read the data, count, and stop")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     train.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
 
     evaluate = commands.add_parser("eval", help="loss and metrics of a model on a file")
@@ -120,15 +121,24 @@ def _train(options: argparse.Namespace) -> None:
         options.config, options.overrides + [f"{key}={value}" for key, value in given.items() if value is not None]
     )
     _quiet_tokenizers()
-    from . import devices, folder, loop
+    from . import devices, folder, interruption, loop
 
     devices.start_processes(options.distributed)
     if options.dry_run:
         print(loop.dry_run(settings))
         return
+    if options.overwrite and options.resume:
+        raise config.ConfigError("--resume goes on with a run and --overwrite removes it; give one of them")
     if options.overwrite and devices.is_main():
         folder.remove_run(settings.out)
-    loop.train(settings)
+    if options.resume and (run := folder.RunFolder(settings.out, resumes=True)).finished:
+        print(f"this run is finished: {run.adapter}")
+        return
+    try:
+        loop.train(settings, resume=options.resume)
+    except interruption.Interrupted as stop:
+        print(f"jpeft: interrupted {stop}", file=sys.stderr)
+        raise SystemExit(interruption.EXIT_CODE) from None
 
 
 def _eval(options: argparse.Namespace) -> None:
