@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import config, exporting, writing
+from . import config, exporting, testing, writing
 
 _EXAMPLES = """
 examples:
@@ -15,6 +15,7 @@ examples:
   jpeft train sst2.yaml optimizer.lr=1e-3 --seed 1        with other values
   jpeft train sst2.yaml --dry-run                         only look: data, shapes, counts
   jpeft predict --adapter runs/sst2/adapter "what a film"
+  jpeft eval --task sst2 --adapter runs/sst2/adapter      by a task, with intervals
   jpeft generate --model DIR --temperature 0.8 "Once upon a time"
   jpeft chat --model DIR --adapter law=runs/law/adapter   /switch law, /reset, /quit
   jpeft merge --adapter runs/sst2/adapter --out merged    a plain Hugging Face folder
@@ -64,15 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="read the data, count, and stop")
     train.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
 
-    evaluate = commands.add_parser("eval", help="loss and metrics of a model on a file")
+    evaluate = commands.add_parser("eval", help="loss and metrics of a model on a file, or by a task")
     _names_model(evaluate)
-    evaluate.add_argument(
-        "--data", required=True, nargs="+", metavar="FILE", help=".jsonl, .json, .csv, .parquet, .txt"
-    )
+    evaluate.add_argument("--data", nargs="+", metavar="FILE", help=".jsonl, .json, .csv, .parquet, .txt")
     evaluate.add_argument("--text", default="text", metavar="COLUMN", help="column of the text (text)")
     evaluate.add_argument("--label", default="label", metavar="COLUMN", help="column of the label (label)")
     evaluate.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows at a time (32)")
     _takes_length(evaluate)
+    testing.add_options(evaluate)
 
     predict = commands.add_parser("predict", help="classify sentences given here, or on standard input")
     _names_model(predict)
@@ -133,6 +133,11 @@ def _train(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     _quiet_tokenizers()
+    if options.task is not None:
+        testing.run(options)
+        return
+    if not options.data:
+        raise config.ConfigError("jpeft eval takes a file (--data), or a task (--task)")
     from .. import partition
     from . import data, saved
     from .evaluate import Evaluator
