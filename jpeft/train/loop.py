@@ -160,11 +160,11 @@ class Loop:
         self._folder.go_on(plain["folder"], step, stated)
         self._checkpoints.drop_after(step)
         say(f"resumed after update {step}" + "".join(f"\n  {line}" for line in stated))
-        return self.run(state, plain["carried"], Standing(**plain["standing"]), plain["owes"])
+        return self.run(state, plain["carried"], Standing(**plain["standing"]), plain["owes"], plain["position"])
 
     def run(
         self, state: State | None = None, carried: Iterable[Any] = (), standing: Standing | None = None,
-        owes: bool = False,
+        owes: bool = False, position: Mapping[str, Any] | None = None,
     ) -> Result:  # fmt: skip
         """Trains from `state`, by default from the beginning, and saves the adapter.
 
@@ -172,13 +172,15 @@ class Loop:
           state: donated.
           carried, standing: of `Watch`.
           owes: whether the evaluation after the state's last update is still to be made.
+          position: in the data, of the next batch; None where it follows from the number of updates.
         """
         state = begin(self._tx, self._parts.trainable) if state is None else state
         done, seed = int(state.updates), self._config.train.seed
         watch = Watch(self._config, self._dataset, self._parts, self._folder, self._update, done, standing, carried)
         losses: list[float] = []
         evaluation = self._evaluation(done, state, watch) if owes else None
-        walk, starts = self._dataset.feed.walk(seed, self._dataset.feed.position(seed, done)), {}
+        position = self._dataset.feed.position(seed, done) if position is None else position
+        walk, starts = self._dataset.feed.walk(seed, position), {}
         last = done if watch.exhausted else self._dataset.num_updates
         with Interruption() as interruption, Prefetch(walk, then=self._placed) as feed:
             for number, fed in zip(range(done + 1, last + 1), watch.waiting(feed), strict=False):
@@ -194,13 +196,13 @@ class Loop:
                     losses += watch.log(number)
                     starts.clear()
                 if leaves:
-                    self._leave(number, state, watch, owes=evaluates)
+                    self._leave(number, state, watch, fed.after, owes=evaluates)
                 if evaluates:
                     evaluation = self._evaluation(number, state, watch)
                     if watch.exhausted:
                         break
                 if saves:
-                    self._checkpoint(number, state, watch, owes=False)
+                    self._checkpoint(number, state, watch, fed.after, owes=False)
         self._checkpoints.close()
         rates = watch.end()
         with watch.clock.on("save"):
@@ -212,21 +214,22 @@ class Loop:
         every = self._config.train.save_every
         return every is not None and number % every == 0 and number < self._dataset.num_updates
 
-    def _checkpoint(self, number: int, state: State, watch: Watch, *, owes: bool) -> None:
-        """Begins to write all that the run is after update `number`."""
+    def _checkpoint(self, number: int, state: State, watch: Watch, position: Mapping[str, Any], *, owes: bool) -> None:
+        """Begins to write all that the run is after update `number`; `position` is that of the next batch."""
         with watch.clock.on("save"):
             plain = {
                 "carried": watch.carry(),
                 "standing": dataclasses.asdict(watch.standing),
                 "owes": owes,
+                "position": dict(position),
                 "folder": self._folder.mark(),
                 "identity": self._identity,
             }
             self._checkpoints.save(number, state, plain)
 
-    def _leave(self, number: int, state: State, watch: Watch, *, owes: bool) -> NoReturn:
+    def _leave(self, number: int, state: State, watch: Watch, position: Mapping[str, Any], *, owes: bool) -> NoReturn:
         """Saves and ends, where a signal asked for it."""
-        self._checkpoint(number, state, watch, owes=owes)
+        self._checkpoint(number, state, watch, position, owes=owes)
         self._checkpoints.close()
         watch.end()
         raise Interrupted(f"after update {number}; its checkpoint is in {self._folder.checkpoints}. --resume goes on")
