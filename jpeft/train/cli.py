@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import config, exporting, writing
+from .planning import command as planning
 
 _EXAMPLES = """
 examples:
@@ -20,6 +21,7 @@ examples:
   jpeft merge --adapter runs/sst2/adapter --out merged    a plain Hugging Face folder
   jpeft export --adapter runs/sst2/adapter --check vllm   what a target can hold of it
   jpeft inspect runs/sst2                                 what a folder holds, and its faults
+  jpeft plan --model llama-2-7b --batch 8 --remat full --topology v5e-8   will it fit?
   jpeft push runs/sst2/adapter my-name/sst2 --private     on the hub
 """
 
@@ -87,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--text", metavar="FILE", help="what merging changes is measured on its first 64 lines")
 
     exporting.add_parsers(commands)
+    planning.add_parser(commands)
 
     push = commands.add_parser("push", help="put an adapter or a model on the hub")
     push.add_argument("folder", metavar="FOLDER", help="such as RUN/adapter")
@@ -215,6 +218,7 @@ _COMMANDS = {
     "merge": _merge,
     "export": exporting.export,
     "inspect": exporting.inspect,
+    "plan": planning.run,
     "push": _push,
     "demo": _demo,
 }
