@@ -70,6 +70,8 @@ def plan(model: nnx.Module, method: Method) -> list[Planned]:
         leaves = saved_leaves(found, acts, copied.get(found.path, {}), whole, head, asked[0].bias)
         if any(acts) or leaves:
             planned.append(Planned(found, acts, leaves, absorbed.get(found.path, ())))
+    if not planned:
+        raise ValueError(f"{method} would train nothing: the model has no part that it selects, and no new head")
     _check_sharing(everything, planned)
     if any(part.seam == "parameter" for part in asked):
         check_held(model, everything)

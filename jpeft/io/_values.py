@@ -46,7 +46,11 @@ _KINDS: Iterable[tuple[str, str, Callable[[Any], bool]]] = (
     ),
     ("a string", "peft_type task_type base_model_name_or_path bias revision peft_version", _text),
     ("a name, or a list of names", "target_modules exclude_modules layers_pattern feedforward_modules", _names),
-    ("a list of names", "modules_to_save", lambda value: _list(value, lambda name: _text(name) and name != "")),
+    (
+        "a list of names",
+        "modules_to_save target_parameters",
+        lambda value: _list(value, lambda name: _text(name) and name != ""),
+    ),
     ("a whole number, or a list of them", "layers_to_transform", lambda v: _whole(v) or _list(v, _whole)),
     ("a list of whole numbers", "token_indices", lambda value: _list(value, _whole)),
     (

@@ -62,12 +62,30 @@ def render(card: Card, config: Mapping[str, Any], row: Row, task: str) -> str:
         f"Trained with jpeft: {row.trainable:,} parameters, which change {row.changed:,} of the base model's.",
         f"    {_short(row.method)}",
     ]
+    return "\n\n".join([*blocks, *_told(card, _use(config, task))]) + "\n"
+
+
+def render_own(card: Card, counts: Summary, task: str, base: str) -> str:
+    """README.md for adapters in jpeft's own format, on a model for `task`."""
+    use = f"```\njpeft inspect --model {base} --adapter path/to/this/folder\n```\nNo other library has a form for it."
+    blocks = [
+        _front_matter(_hub_entries(base, task) | {"library_name": "jpeft", "tags": ["jpeft"]}),
+        f"# jpeft adapter for {base}",
+        f"Trained with jpeft: {counts.trainable:,} parameters, which change {counts.changed:,} of the base model's.",
+        "\n".join(f"    {_short(row.method)}" for row in counts.rows),
+        *_told(card, use),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _told(card: Card, use: str) -> list[str]:
+    """Data, results, how to use it, and the versions: the end of every adapter's card."""
+    blocks = []
     if card.data:
         blocks += ["## Data", card.data]
     if card.metrics:
         blocks += ["## Results", _table("metric", "value", {k: f"{v:.4g}" for k, v in card.metrics.items()})]
-    blocks += ["## Use", _use(config, task), "## Versions", _table("software", "version", card.versions)]
-    return "\n\n".join(blocks) + "\n"
+    return [*blocks, "## Use", use, "## Versions", _table("software", "version", card.versions)]
 
 
 def render_merged(drift: Drift, counts: Summary, task: str, base: str | None) -> str:

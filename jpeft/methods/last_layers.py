@@ -32,7 +32,7 @@ class LastLayers(Method):
     """The last `n` layers of a model, trained whole.
 
     Args:
-      n: how many layers.
+      n: how many layers; 0 trains only what stands behind them, and with `final=()` the head alone (linear probing).
       targets: which modules in them, as of `jpeft.LoRA`; None for all. A model with several stacks of layers, such as
         an encoder and a decoder, needs it to say which is meant: `r"decoder\\..*"`.
       final: names of what stands behind the layers and is trained too; None for the final norm or pooler of the
@@ -52,7 +52,7 @@ class LastLayers(Method):
     modules_to_save: Any = None
 
     def __post_init__(self) -> None:
-        whole("LastLayers", "n", self.n)
+        whole("LastLayers", "n", self.n, least=0)
         selection(self)
         object.__setattr__(self, "final", () if self.final == () else names("final", self.final))
 
@@ -63,7 +63,8 @@ class LastLayers(Method):
                 f"LastLayers does not know what stands behind the layers of model type {model_type!r} (it does for "
                 f"{', '.join(FINAL)}); pass final=, the names of modules, or () for none"
             )
-        layers = Targets(self.targets or ".*", self.exclude, None, self.modules_to_save, seam="parameter", last=self.n)
+        inside = (self.targets or ".*") if self.n else None
+        layers = Targets(inside, self.exclude, None, self.modules_to_save, seam="parameter", last=self.n)
         if final == ():
             return (layers,)
         behind = FINAL[str(model_type)] if final is None else final

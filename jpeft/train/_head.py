@@ -11,6 +11,7 @@ so nothing is computed twice: the head costs what it costs in the plain formula.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,6 +45,13 @@ def nll(logits: Float[Array, "*rows vocab"], targets: Int[Array, "*rows"]) -> Fl
     return _nll_and_slope(logits, targets)[0]
 
 
+def log_probs(logits: Float[Array, "*rows vocab"], targets: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """log softmax(logits)[target], 0 where the target is `IGNORED`, in float32 or wider."""
+    logits = logits.astype(wide(logits.dtype))
+    chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(targets != IGNORED, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
+
+
 def head_nll(
     head: Head,
     hidden: Float[Array, "batch seq d_model"],
@@ -65,14 +73,48 @@ def head_nll(
         is split over, so that no position moves to another device.
       chunk_logits: memory against the number of chunks.
     """
+    hidden, targets, size = _grouped(head, hidden, targets, groups, chunk_logits)
+    chunked = _closed(head, hidden[:, :size], key)
+    return _chunked_nll(chunked.call, size, hidden, targets, chunked.reads)
+
+
+def head_log_probs(
+    head: Head,
+    hidden: Float[Array, "batch seq d_model"],
+    targets: Int[Array, "batch seq"],
+    key: jax.Array | None = None,
+    *,
+    groups: int = 1,
+    chunk_logits: int = CHUNK_LOGITS,
+) -> Float[Array, "batch seq"]:
+    """log p(target) of every position, 0 where it is `IGNORED`; arguments and memory as of `head_nll`.
+
+    Whatever is made of them may be differentiated: a chunk's logits are computed once more in the backward pass.
+    """
+    shape = targets.shape
+    hidden, targets, size = _grouped(head, hidden, targets, groups, chunk_logits)
+    chunked, order = _closed(head, hidden[:, :size], key), _order(targets)
+
+    @jax.checkpoint
+    def of_chunk(index: jax.Array, h: jax.Array, t: jax.Array, reads: tuple[Any, ...]) -> jax.Array:
+        return _unless_empty(t, lambda: log_probs(chunked.call(h, index, reads), t))
+
+    found = jax.lax.map(lambda chunk: of_chunk(*chunk, chunked.reads), _chunks(size, hidden, targets, order))
+    found = jnp.moveaxis(found, 0, 1).reshape(groups, -1)
+    found = jnp.take_along_axis(found, jnp.argsort(order, axis=1), axis=1)
+    return found[:, : math.prod(shape) // groups].reshape(shape)
+
+
+def _grouped(
+    head: Head, hidden: jax.Array, targets: jax.Array, groups: int, chunk_logits: int
+) -> tuple[jax.Array, jax.Array, int]:
+    """Both as `[groups positions ...]`, padded to whole chunks, and the size of a chunk."""
     hidden, targets = (x.reshape(groups, -1, *x.shape[2:]) for x in (hidden, targets))
     vocab = jax.eval_shape(head, hidden[:, :1]).shape[-1]
     size = min(targets.shape[1], max(1, chunk_logits // (groups * vocab)))
     pad = -targets.shape[1] % size
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORED)
-    chunked = _closed(head, hidden[:, :size], key)
-    return _chunked_nll(chunked.call, size, hidden, targets, chunked.reads)
+    return hidden, jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORED), size
 
 
 def _closed(head: Head, hidden: jax.Array, key: jax.Array | None) -> _Chunked:

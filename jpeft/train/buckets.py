@@ -16,10 +16,14 @@ MULTIPLE = 8
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows that are computed together, and the number of tokens that each is padded to."""
+    """Rows that are computed together, and the number of tokens that each is padded to.
+
+    Attributes:
+      rows: the example of every row, `[rows]`; where rows are packed, those of every row.
+    """
 
     width: int
-    rows: np.ndarray
+    rows: np.ndarray | Sequence[np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,16 +12,21 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from . import _yaml
 from .sections import Data, Model, Optimizer, Train
 from .sections._checks import FORBID
+from .standing import METRICS
 
 #: Tasks that `jpeft train` has data and metrics for.
 TASKS = ("SEQ_CLS", "CAUSAL_LM")
 
+if TYPE_CHECKING:
+    from .._method import Hybrid, Method
+
 _MOST_BYTES = 10**6
+_T = TypeVar("_T")
 
 
 class ConfigError(ValueError):
@@ -34,7 +39,7 @@ class Config:
 
     Attributes:
       model, data, optimizer, train: see there.
-      method: `kind`, one of `jpeft.METHODS`, and that method's own options.
+      method: `kind`, one of `jpeft.METHODS`, and that method's own options; or a list of them, for a hybrid.
       out: the run's folder, which must not hold a run yet.
       mesh: `"data=2,fsdp=2,tensor=2"`; None is one device.
     """
@@ -43,7 +48,7 @@ class Config:
     model: Model
     data: Data
     out: str
-    method: dict[str, Any] = dataclasses.field(default_factory=lambda: {"kind": "lora"})
+    method: dict[str, Any] | tuple[dict[str, Any], ...] = dataclasses.field(default_factory=lambda: {"kind": "lora"})
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     train: Train = dataclasses.field(default_factory=Train)
     mesh: str | None = None
@@ -104,16 +109,26 @@ def parse(tree: Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: what is wrong, one line each.
     """
-    import pydantic
-
-    try:
-        config = pydantic.TypeAdapter(Config).validate_python(_expanded(tree))
-    except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_said(detail) for detail in error.errors())) from error
+    config = validated(Config, _expanded(tree))
     wrong = _ranges(config) + _conflicts(config)
     if wrong:
         raise ConfigError("\n".join(wrong))
     return config
+
+
+def validated(kind: type[_T], tree: Mapping[str, Any]) -> _T:
+    """A dataclass from plain values, of the right types.
+
+    Raises:
+      ConfigError: keys that it does not have, with the nearest, and values of wrong types, one line each.
+    """
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(tree)
+    except pydantic.ValidationError as error:
+        keys = _keys(kind)
+        raise ConfigError("\n".join(_said(detail, keys) for detail in error.errors())) from error
 
 
 def dump(config: Config) -> str:
@@ -123,38 +138,43 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
 
 
-def method(options: Mapping[str, Any]) -> Any:
-    """The method that `{"kind": ..., **options}` describes.
+def method(options: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> "Method | Hybrid":
+    """The method that `{"kind": ..., **options}` describes, or the hybrid of a list of them.
 
     Raises:
-      ConfigError: an unknown kind or option, one whose adapters cannot be saved, or a value that the method refuses.
+      ConfigError: an unknown kind or option, or a value that the method refuses.
     """
-    from ..io.peft import CODECS
+    from .._method import Hybrid
+
+    if isinstance(options, Mapping):
+        return _method(options, "method")
+    if not options:
+        raise ConfigError("method is an empty list; name at least one method")
+    return Hybrid(tuple(_method(part, f"method.{at}") for at, part in enumerate(options)))
+
+
+def _method(options: Mapping[str, Any], where: str) -> "Method":
     from ..methods import METHODS
 
     options = dict(options)
     kind = options.pop("kind", None)
     if kind not in METHODS:
-        raise ConfigError(f"method.kind is one of {', '.join(CODECS)}; got {kind!r}")
-    if kind not in CODECS:
-        raise ConfigError(
-            f"method.kind={kind!r}: a run saves its adapter in PEFT's format, which jpeft writes of "
-            f"{', '.join(CODECS)}; train a {METHODS[kind].__name__} in a loop of your own (jpeft.train.step.make_step)"
-        )
+        raise ConfigError(f"{where}.kind is one of {', '.join(METHODS)}; got {kind!r}")
     chosen: Any = METHODS[kind]
     known = [field.name for field in dataclasses.fields(chosen)]
     unknown = [key for key in options if key not in known]
     if unknown:
-        raise ConfigError("\n".join(_unknown(f"method.{key}", [f"method.{name}" for name in known]) for key in unknown))
+        raise ConfigError("\n".join(_unknown(f"{where}.{k}", [f"{where}.{name}" for name in known]) for k in unknown))
     try:
         return chosen(**options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"method: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
 
 
-def paths(files: str | tuple[str, ...]) -> tuple[str, ...]:
-    """One file or several, as a tuple."""
-    return (files,) if isinstance(files, str) else tuple(files)
+def paths(files: Any) -> tuple[str, ...]:
+    """Where the sources of `data.train` or `data.eval` lie, one or several, as a tuple."""
+    many = files if isinstance(files, tuple | list) else (files,)
+    return tuple(file if isinstance(file, str) else file.path for file in many)
 
 
 def _plain(value: Any) -> Any:
@@ -172,29 +192,44 @@ def _ranges(config: Config) -> list[str]:
 def _conflicts(config: Config) -> list[str]:
     """What is wrong with values together."""
     data, train, classify = config.data, config.train, config.model.task == "SEQ_CLS"
-    kind, names = config.method.get("kind"), data.label_names
+    kinds = [part.get("kind") for part in ([config.method] if isinstance(config.method, dict) else config.method)]
+    names, figures = data.label_names, METRICS[config.model.task]
     rules = {
         "data.train names no file": not paths(data.train),
         "give one of train.epochs and train.max_steps, and leave the other null": (train.epochs is None)
         == (train.max_steps is None),
         "train.eval_every is set, and data.eval names no file": train.eval_every is not None and not paths(data.eval),
+        f"train.best is one of {', '.join(figures)}, the figures of this evaluation, got {train.best!r}": (
+            train.best is not None and train.best not in figures
+        ),
+        "train.best is set, and data.eval names no file": train.best is not None and not paths(data.eval),
+        "train.patience needs train.best, the figure that has to gain": (
+            train.patience is not None and train.best is None
+        ),
         "data.longer=split is for CAUSAL_LM: a piece of a text has no label": classify and data.longer == "split",
+        "data.streaming has no end; give train.max_steps": data.streaming and train.max_steps is None,
+        "data.streaming is for CAUSAL_LM; classes are counted over whole files": classify and data.streaming,
+        "data.streaming has no epoch at whose end to evaluate; give train.eval_every": (
+            data.streaming and bool(paths(data.eval)) and train.eval_every is None
+        ),
+        "data.packing is for CAUSAL_LM: a packed row has no one label": classify and data.packing != "none",
+        "data.template is for CAUSAL_LM; SEQ_CLS has no messages": classify and data.template is not None,
         "data.label_names is for SEQ_CLS; CAUSAL_LM has no labels": not classify and names is not None,
         f"data.label_names needs two or more different names, got {names}": (
             names is not None and (len(names) < 2 or len({*names}) < len(names))
         ),
-        f"optimizer.lora_plus_ratio is for method.kind=lora, got {kind!r}": (
-            config.optimizer.lora_plus_ratio != 1 and kind != "lora"
+        f"optimizer.lora_plus_ratio is for method.kind=lora, got {', '.join(map(repr, kinds))}": (
+            config.optimizer.lora_plus_ratio != 1 and "lora" not in kinds
         ),
     }
     return [message for message, broken in rules.items() if broken]
 
 
-def _said(detail: Mapping[str, Any]) -> str:
+def _said(detail: Mapping[str, Any], keys: Sequence[str]) -> str:
     """One of pydantic's errors as a line."""
     where = ".".join(str(part) for part in detail["loc"] if str(part) != "str" and "[" not in str(part))
     if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return _unknown(where, _keys())
+        return _unknown(where, keys)
     if detail["type"] in ("missing", "missing_argument"):
         return f"{where} is missing"
     return f"{where}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r}"
@@ -215,10 +250,10 @@ def nearest(key: str, known: Sequence[str]) -> str:
     return f"did you mean {found[0]}?" if found else f"the keys are {', '.join(siblings.values() or known)}"
 
 
-def _keys() -> list[str]:
-    """Every key of a configuration, dotted."""
+def _keys(kind: Any) -> list[str]:
+    """Every key of a dataclass and its sections, dotted."""
     out = []
-    for field in dataclasses.fields(Config):
+    for field in dataclasses.fields(kind):
         out.append(field.name)
         if dataclasses.is_dataclass(field.type):
             out += [f"{field.name}.{inner.name}" for inner in dataclasses.fields(field.type)]
@@ -236,6 +271,8 @@ def _expanded(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path(value: Any) -> Any:
+    if isinstance(value, dict) and "path" in value:
+        return value | {"path": _path(value["path"])}
     if isinstance(value, (list, tuple)):
         return [_path(item) for item in value]
     if not isinstance(value, str):

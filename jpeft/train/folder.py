@@ -4,10 +4,12 @@
 config.yaml     the configuration, every key written out
 run.json        command, versions, device, data and tokenizer hashes, counts
 metrics.jsonl   one line per log interval and per evaluation
-adapter/        PEFT's format, with the tokenizer, label names and a model card
+adapter/        in PEFT's format, or jpeft's own where PEFT has none for it; tokenizer, label names, a model card
+best/           the same after the best evaluation so far, where `train.best` follows one; at the end also adapter/
 failure/        only where the loss was not finite: the batch, and the state before it
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -15,7 +17,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,16 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    def adopt_best(self) -> None:
+        """Copies best/ to adapter/."""
+        if self._writes:
+            with replaced(self.adapter) as fresh:
+                shutil.copytree(self.best, fresh)
 
     def begin(self, config: Config, dataset: Dataset, parts: Parts) -> None:
         """Writes config.yaml and run.json."""
@@ -94,6 +106,19 @@ class RunFolder:
         return folder
 
 
+@contextlib.contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """A path to write a folder's new content to; once that is whole, it takes the place of the old."""
+    fresh, old = folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
+    for path in (fresh, old):
+        shutil.rmtree(path, ignore_errors=True)
+    yield fresh
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def remove_run(path: str | Path) -> None:
     """Deletes what a run wrote into a folder, and the folder if nothing else is in it.
 
@@ -105,7 +130,7 @@ def remove_run(path: str | Path) -> None:
         return
     if not (folder / "metrics.jsonl").is_file() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds something that is no run; it is not replaced")
-    for name in ("adapter", "failure"):
+    for name in ("adapter", "best", "failure", "plots"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("config.yaml", "run.json", "metrics.jsonl"):
         (folder / name).unlink(missing_ok=True)

@@ -14,13 +14,14 @@ from .._partition import GraphDef, Leaves, partition
 from .._quantize import quantize
 from .._sharding import placement, shard
 from .._summary import Summary, summary
-from ..io.peft import check_export
 from ..models._checkpoint import read_config
 from ..models._hub import model_folder
 from . import config as configuration
 from . import data, tokenizer
 from .config import Config
 from .data import Batches
+from .packing import Packs
+from .saved import no_form_in_peft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +50,19 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The adapted model, partitioned, and its counts."""
+    """The adapted model, partitioned.
+
+    Attributes:
+      graphdef, trainable, frozen: of `jpeft.partition`.
+      summary: its counts.
+      own_format: why the adapter will be saved in jpeft's own format and not in PEFT's; None where PEFT's holds it.
+    """
 
     graphdef: GraphDef
     trainable: Leaves
     frozen: Leaves
     summary: Summary
+    own_format: str | None
 
 
 def read_data(config: Config) -> Dataset:
@@ -67,14 +75,15 @@ def read_data(config: Config) -> Dataset:
     rows = data.read_rows(options, task, "train")
     names = None
     if task == "SEQ_CLS":
-        names = options.label_names or data.label_names(rows, options.label)
+        names = options.label_names or data.label_names(rows)
     train = data.make_batches(
-        data.encode(rows, options, words, names),
+        data.encode(rows, options, words, names, config.train.seed),
         batch_size=config.train.batch_size,
         accumulation=config.train.accumulation,
         max_length=options.max_length,
         num_widths=options.num_widths,
         pad_id=words.pad_id,
+        packing=options.packing,
     )
     held = None
     if configuration.paths(options.eval):
@@ -97,7 +106,7 @@ def make_mesh(config: Config) -> Mesh | None:
 
 
 def build(config: Config, label_names: tuple[str, ...] | None, mesh: Mesh | None) -> Parts:
-    """Loads the base, puts the method on it, and every leaf in its place; what a run could not save is refused.
+    """Loads the base, puts the method on it, and every leaf in its place.
 
     Raises:
       FileNotFoundError, CheckpointError, ConfigError, ValueError: the folder or the method is not right.
@@ -115,16 +124,8 @@ def build(config: Config, label_names: tuple[str, ...] | None, mesh: Mesh | None
         quantize=config.model.quantize,
     )
     model = adapt(base, method, key=start)
-    _check_saving(model)
-    counts = summary(model)
-    return Parts(*partition(model if mesh is None else shard(model, mesh)), counts)
-
-
-def _check_saving(model: Any) -> None:
-    try:
-        check_export(model)
-    except ValueError as error:
-        raise configuration.ConfigError(f"method: a run saves its adapter in PEFT's format, and {error}") from error
+    counts, reason = summary(model), no_form_in_peft(model)
+    return Parts(*partition(model if mesh is None else shard(model, mesh)), counts, reason)
 
 
 def count(config: Config, label_names: tuple[str, ...] | None) -> Summary:
@@ -155,13 +156,18 @@ def describe(config: Config, dataset: Dataset) -> str:
         lines.append(f"eval:  {dataset.eval.examples}")
     if dataset.label_names:
         lines.append(f"labels: {', '.join(dataset.label_names)}")
-    widths = ", ".join(map(str, dataset.train.buckets.widths))
+    shapes = dataset.train.buckets
+    if isinstance(shapes, Packs):
+        padded_to = f"{shapes.width} tokens, packed with up to {shapes.most} examples"
+    else:
+        padded_to = f"one of {', '.join(map(str, shapes.widths))} tokens, padded"
     lines += [
-        f"batches of {config.train.batch_size} x {config.train.accumulation} rows, padded to one of {widths} tokens;"
+        f"batches of {config.train.batch_size} x {config.train.accumulation} rows of {padded_to};"
         f" {100 * real / padded:.1f} % of what is computed is real",
-        f"{dataset.num_updates:,} updates, {dataset.train.buckets.num_batches:,} an epoch;"
-        f" at most {len(dataset.train.buckets.widths)} compilations",
+        f"{dataset.num_updates:,} updates, {shapes.num_batches:,} an epoch; at most {len(shapes.widths)} compilations",
     ]
+    if dataset.train.examples.per_token and dataset.train.examples.unended == len(dataset.train.examples.tokens):
+        lines.append("WARNING: no row learns an end of text, so the model will not learn to stop")
     return "\n".join(lines)
 
 

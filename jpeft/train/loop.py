@@ -6,7 +6,6 @@ is one `step.State`, from which the next batch and dropout key follow; so whatev
 """
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,18 @@ from .._partition import combine
 from ..io.card import Card
 from . import config as configuration
 from . import devices, job
-from .buckets import Batch
+from .batches import Fed
 from .config import Config
 from .evaluate import Evaluation, Evaluator
-from .folder import RunFolder
+from .folder import RunFolder, replaced
 from .losses import SUMS
-from .optim import make_optimizer, schedule
-from .progress import Meter, say
+from .optim import make_optimizer
+from .prefetch import Prefetch
+from .progress import say
 from .saved import Info, save_adapter
-from .step import Metrics, State, begin, make_step
+from .standing import Standing
+from .step import State, begin, make_step
+from .watch import Watch
 
 
 class TrainingStopped(FloatingPointError):
@@ -45,6 +47,7 @@ class Result:
       losses: of every update.
       real_rate, padded_rate: tokens/s over the whole run, compilation and evaluation left out.
       adapter: folder of the saved adapter.
+      standing: of the evaluations, where the configuration follows a figure of theirs.
     """
 
     state: State
@@ -53,6 +56,7 @@ class Result:
     real_rate: float
     padded_rate: float
     adapter: Path
+    standing: Standing
 
 
 def train(config: Config) -> Result:
@@ -73,14 +77,17 @@ def train(config: Config) -> Result:
     say(job.describe(config, dataset))
     parts = job.build(config, dataset.label_names, mesh)
     say(str(parts.summary))
+    if parts.own_format is not None:
+        say(f"the adapter will be saved in jpeft's own format, for PEFT's cannot hold it: {parts.own_format}")
     folder.begin(config, dataset, parts)
     return Loop(config, dataset, parts, mesh, folder).run()
 
 
 def _check_plan(method: Any, num_updates: int) -> None:
     """Refuses a method that plans for a training of another length."""
-    planned = getattr(method, "total_steps", num_updates)
-    if planned != num_updates:
+    parts = getattr(method, "methods", (method,))
+    planned = next((p.total_steps for p in parts if getattr(p, "total_steps", num_updates) != num_updates), None)
+    if planned is not None:
         raise configuration.ConfigError(
             f"method.total_steps is {planned}, and this run makes {num_updates} updates; make the two equal, for the "
             "method plans its whole course by it"
@@ -93,89 +100,77 @@ class Loop:
     def __init__(self, config: Config, dataset: job.Dataset, parts: job.Parts, mesh: Any, folder: RunFolder):
         self._config, self._dataset, self._parts, self._mesh, self._folder = config, dataset, parts, mesh, folder
         self._tx = optimizer(make_optimizer(config.optimizer, dataset.num_updates), model=parts.graphdef)
-        self._rate = schedule(config.optimizer, dataset.num_updates)
         sums, groups = SUMS[config.model.task], devices.num_groups(mesh)
         self._update = make_step(parts.graphdef, sums, self._tx, groups=groups)
         self._evaluate = Evaluator(parts.graphdef, config.model.task, mesh)
         self._key = job.dropout_key(config)
 
-    def run(self, state: State | None = None) -> Result:
+    def run(self, state: State | None = None, standing: Standing | None = None) -> Result:
         """Trains from `state`, by default from the beginning, and saves the adapter."""
         state = begin(self._tx, self._parts.trainable) if state is None else state
-        meter = Meter(self._dataset.num_updates, int(state.updates))
-        pending: list[Metrics] = []
+        done, seed = int(state.updates), self._config.train.seed
+        watch = Watch(self._config, self._dataset, self._parts, self._folder, self._update, done, standing)
         losses: list[float] = []
         evaluation = None
-        for number, batch in self._batches(int(state.updates)):
-            arrays = devices.place(self._dataset.train.collate(batch), self._mesh)
-            state, metrics = self._update(state, self._parts.frozen, arrays, self._key)
-            meter.add(*self._dataset.train.sizes(batch))
-            pending.append(metrics)
-            evaluates = self._evaluates_at(number)
-            if number % self._config.train.log_every == 0 or evaluates or number == self._dataset.num_updates:
-                losses += self._log(number, state, pending, meter)
-                pending = []
-            if evaluates:
-                evaluation = self._evaluation(number, state)
-                meter.restart()
-        meter.close()
-        self._save(state, evaluation)
-        return Result(state, evaluation, losses, *meter.overall(), self._folder.adapter)
+        walk = self._dataset.train.walk(seed, self._dataset.train.position(seed, done))
+        with Prefetch(walk, then=self._placed) as feed:
+            for number, fed in zip(range(done + 1, self._dataset.num_updates + 1), watch.waiting(feed), strict=False):
+                state, metrics = self._update(state, self._parts.frozen, fed.arrays, self._key)
+                watch.update(metrics, fed.real, fed.padded)
+                evaluates = self._evaluates_at(number)
+                if watch.due(number) or evaluates:
+                    if bool(state.failed):
+                        self._stop(state, watch.pending_figures())
+                    losses += watch.log(number)
+                if evaluates:
+                    evaluation = self._evaluation(number, state, watch)
+                    if watch.exhausted:
+                        break
+        rates = watch.end()
+        with watch.clock.on("save"):
+            self._finish(state, evaluation, watch.standing)
+        return Result(state, evaluation, losses, *rates, self._folder.adapter, watch.standing)
 
-    def _batches(self, done: int) -> Iterator[tuple[int, Batch]]:
-        """(number of the update, from 1; its batch) of every update that is still to be made."""
-        buckets, seed = self._dataset.train.buckets, self._config.train.seed
-        epoch, order = -1, []
-        for index in range(done, self._dataset.num_updates):
-            if index // buckets.num_batches != epoch:
-                epoch = index // buckets.num_batches
-                order = buckets.epoch(seed, epoch)
-            yield index + 1, order[index % buckets.num_batches]
+    def _evaluation(self, number: int, state: State, watch: Watch) -> Evaluation:
+        """Evaluates, and keeps a copy of the adapter where it is the best so far."""
+        assert self._dataset.eval is not None
+        with watch.clock.on("evaluation"):
+            evaluation = self._evaluate(state.trainable, self._parts.frozen, self._dataset.eval)
+        watch.evaluated(number, evaluation)
+        if watch.improved:
+            with watch.clock.on("save"):
+                self._save(state, evaluation, self._folder.best)
+        return evaluation
+
+    def _placed(self, fed: Fed) -> Fed:
+        return dataclasses.replace(fed, arrays=devices.place(fed.arrays, self._mesh))
 
     def _evaluates_at(self, number: int) -> bool:
         every = self._config.train.eval_every or self._dataset.train.buckets.num_batches
         return self._dataset.eval is not None and (number % every == 0 or number == self._dataset.num_updates)
 
-    def _log(self, number: int, state: State, pending: list[Metrics], meter: Meter) -> list[float]:
-        """Waits for the device, writes a line, and gives the losses since the last one."""
-        figures = np.array([jax.device_get(tuple(metrics)) for metrics in pending], np.float64)  # [updates, 3]
-        if bool(state.failed):
-            self._stop(state, figures)
-        losses, labels, norms = figures.T
-        entry = {
-            "update": number,
-            "epoch": round(number / self._dataset.train.buckets.num_batches, 4),
-            "loss": float(losses @ labels / labels.sum()),
-            "losses": losses.tolist(),
-            "grad_norm": float(norms[-1]),
-            "lr": float(np.asarray(self._rate(number - 1))),
-            **meter.lap(self._update.compile_seconds),
-        }
-        self._folder.log(entry)
-        meter.show(entry)
-        return losses.tolist()
-
     def _stop(self, state: State, figures: np.ndarray) -> None:
-        done = int(state.updates)
-        batch = next(batch for _, batch in self._batches(done))
+        done, seed = int(state.updates), self._config.train.seed
+        batch = next(self._dataset.train.walk(seed, self._dataset.train.position(seed, done))).arrays
         loss, _, norm = figures[~np.isfinite(figures).all(axis=1)][0]
-        folder = self._folder.save_failure(_mesh.gather(state), self._dataset.train.collate(batch))
+        folder = self._folder.save_failure(_mesh.gather(state), batch)
         raise TrainingStopped(
             f"update {done + 1}: loss {loss}, gradient norm {norm}. The update was not made; its batch and the state "
             f"before it lie in {folder}. A lower optimizer.lr or model.dtype=float32 may help"
         )
 
-    def _evaluation(self, number: int, state: State) -> Evaluation:
-        assert self._dataset.eval is not None
-        evaluation = self._evaluate(state.trainable, self._parts.frozen, self._dataset.eval)
-        epoch = number / self._dataset.train.buckets.num_batches
-        figures = {f"eval_{name}": value for name, value in evaluation.metrics.items()}
-        self._folder.log({"update": number, "epoch": round(epoch, 4), **figures})
-        said = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
-        say(f"update {number}, epoch {epoch:.2f}: {said}")
-        return evaluation
+    def _finish(self, state: State, evaluation: Evaluation | None, standing: Standing) -> None:
+        """The run's adapter: the last one, or a copy of the best where one is followed."""
+        best = self._config.train.best
+        if best is None:
+            self._save(state, evaluation, self._folder.adapter)
+        else:
+            self._folder.adopt_best()
+            say(f"the best {best}, {standing.best:.4f}, was that of update {standing.update}")
+        say(f"adapter: {self._folder.adapter}")
 
-    def _save(self, state: State, evaluation: Evaluation | None) -> None:
+    def _save(self, state: State, evaluation: Evaluation | None, folder: Path) -> None:
+        """Writes an adapter into `folder`, in the place of what was there, whole or not at all."""
         trainable = _mesh.gather(state.trainable)  # by all processes
         if not devices.is_main():
             return
@@ -188,8 +183,8 @@ class Loop:
         card = Card(" ".join(said), evaluation.metrics if evaluation else {})
         model = combine(self._parts.graphdef, trainable, self._parts.frozen)
         info = Info(self._dataset.label_names, data.max_length, config.model.quantize)
-        save_adapter(model, self._folder.adapter, config.model.path, info, card)
-        say(f"adapter: {self._folder.adapter}")
+        with replaced(folder) as fresh:
+            save_adapter(model, fresh, config.model.path, info, card, config.method)
 
 
 def dry_run(config: Config) -> str:

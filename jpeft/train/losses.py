@@ -26,10 +26,12 @@ from jax import core
 from jaxtyping import Array, Bool, Float, Int
 
 from .._scope import current, dropout_key, scope
-from ._head import IGNORED, head_nll, nll
+from ._head import IGNORED, head_log_probs, head_nll, log_probs, nll
 
 Batch = Mapping[str, Any]
 Sums = tuple[Float[Array, ""], Float[Array, ""]]
+#: The same with sums of further figures, by name.
+Measured = tuple[Float[Array, ""], Float[Array, ""], dict[str, jax.Array]]
 
 #: What a model may read.
 _READ = ("input_ids", "pixel_values", "input_features")
@@ -94,6 +96,23 @@ def lm_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int 
             return nll(logits_of(model, batch, key), targets), _count(targets)
         hidden = model.hidden(*_inputs(batch), **_extras(batch), key=key)
         return head_nll(model.logits, hidden, targets, key, groups=groups), _count(targets)
+
+
+def lm_log_probs(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Float[Array, " batch"]:
+    """Of every row, the sum over its labelled tokens of log p(token | the tokens before it); `groups` as in `head_nll`.
+
+    Raises:
+      ValueError: rows are packed, so that a row is no text.
+    """
+    if "segment_ids" in batch:
+        raise ValueError("rows of packed examples have no log-probability of their own; leave packing off")
+    targets = next_tokens(batch)
+    prompt = _prompt(targets, batch) if current().prompt is None else current().prompt
+    with scope(prompt=prompt):
+        if not hasattr(model, "hidden"):
+            return log_probs(logits_of(model, batch, key), targets).sum(axis=1)
+        hidden = model.hidden(*_inputs(batch), **_extras(batch), key=key)
+        return head_log_probs(model.logits, hidden, targets, key, groups=groups).sum(axis=1)
 
 
 def cls_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Sums:

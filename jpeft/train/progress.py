@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run says while it runs: a bar on a terminal, lines elsewhere, nothing from processes but the first."""
 
+import shutil
 import sys
-import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
 
 from .devices import is_main
+
+#: The bar's own part of a line; a share of the width is left to it.
+_BAR = "{percentage:3.0f}% |{bar:14}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+_BAR_COLUMNS = 54
 
 
 def say(text: str) -> None:
@@ -18,59 +22,57 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-class Meter:
-    """Counts tokens and time, and shows them: real tokens, and padded ones that were computed as well.
+class Bar:
+    """Updates made and left, the time that they take, and the last figures.
 
     Args:
       total: updates of the run.
       done: those made before.
+      file: a terminal; anything else gets nothing, as do processes but the first.
+      columns: width of the line; None asks the terminal.
     """
 
-    def __init__(self, total: int, done: int):
+    def __init__(self, total: int, done: int, file: TextIO | None = None, columns: int | None = None):
         from tqdm import tqdm
 
-        shown = is_main() and sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=done, unit=" updates", disable=not shown, dynamic_ncols=True)
-        self._real = self._padded = self._updates = 0
-        self._sum = {"real": 0, "padded": 0, "seconds": 0.0}
-        self._compiling = 0.0
-        self._since = time.perf_counter()
+        file, self._columns = file or sys.stderr, columns
+        shown = is_main() and file is not None and file.isatty()
+        self._bar = tqdm(
+            total=total, initial=done, file=file, disable=not shown, bar_format=_BAR,
+            ncols=columns, dynamic_ncols=columns is None,
+        )  # fmt: skip
 
-    def add(self, real: int, padded: int) -> None:
-        """Counts one update."""
-        self._real, self._padded, self._updates = self._real + real, self._padded + padded, self._updates + 1
-
-    def lap(self, compile_seconds: float) -> dict[str, float]:
-        """Rates since the last lap, without the time that went into compilation, of which the sum so far is given."""
-        now = time.perf_counter()
-        seconds = max(now - self._since - (compile_seconds - self._compiling), 1e-9)
-        rates = {
-            "tokens_per_s": round(self._real / seconds, 1),
-            "padded_tokens_per_s": round(self._padded / seconds, 1),
-        }
-        for name, value in (("real", self._real), ("padded", self._padded), ("seconds", seconds)):
-            self._sum[name] += value
-        self._bar.update(self._updates)
-        self._real = self._padded = self._updates = 0
-        self._since, self._compiling = now, compile_seconds
-        return rates
-
-    def restart(self) -> None:
-        """Leaves out the time since the last lap (an evaluation's)."""
-        self._since = time.perf_counter()
-
-    def show(self, entry: Mapping[str, Any]) -> None:
-        """Writes the figures of a lap beside the bar."""
-        self._bar.set_postfix_str(
-            f"loss {entry['loss']:.4f}, lr {entry['lr']:.2e}, {entry['tokens_per_s']:,.0f} tokens/s "
-            f"({entry['padded_tokens_per_s']:,.0f} padded)"
-        )
-
-    def overall(self) -> tuple[float, float]:
-        """Real and padded tokens/s over all laps."""
-        seconds = max(self._sum["seconds"], 1e-9)
-        return self._sum["real"] / seconds, self._sum["padded"] / seconds
+    def show(self, number: int, entry: Mapping[str, Any]) -> None:
+        """Moves the bar to update `number` and writes the figures of a log line beside it, as many as there is room."""
+        if self._bar.disable:
+            return
+        columns = self._columns or shutil.get_terminal_size().columns
+        self._bar.set_postfix_str(fitted(figures(entry), columns - _BAR_COLUMNS), refresh=False)
+        self._bar.update(number - self._bar.n)
 
     def close(self) -> None:
         """Ends the bar."""
         self._bar.close()
+
+
+def figures(entry: Mapping[str, Any]) -> list[str]:
+    """A log line's figures as short texts, the most wanted first."""
+    said = [
+        f"loss {entry['loss']:.4f}",
+        f"lr {entry['lr']:.1e}",
+        f"{entry['tokens_per_s']:,.0f} tokens/s",
+        f"({entry['padded_tokens_per_s']:,.0f} padded)",
+    ]
+    if entry.get("mfu") is not None:
+        said.append(f"MFU {100 * entry['mfu']:.0f} %")
+    return [*said, f"{entry['peak_memory_mb'] / 1024:.1f} GiB"]
+
+
+def fitted(texts: Sequence[str], room: int) -> str:
+    """The first of these texts, as many as there is room for."""
+    chosen: list[str] = []
+    for text in texts:
+        if len(", ".join([*chosen, text])) > room:
+            break
+        chosen.append(text)
+    return ", ".join(chosen)

@@ -17,12 +17,13 @@ from ..io import Drift, Sample, export_adapters, export_merged, export_peft, imp
 from ..io import _peft_folder as peft
 from ..io._peft_folder import INFO
 from ..io.card import Card
+from ..io.peft import check_export
 from ..models import CheckpointError
 from ..models import _safetensors as safetensors
 from ..models._checkpoint import read_config
 from ..models._files import is_file, read_json, write_text
 from ..models._hub import adapter_folder, is_id, model_folder
-from . import tokenizer
+from . import own, tokenizer
 
 #: Lines of a text file that a drift is measured on.
 SAMPLED = 64
@@ -61,11 +62,33 @@ class Opened:
     name: str
 
 
-def save_adapter(model: Any, folder: str | Path, base: str | Path, info: Info, card: Card) -> None:
-    """Writes an adapter in PEFT's format, with `info` and the tokenizer of the base, a folder or an id, beside it."""
-    folder = export_peft(model, folder, base=str(base), card=card)
+def save_adapter(
+    model: Any, folder: str | Path, base: str | Path, info: Info, card: Card, method: own.Options | None = None
+) -> Path:
+    """Writes an adapter with `info` and the tokenizer of the base, a folder or an id, beside it.
+
+    In PEFT's format where that has a form for it; else in jpeft's own, given the `method` as its configuration
+    describes it.
+
+    Raises:
+      ValueError: PEFT has no form for it, and no `method` was given.
+    """
+    if method is None or no_form_in_peft(model) is None:
+        folder = export_peft(model, folder, base=str(base), card=card)
+    else:
+        folder = own.write(model, method, folder, base, card)
     models.copy_tokenizer(model_folder(base), folder)
     write_text(folder / INFO, json.dumps(dataclasses.asdict(info), indent=2) + "\n")
+    return folder
+
+
+def no_form_in_peft(model: Any) -> str | None:
+    """Why PEFT's format cannot hold the adapters of `model`; None where it can."""
+    try:
+        check_export(model)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def save_for_adapters(opened: Opened, folder: str | Path) -> None:
@@ -111,7 +134,8 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
 
     Args:
       model: a Hugging Face folder, or an id on the hub; None is the base that the adapter names.
-      adapter: a folder of PEFT or of AdapterHub, which names no base, or an id; None is the model as it is.
+      adapter: a folder of PEFT, of jpeft's own, or of AdapterHub, which names no base, or an id; None is the model as
+        it is.
 
     Raises:
       FileNotFoundError, CheckpointError, ValueError: a folder is not there, or not right.
@@ -125,16 +149,18 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
     folder = adapter_folder(adapter)
     if _is_hubs(folder):
         return _open_hubs(model, folder)
-    config = peft.read_config(folder)
+    ours = own.is_own(folder)
+    config = own.read_config(folder) if ours else peft.read_config(folder)
     name = model or config.get("base_model_name_or_path")
     if not name or not (Path(name).is_dir() or is_id(name)):
         raise FileNotFoundError(f"{folder} was trained on {name!r}, which is no folder here; name it by --model")
     base = model_folder(name, config.get("revision") if model is None and not Path(name).exists() else None)
     info = _info(folder)
-    num_labels = len(info.label_names) if info.label_names else _num_labels(folder)
+    found = config["num_labels"] if ours else _num_labels(folder)
+    num_labels = len(info.label_names) if info.label_names else found
     with _without_warnings():  # of a head without weights: the adapter brings it
         loaded = models.load(base, config.get("task_type"), num_labels=num_labels, quantize=info.quantize)
-    adapted = import_peft(loaded, folder)
+    adapted = own.read(loaded, folder) if ours else import_peft(loaded, folder)
     return Opened(adapted, tokenizer.load(base), _with_labels(info, loaded), base, str(name))
 
 

@@ -24,7 +24,7 @@ from .._partition import GraphDef, Leaves, combine
 from .._scope import scope
 from .._sharding import mirrored
 from .._steering import check_steered
-from .losses import Batch, Sums, cls_loss, lm_loss, qa_loss, token_cls_loss
+from .losses import Batch, Measured, Sums, cls_loss, lm_loss, qa_loss, token_cls_loss
 
 __all__ = ["Metrics", "State", "begin", "cls_loss", "lm_loss", "make_step", "qa_loss", "token_cls_loss"]
 
@@ -57,11 +57,13 @@ class Metrics(NamedTuple):
       loss: mean over the labels that count, and what the methods add to it (`jpeft.penalty`).
       labels: their number.
       grad_norm: of the whole trainable tree, before clipping.
+      figures: means of what else the loss measures, by name.
     """
 
     loss: Float[Array, ""]
     labels: Float[Array, ""]
     grad_norm: Float[Array, ""]
+    figures: dict[str, jax.Array]
 
 
 Update = Callable[..., tuple[State, Metrics]]
@@ -78,7 +80,7 @@ def begin(tx: optax.GradientTransformation, trainable: Leaves) -> State:
 
 
 def make_step(
-    graphdef: GraphDef, sums: Callable[..., Sums], tx: optax.GradientTransformation, *, groups: int = 1
+    graphdef: GraphDef, sums: Callable[..., Sums | Measured], tx: optax.GradientTransformation, *, groups: int = 1
 ) -> "Compiled":
     """`update(state, frozen, batch, key) -> (state, metrics)`, compiled; `state` is donated.
 
@@ -86,7 +88,8 @@ def make_step(
 
     Args:
       graphdef: of `jpeft.partition`.
-      sums: (model, batch, key, groups) -> (sum of losses, number of labels), one of `losses.SUMS`.
+      sums: (model, batch, key, groups) -> (sum of losses, number of labels) and perhaps sums of further figures, one of
+        `losses.SUMS`.
       tx: optimizer of the trainable tree, clipping included; where a method takes part in updates, as AdaLoRA does, of
         `jpeft.optimizer(tx, model=graphdef)`, and anything else is an error.
       groups: number of devices that a batch's rows are split over.
@@ -98,7 +101,7 @@ def make_step(
     def update(state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> tuple[State, Metrics]:
         check_steered(graphdef, state.optimizer)
 
-        def of_one(trainable: Leaves, batch: Batch, key: jax.Array | None) -> Sums:
+        def of_one(trainable: Leaves, batch: Batch, key: jax.Array | None) -> Sums | Measured:
             return sums(combine(graphdef, trainable, frozen), batch, key, groups)
 
         return advance(of_one, tx, state, batch, key, lambda leaves: penalty(combine(graphdef, leaves, frozen)))
@@ -107,7 +110,7 @@ def make_step(
 
 
 def advance(
-    sums: Callable[[Leaves, Batch, jax.Array | None], Sums],
+    sums: Callable[[Leaves, Batch, jax.Array | None], Sums | Measured],
     tx: optax.GradientTransformation,
     state: State,
     batch: Batch,
@@ -117,11 +120,12 @@ def advance(
     """One update of one adapter.
 
     Args:
-      sums: (trainable, micro-batch, key) -> (sum of losses, number of labels).
+      sums: (trainable, micro-batch, key) -> (sum of losses, number of labels), and perhaps sums of further figures.
       tx, state, batch, key: as of `make_step`'s function.
       added: trainable -> what the adapters' own leaves add to the loss, or None.
     """
-    (loss, labels), grads = _gradients(sums, state, batch, key)
+    (loss, (labels, figures)), grads = _gradients(sums, state, batch, key)
+    figures = {name: value / labels for name, value in figures.items()}
     loss, grads = loss / labels, jax.tree.map(lambda g: g / labels, grads)
     if jax.eval_shape(added, state.trainable) is not None:
         more, its_grads = jax.value_and_grad(added)(state.trainable)
@@ -132,16 +136,20 @@ def advance(
     trainable: Any = optax.apply_updates(state.trainable, changes)
     new = State(trainable, optimizer, state.updates + 1, failed)
     kept = jax.tree.map(lambda new, old: jnp.where(failed, old, new), new, state)
-    return kept._replace(failed=failed), Metrics(loss, labels, norm)
+    return kept._replace(failed=failed), Metrics(loss, labels, norm, figures)
 
 
-def _gradients(sums: Callable[..., Sums], state: State, batch: Batch, key: jax.Array | None) -> Any:
-    """Sums over the micro-batches: (loss, labels), gradients."""
+def _gradients(sums: Callable[..., Sums | Measured], state: State, batch: Batch, key: jax.Array | None) -> Any:
+    """Sums over the micro-batches: (loss, (labels, further figures)), gradients."""
+
+    def with_figures(*arguments: Any) -> Any:
+        loss, labels, *figures = sums(*arguments)
+        return loss, (labels, figures[0] if figures else {})
 
     def of_one(micro: Any) -> Any:
         index, batch = micro
         own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, state.updates), index)
-        return jax.value_and_grad(sums, has_aux=True)(state.trainable, batch, own)
+        return jax.value_and_grad(with_figures, has_aux=True)(state.trainable, batch, own)
 
     def add(total: Any, micro: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, of_one(micro)), None

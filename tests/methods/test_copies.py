@@ -48,6 +48,8 @@ AUTOGRAD = {
     "nothing but the last layer": (
         "llama", jpeft.LastLayers(1, targets=r".*(mlp|norm).*", final=()), lambda n: ".2." in n and "self_attn" not in n
     ),
+    "the head alone": ("bert cls", jpeft.LastLayers(0, final=()), is_head),
+    "what stands behind the layers": ("bert cls", jpeft.LastLayers(0), lambda n: "pooler" in n or is_head(n)),
     "the last layer and the head": (
         "llama", jpeft.LastLayers(1, final=["norm", "lm_head"]),
         lambda n: ".2." in n or n in ("model.norm.weight", "lm_head.weight"),
@@ -232,6 +234,7 @@ WRONG = [
     (blocks, jpeft.BitFit(exclude=".*"), r"matches no module with a bias of the model that is not left out again"),
     (blocks, jpeft.FullFineTune(targets=["blocks.0"]), "matches blocks/0, a Block, which is no module with parameters"),
     (blocks, jpeft.LastLayers(4, final=()), "the last 4 layers are asked for, and blocks has 3"),
+    (blocks, jpeft.LastLayers(0, final=()), "LastLayers.*would train nothing: the model has no part that it selects"),
     (blocks, jpeft.LastLayers(1), "does not know what stands behind the layers of model type None .*pass final="),
     (twice, jpeft.LastLayers(1, final=["norm"]), "'norm' matches no module with parameters outside of the layers of"),
     (twice, jpeft.LastLayers(1, final=["down"]), "a Linear, which is no module with parameters outside of the layers;"),
@@ -266,9 +269,9 @@ def test_one_of_two_stacks_is_named():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("n", [0, -1, 1.0, True, None, "2"])
+@pytest.mark.parametrize("n", [-1, 1.0, True, None, "2"])
 def test_n_is_a_whole_number(n):
-    with pytest.raises(ValueError, match="LastLayers's n must be a whole number of at least 1, got"):
+    with pytest.raises(ValueError, match="LastLayers's n must be a whole number of at least 0, got"):
         jpeft.LastLayers(n)
 
 

@@ -143,7 +143,9 @@ def test_a_method_is_its_own_dataclass():
     [
         ({"kind": "lorra"}, "method.kind is one of lora.*got 'lorra'"),
         ({"rank": 4}, "method.kind is one of .*got None"),
-        ({"kind": "houlsby"}, "a run saves its adapter in PEFT.s format, .* train a Houlsby in a loop of your own"),
+        ([], "method is an empty list"),
+        ([{"kind": "lora"}, {"kind": "lara"}], r"method\.1\.kind is one of .*got 'lara'"),
+        ([{"kind": "lora", "rnk": 1}], r"unknown key method\.0\.rnk; did you mean method\.0\.rank\?"),
         ({"kind": "lora", "rnk": 4}, r"unknown key method.rnk; did you mean method.rank\?"),
         ({"kind": "lora", "rank": 0}, "method: .*rank"),
         ({"kind": "lora", "dropout": 2}, "method: .*dropout"),

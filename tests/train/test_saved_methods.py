@@ -49,17 +49,23 @@ def test_a_language_model(method, generate, reviews, capsys):
     assert result.losses[-1] < result.losses[0]
 
 
-@pytest.mark.parametrize(
-    "method, message",
-    [
-        (
-            {"kind": "trainable_tokens", "token_indices": [5]},
-            "a run saves its .*, and the adapter trains classifier",
-        ),
-        ({"kind": "prefix_tuning"}, "and PEFT counts a prefix as past tokens, .* adapt with shift_positions=True"),
-    ],
-)
-def test_what_could_not_be_saved_is_not_trained(method, message, classify, tmp_path):
-    with pytest.raises(config.ConfigError, match=message):
-        loop.train(config.parse(classify | {"method": method}))
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+OWN = {
+    "prefix": {"kind": "prefix_tuning", "num_tokens": 3},
+    "bitfit": {"kind": "bitfit"},
+    "houlsby": {"kind": "houlsby", "reduction_factor": 4},
+    "head": {"kind": "last_layers", "n": 0, "final": []},
+    "hybrid": [{"kind": "lora", "rank": 2, "init": "pissa"}, {"kind": "prompt_tuning", "num_tokens": 3}],
+}
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, id=i, marks=() if i == "hybrid" else SLOW) for i, m in OWN.items()])
+def test_what_peft_has_no_form_for_is_saved_in_a_format_of_its_own(method, classify, reviews, capsys):
+    result = assert_saved(classify, method, reviews, capsys)
+    assert (result.adapter / "jpeft_adapter.json").is_file()
+    assert not (result.adapter / "adapter_config.json").exists()
+
+
+def test_the_format_is_said_before_training(classify, capsys):
+    loop.train(config.parse(classify | {"method": OWN["prefix"]}))
+    out = capsys.readouterr().out
+    assert out.index("saved in jpeft's own format, for PEFT's cannot hold it") < out.index("adapter: ")

@@ -19,6 +19,9 @@ class Train:
       dropout: whether dropout, the model's own and the method's, is on in training.
       log_every: updates between two lines of metrics.jsonl.
       eval_every: updates between two evaluations; None is once an epoch.
+      best: figure of the evaluation whose best adapter is kept (in the run's best/ and, at the end, adapter/), such as
+        `accuracy` or `loss`; None keeps the last.
+      patience: evaluations without a gain in `best` after which training ends early; None goes on to the end.
     """
 
     __pydantic_config__: ClassVar = FORBID
@@ -30,6 +33,8 @@ class Train:
     dropout: bool = True
     log_every: int = 10
     eval_every: int | None = None
+    best: str | None = None
+    patience: int | None = None
 
     def wrong(self) -> list[str]:
         """What cannot be, a line each."""
@@ -41,5 +46,6 @@ class Train:
                 "train.accumulation": self.accumulation,
                 "train.log_every": self.log_every,
                 "train.eval_every": self.eval_every,
+                "train.patience": self.patience,
             }
         )

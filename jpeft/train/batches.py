@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples as arrays of fixed shapes, in an order that a position of three numbers stands for.
+
+  for fed in batches.walk(seed=0, position={"seed": 0, "epoch": 1, "index": 7}): ...
+
+Which rows make a batch is a `Buckets` (each row alone, padded to one of few widths) or a `Packs` (several in one row).
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from .buckets import Batch, Buckets, choose_widths
+from .examples import IGNORED, Examples
+from .packing import Packing, Packs, pack
+from .records import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Fed:
+    """One batch of a training, and where it stands.
+
+    Attributes:
+      start: position of this batch, plain JSON; a walk from it gives this batch first.
+      after: position of the next.
+      arrays: `[accumulation, rows, ...]`, as the losses take them.
+      real, padded: its tokens without padding and with it.
+    """
+
+    start: dict[str, Any]
+    after: dict[str, Any]
+    arrays: dict[str, Any]
+    real: int
+    padded: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Examples as fixed shapes.
+
+    Attributes:
+      examples: tokenised rows.
+      buckets: which rows make a batch.
+      accumulation: micro-batches of a batch.
+      pad_id: token that padding is filled with.
+    """
+
+    examples: Examples
+    buckets: Buckets | Packs
+    accumulation: int
+    pad_id: int
+
+    def walk(self, seed: int, position: Mapping[str, Any] | None = None) -> Iterator[Fed]:
+        """Batches without end: those of every epoch, from a position on.
+
+        Raises:
+          DataError: the position is of another seed, or none of this data.
+        """
+        epoch, index = self._start(seed, position)
+        while True:
+            order = self.buckets.epoch(seed, epoch)
+            for at in range(index, len(order)):
+                last = at + 1 == len(order)
+                start = {"seed": seed, "epoch": epoch, "index": at}
+                after = {"seed": seed, "epoch": epoch + last, "index": 0 if last else at + 1}
+                yield Fed(start, after, self.collate(order[at]), *self.sizes(order[at]))
+            epoch, index = epoch + 1, 0
+
+    def position(self, seed: int, updates: int) -> dict[str, Any]:
+        """Where a training stands after so many updates."""
+        epoch, index = divmod(updates, self.buckets.num_batches)
+        return {"seed": seed, "epoch": epoch, "index": index}
+
+    def collate(self, batch: Batch) -> dict[str, np.ndarray]:
+        """`input_ids`, `attention_mask` `[accumulation, rows, width]` and `labels`; missing rows weigh nothing.
+
+        With them `token_type_ids` where a row has two texts, and of packed rows `segment_ids` (from 1; padding has the
+        last one's, which it may look at) and `positions` (from 0 in every example). Of preference pairs the rows are
+        chosen and rejected in turn.
+        """
+        examples, each = self.examples, self.examples.per_example
+        rows = self.buckets.batch_rows * each
+        arrays = _empty((rows, batch.width), self.pad_id, examples, packed=isinstance(self.buckets, Packs))
+        for at, members in enumerate(batch.rows):
+            for k in range(each):
+                _put(arrays, at * each + k, [member * each + k for member in np.atleast_1d(members)], examples)
+        arrays["attention_mask"][:, 0] = 1  # a row of padding attends to its first token: no softmax is over nothing
+        return {name: x.reshape(self.accumulation, -1, *x.shape[1:]) for name, x in arrays.items()}
+
+    def sizes(self, batch: Batch) -> tuple[int, int]:
+        """Tokens of a batch: real ones, and with padding."""
+        members = np.concatenate([np.atleast_1d(row) for row in batch.rows])
+        each = self.examples.per_example
+        return int(self._sizes[members].sum()), batch.width * self.buckets.batch_rows * each
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_sizes", self.examples.sizes)
+
+    _sizes: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
+
+    def _start(self, seed: int, position: Mapping[str, Any] | None) -> tuple[int, int]:
+        match position:
+            case None:
+                return 0, 0
+            case {"seed": int(its), "epoch": int(epoch), "index": int(index)} if (
+                its == seed and epoch >= 0 and 0 <= index < self.buckets.num_batches
+            ):
+                return epoch, index
+        raise DataError(
+            f"{dict(position)} is no position in this data, whose seed is {seed} and which has "
+            f"{self.buckets.num_batches} batches an epoch; the data, the seed or the batch size was another"
+        )
+
+
+def make_batches(
+    examples: Examples,
+    *,
+    batch_size: int,
+    accumulation: int,
+    max_length: int,
+    num_widths: int,
+    pad_id: int,
+    packing: Packing = "none",
+) -> Batches:
+    """Batches of `batch_size` rows, `accumulation` of them at a time, in the widths with the least padding.
+
+    Packed rows have all one width: `max_length`.
+    """
+    rows = batch_size * accumulation
+    if packing != "none":
+        return Batches(examples, pack(examples.lengths, max_length, rows, packing), accumulation, pad_id)
+    widths = choose_widths(examples.lengths, num_widths, max_length)
+    return Batches(examples, Buckets(examples.lengths, widths, rows), accumulation, pad_id)
+
+
+def batches_like(train: Batches, examples: Examples) -> Batches:
+    """Other examples in the widths of `train`, for which programs are compiled, and one more where a row needs it.
+
+    They are never packed: each is to be told from the others.
+    """
+    widths, rows = train.buckets.widths, train.buckets.batch_rows // train.accumulation
+    longest = int(examples.lengths.max())
+    widths += () if longest <= widths[-1] else choose_widths([longest], 1, longest)
+    return Batches(examples, Buckets(examples.lengths, widths, rows), 1, train.pad_id)
+
+
+def _empty(shape: tuple[int, int], pad_id: int, examples: Examples, *, packed: bool) -> dict[str, np.ndarray]:
+    arrays = {
+        "input_ids": np.full(shape, pad_id, np.int32),
+        "attention_mask": np.zeros(shape, np.int32),
+        "labels": np.full(shape if examples.per_token else shape[:1], IGNORED, np.int32),
+    }
+    if examples.types is not None:
+        arrays["token_type_ids"] = np.zeros(shape, np.int32)
+    if packed:
+        arrays |= {"segment_ids": np.zeros(shape, np.int32), "positions": np.zeros(shape, np.int32)}
+    return arrays
+
+
+def _put(arrays: dict[str, np.ndarray], at: int, members: list[int], examples: Examples) -> None:
+    """Writes the examples `members` into row `at`, one behind the other."""
+    start = 0
+    for segment, member in enumerate(members, 1):
+        tokens = examples.tokens[member]
+        place = at, slice(start, start + len(tokens))
+        arrays["input_ids"][place], arrays["attention_mask"][place] = tokens, 1
+        arrays["labels"][place if examples.per_token else at] = examples.labels[member]
+        if examples.types is not None:
+            arrays["token_type_ids"][place] = examples.types[member]
+        if "segment_ids" in arrays:
+            arrays["segment_ids"][at, start:] = segment
+            arrays["positions"][place] = np.arange(len(tokens))
+        start += len(tokens)

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plots of a comparison. Told apart by marker, dash and hatch as well as by colour, and drawn in colours that every
+kind of colour vision tells apart (Okabe and Ito), so that they read the same in print.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .table import Row, Table
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+MARKERS = "osD^vP*X<>hp"
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
+HATCHES = ("", "///", "...", "xx", "\\\\\\", "++", "ooo", "**")
+
+
+def draw(table: Table, folder: str | Path) -> dict[str, Path]:
+    """Draws what the table has figures for, as PNG and SVG; gives the SVG files by title."""
+    plots: Mapping[str, Callable[[Any, Table], bool]] = {
+        "scores": _scores,
+        "score against parameters": _pareto,
+        "parameters": _parameters,
+        "memory": _memory,
+        "latency": _latency,
+        "learning curves": _curves,
+        "radar": _radar,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return {title: file for title, plot in plots.items() if (file := _drawn(plot, table, folder, title)) is not None}
+
+
+def few_examples(tables: Sequence[Table], folder: str | Path) -> Path | None:
+    """The main figure against the number of training rows; None where there is but one number."""
+    sizes = sorted({t.size for t in tables if t.size is not None})
+    if not sizes:
+        return None
+
+    def plot(axes: Any, tables: Any) -> bool:
+        for at, method in enumerate(row.method for row in tables[0].rows if row.method != "majority"):
+            points = [
+                (t.size, row.scores[t.main]) for t in tables for row in t.rows if row.method == method and row.scores
+            ]
+            points = sorted((size, score) for size, score in points if size is not None)
+            xs, means = [size for size, _ in points], [score.mean for _, score in points]
+            axes.plot(xs, means, marker=_of(MARKERS, at), ls=_of(DASHES, at), color=_of(COLOURS, at), label=method)
+            axes.fill_between(
+                xs, [s.low for _, s in points], [s.high for _, s in points], color=_of(COLOURS, at), alpha=0.12, lw=0
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel("training rows")
+        axes.set_ylabel(tables[0].main)
+        _legend(axes)
+        return True
+
+    return _drawn(plot, tables, Path(folder), "few examples")
+
+
+def heat_map(
+    values: np.ndarray, rows: Sequence[Any], columns: Sequence[Any], names: tuple[str, str, str], file: str | Path
+) -> Path:
+    """A grid of figures, each written into its cell; `names` are those of the rows, the columns and the figure."""
+
+    def plot(axes: Any, values: Any) -> bool:
+        image = axes.imshow(values, cmap="cividis", aspect="auto")
+        middle = (np.nanmin(values) + np.nanmax(values)) / 2
+        for row, column in np.ndindex(values.shape):
+            value = values[row, column]
+            said = "diverged" if np.isnan(value) else f"{value:.3f}"
+            axes.text(column, row, said, ha="center", va="center", color="black" if value > middle else "white")
+        axes.set_xticks(range(len(columns)), map(str, columns))
+        axes.set_yticks(range(len(rows)), map(str, rows))
+        axes.set_ylabel(names[0])
+        axes.set_xlabel(names[1])
+        axes.figure.colorbar(image, ax=axes, label=names[2])
+        return True
+
+    file = Path(file)
+    drawn = _drawn(plot, np.asarray(values, float), file.parent, file.stem)
+    assert drawn is not None
+    return drawn
+
+
+def _scores(axes: Any, table: Table) -> bool:
+    rows = [row for row in table.rows if row.scores]
+    rows = sorted(rows, key=lambda row: row.scores[table.main].mean, reverse=not table.more_is_better)
+    for at, row in enumerate(rows):
+        mean, low, high = row.scores[table.main]
+        colour = COLOURS[7] if row.is_baseline else COLOURS[0]
+        face = "white" if row.collapsed or row.is_baseline else colour
+        axes.errorbar(
+            mean,
+            at,
+            xerr=[[mean - low], [high - mean]],
+            fmt="s" if row.is_baseline else "o",
+            color=colour,
+            mfc=face,
+            capsize=3,
+        )
+    names = [row.method + (f" (collapsed {row.collapsed} of {row.seeds})" if row.collapsed else "") for row in rows]
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_xlabel(f"{table.main} on {table.examples:,} test examples, mean over seeds and 95 % interval")
+    axes.grid(axis="x", alpha=0.3)
+    axes.figure.set_figheight(1.4 + 0.36 * len(rows))
+    return True
+
+
+def _pareto(axes: Any, table: Table) -> bool:
+    rows = [row for row in table.rows if row.scores and row.costs["trained"]]
+    for at, row in enumerate(rows):
+        mean, low, high = row.scores[table.main]
+        axes.errorbar(
+            row.costs["trained"], mean, yerr=[[mean - low], [high - mean]], label=row.method,
+            fmt=_of(MARKERS, at), color=_of(COLOURS, at), ms=8, capsize=3,
+        )  # fmt: skip
+    best, front = None, []
+    for row in sorted(rows, key=lambda row: row.costs["trained"] or 0):
+        mean = row.scores[table.main].mean
+        if best is None or (mean > best if table.more_is_better else mean < best):
+            best = mean
+            front.append((row.costs["trained"], mean))
+    axes.step(*zip(*front, strict=True), where="post", color="black", lw=0.8, ls=":", zorder=0) if len(
+        front
+    ) > 1 else None
+    axes.set_xscale("log")
+    axes.set_xlabel("trained parameters (dotted: the best for at most so many)")
+    axes.set_ylabel(table.main)
+    _legend(axes)
+    return len(rows) > 1
+
+
+def _parameters(axes: Any, table: Table) -> bool:
+    rows = [row for row in table.rows if row.costs["trained"]]
+    _bars(axes, rows, ("trained", "changed"))
+    axes.set_xscale("log")
+    axes.set_xlabel("parameters")
+    return bool(rows)
+
+
+def _memory(axes: Any, table: Table) -> bool:
+    """What the compiled training step takes: weights, adapter and optimizer, and what it makes on the way."""
+    rows = [row for row in table.rows if any("memory" in r and r["memory"].get("parts_mb") for r in row.results)]
+    parts: dict[str, list[float]] = {}
+    for row in rows:
+        split = next(r["memory"]["parts_mb"] for r in row.results if "memory" in r and r["memory"].get("parts_mb"))
+        for name, size in split.items():
+            parts.setdefault(name, []).append(size)
+    left = np.zeros(len(rows))
+    for at, (name, sizes) in enumerate(parts.items()):
+        axes.barh(
+            range(len(rows)),
+            sizes,
+            left=left,
+            label=name,
+            color=_of(COLOURS, at),
+            hatch=_of(HATCHES, at),
+            edgecolor="white",
+        )
+        left += sizes
+    axes.set_yticks(range(len(rows)), [row.method for row in rows])
+    axes.set_xlabel("MB of a compiled training step")
+    axes.figure.set_figheight(1.6 + 0.34 * len(rows))
+    _legend(axes)
+    return bool(rows)
+
+
+def _latency(axes: Any, table: Table) -> bool:
+    rows = [row for row in table.rows if row.costs["forward ms"]]
+    names = [
+        n
+        for n in ("forward ms", "merged ms", "decode ms/token", "merged decode ms/token")
+        if any(r.costs[n] for r in rows)
+    ]
+    _bars(axes, rows, names)
+    axes.set_xlabel("ms (no bar: it cannot be merged)" if any(r.costs["merged ms"] is None for r in rows) else "ms")
+    return bool(rows)
+
+
+def _curves(axes: Any, table: Table) -> bool:
+    rows = [row for row in table.rows if len(row.curve) > 1]
+    for at, row in enumerate(rows):
+        updates, seeds = [update for update, _ in row.curve], np.array([values for _, values in row.curve])
+        colour = _of(COLOURS, at)
+        marks = {"marker": _of(MARKERS, at), "markevery": max(1, len(updates) // 8), "ms": 5}
+        axes.plot(updates, seeds.mean(1), ls=_of(DASHES, at), color=colour, label=row.method, **marks)
+        axes.fill_between(updates, seeds.min(1), seeds.max(1), color=colour, alpha=0.12, lw=0)
+    axes.set_xlabel("updates (line: mean over seeds; band: from the lowest to the highest)")
+    axes.set_ylabel(f"{table.main} on the validation split")
+    _legend(axes)
+    return bool(rows)
+
+
+#: What the radar shows: a figure, and whether less of it is better.
+_SPOKES = (
+    ("trained", True), ("peak MB", True), ("step ms", True), ("forward ms", True), ("adapter KB", True),
+    ("calibration error", True),
+)  # fmt: skip
+
+
+def _radar(axes: Any, table: Table) -> bool:
+    """Ranks, not values: each spoke goes from the worst method (the middle) to the best (the rim)."""
+    rows = [row for row in table.rows if row.scores and row.costs["trained"]]
+    spokes = {table.main: [(-1 if table.more_is_better else 1) * row.scores[table.main].mean for row in rows]}
+    for cost, _ in _SPOKES:
+        values = [row.costs[cost] for row in rows]
+        if all(value is not None for value in values):
+            spokes[cost] = [float(value) for value in values if value is not None]
+    if len(rows) < 2 or len(spokes) < 3:
+        return False
+    figure = axes.figure
+    axes.remove()
+    polar = figure.add_subplot(projection="polar")
+    angles = np.linspace(0, 2 * np.pi, len(spokes), endpoint=False)
+    ranks = (
+        np.array([np.argsort(np.argsort(np.negative(values))) for values in spokes.values()]) + 1
+    )  # [spokes, methods]
+    for at, row in enumerate(rows):
+        line = np.append(ranks[:, at], ranks[0, at])
+        polar.plot(
+            np.append(angles, angles[0]),
+            line,
+            color=_of(COLOURS, at),
+            ls=_of(DASHES, at),
+            marker=_of(MARKERS, at),
+            label=row.method,
+        )
+    polar.set_xticks(angles, list(spokes))
+    polar.set_yticks(range(1, len(rows) + 1), [""] * len(rows))
+    polar.set_ylim(0, len(rows))
+    figure.set_figheight(5.6)
+    polar.set_title("rank on every figure: the rim is the best method, the middle the worst", fontsize=10)
+    polar.legend(loc="center left", bbox_to_anchor=(1.15, 0.5), frameon=False, fontsize=9)
+    return True
+
+
+def _bars(axes: Any, rows: Sequence[Row], costs: Sequence[str]) -> None:
+    """Groups of bars, one group a method, one bar a figure; a figure that was not measured has no bar."""
+    height = 0.8 / max(len(costs), 1)
+    for at, cost in enumerate(costs):
+        values = [row.costs[cost] or np.nan for row in rows]
+        places = np.arange(len(rows)) - 0.4 + height * (at + 0.5)
+        axes.barh(places, values, height, label=cost, color=_of(COLOURS, at), hatch=_of(HATCHES, at), edgecolor="white")
+    axes.set_yticks(range(len(rows)), [row.method for row in rows])
+    axes.invert_yaxis()
+    axes.figure.set_figheight(1.4 + (0.24 + 0.16 * len(costs)) * len(rows))
+    _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    """Beside the plot, where it hides nothing."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9)
+
+
+def _drawn(plot: Callable[[Any, Any], bool], data: Any, folder: Path, title: str) -> Path | None:
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(
+        {"svg.hashsalt": "jpeft", "svg.fonttype": "path", "axes.spines.top": False, "axes.spines.right": False}
+    ):
+        figure = Figure(figsize=(8.2, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        if not plot(figure.add_subplot(), data):
+            return None
+        file = folder / f"{title.replace(' ', '_')}.svg"
+        figure.savefig(file, metadata={"Date": None})
+        figure.savefig(file.with_suffix(".png"), dpi=130)
+    return file
+
+
+def _of(values: Sequence[Any], at: int) -> Any:
+    return values[at % len(values)]

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model did with every example of a test set, and figures of merit of any weighting of these examples.
+
+A weighting is what an interval needs: a bootstrap draw of examples is a vector of how often each was drawn.
+"""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import numpy as np
+
+#: Bins of equal width that a calibration error sorts confidences into (Guo et al. 2017).
+BINS = 15
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """Of a classifier.
+
+    Attributes:
+      truth: class of every example.
+      predicted: the most probable one.
+      confidence: its probability.
+      num_classes: outputs of the head.
+    """
+
+    truth: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    num_classes: int
+
+    #: The figure that methods are ranked by, whether more of it is better, and the fields that are a model's answers.
+    main: ClassVar = "accuracy"
+    more_is_better: ClassVar = True
+    answers: ClassVar = ("predicted", "confidence")
+
+    def __len__(self) -> int:
+        return len(self.truth)
+
+    def scores(self, weights: np.ndarray | None = None) -> dict[str, float]:
+        """Accuracy, and precision, recall and F1 as means over the classes that occur among the weighted examples.
+
+        A class that is never predicted has precision 0, as in scikit-learn with `zero_division=0`; a class counts
+        where it is the truth of an example or predicted for one.
+        """
+        counts = self.confusion(weights)
+        right, true, said = np.diag(counts), counts.sum(1), counts.sum(0)
+        there = (true + said) > 0
+        precision = right[there] / np.maximum(said[there], 1e-300)
+        recall = right[there] / np.maximum(true[there], 1e-300)
+        f1 = 2 * right[there] / (true + said)[there]
+        return {
+            "accuracy": float(right.sum() / counts.sum()),
+            "macro_f1": float(f1.mean()),
+            "precision": float(precision.mean()),
+            "recall": float(recall.mean()),
+        }
+
+    def confusion(self, weights: np.ndarray | None = None) -> np.ndarray:
+        """`[true class, predicted class]`: weight of the examples."""
+        size = self.num_classes
+        return np.bincount(self.truth * size + self.predicted, weights, size * size).reshape(size, size).astype(float)
+
+    @property
+    def collapsed(self) -> bool:
+        """One class was predicted for everything, and it is not the only one there is: no score, a failure."""
+        return len(set(self.predicted.tolist())) == 1 and len(set(self.truth.tolist())) > 1
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error: |confidence - accuracy| of bins of confidence, weighted by their sizes."""
+        bins = np.minimum((self.confidence * BINS).astype(int), BINS - 1)
+        right = (self.truth == self.predicted).astype(float)
+        gaps = np.bincount(bins, right - self.confidence, BINS)
+        return float(np.abs(gaps).sum() / len(self))
+
+    def saved(self) -> dict[str, Any]:
+        """Plain values, from which `read` makes it again."""
+        return {
+            "kind": "classes",
+            "truth": self.truth.tolist(),
+            "predicted": self.predicted.tolist(),
+            "confidence": [round(float(p), 6) for p in self.confidence],
+            "num_classes": self.num_classes,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Of a language model.
+
+    Attributes:
+      loss: of every text, summed over its predicted tokens.
+      tokens: their number.
+    """
+
+    loss: np.ndarray
+    tokens: np.ndarray
+
+    main: ClassVar = "perplexity"
+    more_is_better: ClassVar = False
+    answers: ClassVar = ("loss", "tokens")
+    collapsed: ClassVar = False
+    calibration_error: ClassVar = None
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def scores(self, weights: np.ndarray | None = None) -> dict[str, float]:
+        """Loss per token in nats, and its exponential."""
+        weights = np.ones(len(self)) if weights is None else weights
+        loss = float(weights @ self.loss / (weights @ self.tokens))
+        return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}
+
+    def saved(self) -> dict[str, Any]:
+        """Plain values, from which `read` makes it again."""
+        return {"kind": "texts", "loss": [float(x) for x in self.loss], "tokens": self.tokens.tolist()}
+
+
+Outcome = Classes | Texts
+
+
+def read(values: dict[str, Any]) -> Outcome:
+    """An outcome from what `saved` gave.
+
+    Raises:
+      ValueError: it is no outcome.
+    """
+    match values:
+        case {"kind": "classes"}:
+            truth, predicted = (np.asarray(values[key], np.int64) for key in ("truth", "predicted"))
+            return Classes(truth, predicted, np.asarray(values["confidence"]), values["num_classes"])
+        case {"kind": "texts"}:
+            return Texts(np.asarray(values["loss"]), np.asarray(values["tokens"], np.int64))
+    raise ValueError(f"an outcome is of classes or of texts, got kind {values.get('kind')!r}")
+
+
+def swapped(a: Outcome, b: Outcome, swap: np.ndarray) -> tuple[Outcome, Outcome]:
+    """The two with their answers to some examples, a mask, exchanged."""
+    first = {f: np.where(swap, getattr(b, f), getattr(a, f)) for f in a.answers}
+    second = {f: np.where(swap, getattr(a, f), getattr(b, f)) for f in a.answers}
+    return dataclasses.replace(a, **first), dataclasses.replace(b, **second)
+
+
+def majority(outcome: Classes, train: np.ndarray) -> Classes:
+    """What predicting the largest class of the training labels gives."""
+    counts = np.bincount(train, minlength=outcome.num_classes)
+    size = len(outcome)
+    share = np.full(size, counts.max() / counts.sum())
+    return dataclasses.replace(outcome, predicted=np.full(size, counts.argmax()), confidence=share)

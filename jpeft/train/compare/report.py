@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a study: Markdown, CSV, and one HTML page that needs no other file."""
+
+import csv
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ...models._files import write_text
+from . import figures
+from .runner import Done
+from .study import Study
+from .table import COSTS, Row, Table, tables
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 72rem;
+       padding: 1rem; }
+h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; padding-bottom: .3rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+thead th { border-bottom: 2px solid #333; } .flag { font-weight: 600; }
+figure { margin: 1.5rem 0; } figure svg { width: 100%; height: auto; max-width: 62rem; } figcaption { color: #444; }
+pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; }
+"""
+
+
+def write(study: Study, runs: Sequence[Done]) -> Path:
+    """Writes report.md, report.html, report.csv and plots/ into the study's folder; gives the page.
+
+    Raises:
+      ValueError: there is nothing to report.
+    """
+    out = Path(study.out)
+    found = tables(study, runs)
+    plots = {id(table): figures.draw(table, out / "plots" / _slug(table)) for table in found}
+    few = figures.few_examples(found, out / "plots")
+    write_text(out / "report.md", markdown(study, runs, found, plots, few, out))
+    write_text(out / "report.csv", spreadsheet(found))
+    write_text(out / "report.html", page(study, runs, found, plots, few))
+    return out / "report.html"
+
+
+def markdown(
+    study: Study,
+    runs: Sequence[Done],
+    found: Sequence[Table],
+    plots: Mapping[int, Mapping[str, Path]],
+    few: Path | None,
+    out: Path,
+) -> str:
+    """The report as Markdown, with links to the plots."""
+    lines = ["# Comparison of methods", ""]
+    lines += [*(f"- {line}" for line in protocol(study, runs)), ""]
+    for table in found:
+        lines += [f"## {_title(table)}", "", *flags(table), ""]
+        for head, rows in (scores(table, study.reference), costs(table)):
+            lines += ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+            lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+        lines += [f"![{title}]({file.relative_to(out)})" for title, file in plots[id(table)].items()] + [""]
+    if few is not None:
+        lines += ["## Few examples", "", f"![few examples]({few.relative_to(out)})", ""]
+    return "\n".join(lines)
+
+
+def spreadsheet(found: Sequence[Table]) -> str:
+    """One line for every method of every table; what was not measured is empty."""
+    names = list(dict.fromkeys(name for t in found for row in t.rows for name in row.scores))
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    bounds = [f"{name}{end}" for name in names for end in ("", " low", " high")]
+    writer.writerow(
+        [
+            "task",
+            "model",
+            "rows",
+            "method",
+            "seeds",
+            "diverged",
+            "collapsed",
+            *bounds,
+            "difference",
+            "p adjusted",
+            *COSTS,
+        ]
+    )
+    for table in found:
+        for row in table.rows:
+            figures_ = [x for name in names for x in row.scores.get(name, ("", "", ""))]
+            apart = ("", "") if row.apart is None else (row.apart.interval.mean, row.apart.p)
+            measured = ["" if value is None else value for value in row.costs.values()]
+            writer.writerow(
+                [
+                    *(table.task, table.model, table.size or "all", row.method, row.seeds, row.diverged, row.collapsed),
+                    *(*figures_, *apart, *measured),
+                ]
+            )
+    return stream.getvalue()
+
+
+def page(
+    study: Study,
+    runs: Sequence[Done],
+    found: Sequence[Table],
+    plots: Mapping[int, Mapping[str, Path]],
+    few: Path | None,
+) -> str:
+    """The report as one HTML page with its plots in it."""
+    body = ["<h1>Comparison of methods</h1>", _items(protocol(study, runs))]
+    for table in found:
+        body.append(f"<h2>{html.escape(_title(table))}</h2>")
+        body += [f'<p class="flag">{html.escape(line)}</p>' for line in flags(table)]
+        body += [_table(*part) for part in (scores(table, study.reference), costs(table))]
+        body += [_figure(title, file) for title, file in plots[id(table)].items()]
+    if few is not None:
+        body += ["<h2>Few examples</h2>", _figure("few examples", few)]
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<style>{_STYLE}</style>"
+    return f'<!doctype html><html lang="en"><head><title>Comparison of methods</title>{head}</head><body>' + "\n".join(
+        [*body, "</body></html>\n"]
+    )
+
+
+def protocol(study: Study, runs: Sequence[Done]) -> list[str]:
+    """What was done, in lines."""
+    seeds = ", ".join(map(str, study.seeds))
+    lines = [f"{len(runs)} runs; seeds {seeds}; each run trained in a process of its own."]
+    if study.tune:
+        tried = "; ".join(f"{key} from {', '.join(map(str, values))}" for key, values in study.tune.items())
+        lines.append(
+            f"Chosen for each method on the validation split, with seed {study.tune_seed}, before any test: {tried} "
+            "(chosen.json says what)."
+        )
+    else:
+        lines.append("Nothing was tuned: every method has the values that the study gives it.")
+    lines += [
+        "The test split is read by the final runs alone, once each.",
+        "Intervals: 95 %, by a bootstrap over seeds and test examples, both drawn by themselves"
+        + ("; with one seed, over the examples alone." if len(study.seeds) == 1 else "."),
+        f"Differences: against {study.reference}, paired by seed and example; p by a permutation test over the "
+        "examples, adjusted for all methods of a table (Holm).",
+        "Costs are medians over seeds. Tokens/s leave compilation and evaluation out. FLOPs are those of the compiled "
+        "step; MFU is 4 N tokens/s over the peak rate, 6 N for full fine-tuning, N the base's parameters without "
+        "embeddings.",
+    ]
+    devices = sorted({done.result["device"] for done in runs if "device" in done.result})
+    versions = sorted(
+        {", ".join(f"{k} {v}" for k, v in d.result["versions"].items()) for d in runs if "versions" in d.result}
+    )
+    return [*lines, *(f"Device: {device}." for device in devices), *(f"Versions: {line}." for line in versions)]
+
+
+def flags(table: Table) -> list[str]:
+    """What keeps a figure from being read as a score."""
+    out = []
+    for row in table.rows:
+        if row.collapsed:
+            out.append(
+                f"{row.method} collapsed with {row.collapsed} of {row.seeds} seeds: it predicts one class for every "
+                "example. Its figures are those of the class's frequency, and no score."
+            )
+        if row.diverged:
+            out.append(f"{row.method} diverged with {row.diverged} seeds, which are left out of its figures.")
+    return out
+
+
+def scores(table: Table, reference: str) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of scores; best first below the baselines."""
+    names = list(dict.fromkeys(name for row in table.rows for name in row.scores))
+    head = ["method", *(f"{name} [95 %]" for name in names), f"{table.main} - {reference}'s [95 %]", "p", "seeds"]
+    rows = []
+    for row in _ranked(table):
+        cells = [_interval(row.scores[name]) if name in row.scores else "-" for name in names]
+        apart = ("-", "-") if row.apart is None else (_signed(row.apart.interval), f"{row.apart.p:.3f}")
+        seeds = f"{row.seeds}" + (f", {row.collapsed} collapsed" if row.collapsed else "")
+        rows.append([row.method, *cells, *apart, seeds + (f", {row.diverged} diverged" if row.diverged else "")])
+    return head, rows
+
+
+def costs(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of costs, of what was measured."""
+    shown = [name for name in COSTS if any(row.costs[name] is not None for row in table.rows)]
+    rows = [[row.method, *(_cost(name, row.costs[name]) for name in shown)] for row in _ranked(table)]
+    return ["method", *shown], [row for row in rows if any(cell != "-" for cell in row[1:])]
+
+
+def _ranked(table: Table) -> list[Row]:
+    sign = -1 if table.more_is_better else 1
+    worst = float("inf")
+    return sorted(
+        table.rows, key=lambda r: (not r.is_baseline, sign * r.scores[table.main].mean if r.scores else worst)
+    )
+
+
+def _interval(value: tuple[float, float, float]) -> str:
+    mean, low, high = value
+    return f"{mean:.4f} [{low:.4f}, {high:.4f}]"
+
+
+def _signed(value: tuple[float, float, float]) -> str:
+    mean, low, high = value
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def _cost(name: str, value: float | None) -> str:
+    return "-" if value is None else format(value, COSTS[name][1])
+
+
+def _title(table: Table) -> str:
+    return f"{table.task} on {table.model}" + ("" if table.size is None else f", {table.size:,} training rows")
+
+
+def _slug(table: Table) -> str:
+    return re.sub(r"[^\w-]+", "_", _title(table))
+
+
+def _items(lines: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _figure(title: str, file: Path) -> str:
+    """The SVG itself; its ids are made its own, for a page holds many."""
+    svg = file.read_text(encoding="utf-8")
+    svg = svg[svg.index("<svg") :]
+    own = re.sub(r"[^\w]+", "_", f"{file.parent.name}_{file.stem}")
+    svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{own}-", svg)
+    svg = re.sub(r"<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', svg, count=1)
+    return f"<figure>{svg}<figcaption>{html.escape(title)}</figcaption></figure>"

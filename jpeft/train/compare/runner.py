@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the runs of a study that are not made yet, each in a process of its own.
+
+A process of its own gives every run clean memory, so that its peak is its own, and lets nothing but the run fail. A
+study that was killed is called again: runs with a result are not repeated, and one that was cut off begins anew. A run
+that stopped because its loss was not finite has that for its result.
+
+  STUDY/study.json                  what is compared, resolved
+  STUDY/runs/TASK/MODEL/METHOD/.../ plan.json, result.json and the training's own folder
+  STUDY/chosen.json                 what the trials chose for each method
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...models._files import write_text
+from .. import config as configuration
+from . import study as studies
+from .study import Run, Study
+
+#: What a run's process is asked for; the folder follows.
+COMMAND = (sys.executable, "-m", "jpeft.train.compare.measure")
+
+Key = tuple[str, str, str]
+
+
+class RunFailed(RuntimeError):
+    """A run ended without a result; the study can be called again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A run and its result."""
+
+    run: Run
+    result: dict[str, Any]
+
+
+def conduct(study: Study, say: Callable[[str], None] = print, command: Sequence[str] = COMMAND) -> list[Done]:
+    """Makes all runs that are not made yet, and gives the final ones with their results.
+
+    Raises:
+      ConfigError: the folder holds another study.
+      RunFailed: a run's process ended without a result.
+    """
+    out = Path(study.out)
+    _begin(study, out)
+    trials = [_made(study, run, out, say, command) for run in studies.trials(study)]
+    chosen = choose(trials)
+    if chosen:
+        lines = {" / ".join(key): values for key, values in chosen.items()}
+        write_text(out / "chosen.json", json.dumps(lines, indent=2) + "\n")
+    return [_made(study, run, out, say, command) for run in studies.finals(study, chosen)]
+
+
+def choose(trials: Sequence[Done]) -> dict[Key, Mapping[str, Any]]:
+    """The values of the best trial for each (model, task, method), by data.eval's main figure; of equals the first.
+
+    Raises:
+      RunFailed: all trials of one diverged.
+    """
+    best: dict[Key, Done] = {}
+    keys = dict.fromkeys((d.run.model, d.run.task, d.run.method) for d in trials)
+    for done in trials:
+        key = (done.run.model, done.run.task, done.run.method)
+        if "failed" in done.result:
+            continue
+        if key not in best or _merit(done) > _merit(best[key]):
+            best[key] = done
+    lost = [" / ".join(key) for key in keys if key not in best]
+    if lost:
+        raise RunFailed(f"all trials of {', '.join(lost)} diverged; give tune other values")
+    return {key: best[key].run.trial or {} for key in keys}
+
+
+def _merit(done: Done) -> float:
+    metrics = done.result["eval"]
+    return metrics["accuracy"] if "accuracy" in metrics else -metrics["loss"]
+
+
+def _begin(study: Study, out: Path) -> None:
+    """Writes down what is compared, or checks that it is what the folder was begun with."""
+    values, file = json.loads(json.dumps(dataclasses.asdict(study))), out / "study.json"
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [key for key in values if before.get(key) != values[key] and key not in ("seeds", "methods", "sizes")]
+        if changed:
+            raise studies.ConfigError(
+                f"{out} was begun with another {', '.join(changed)}; what is compared is the same for all its runs "
+                "(methods, seeds and sizes may be added); give another out="
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise studies.ConfigError(f"{out} holds something that is no study; give another out=")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(values, indent=2) + "\n")
+
+
+def _made(study: Study, run: Run, out: Path, say: Callable[[str], None], command: Sequence[str]) -> Done:
+    """The run with its result, which is made if it is not there."""
+    folder = out / "runs" / run.folder
+    plan = _plan(study, run)
+    known = _known(folder, plan)
+    if known is not None:
+        return Done(run, known)
+    say(f"run: {run.folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "plan.json", json.dumps(plan, indent=2) + "\n")
+    with (folder / "log.txt").open("wb") as log:
+        code = subprocess.run([*command, str(folder)], stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    known = _known(folder, plan)
+    if known is None:
+        tail = "\n".join((folder / "log.txt").read_text(errors="replace").splitlines()[-5:])
+        raise RunFailed(f"{folder} ended with exit code {code} and no result; its log.txt ends with\n{tail}")
+    say(f"     {_said(known)}")
+    return Done(run, known)
+
+
+def _plan(study: Study, run: Run) -> dict[str, Any]:
+    """What a run's process is to do, as plain values."""
+    task, tested = study.tasks[run.task], run.trial is None
+    plan = {
+        "config": run.config,
+        "size": run.size,
+        "target": task.target,
+        "test": configuration.paths(task.test) if tested else (),
+        "general": task.general if tested else None,
+        "group": task.group if tested else None,
+    }
+    return json.loads(json.dumps(plan))
+
+
+def _known(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result of a run that was made by the same plan."""
+    if not (folder / "result.json").is_file():
+        return None
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    if result["plan"] != plan:
+        raise studies.ConfigError(f"{folder} was made by another plan (see plan.json); delete it, or give another out=")
+    return result
+
+
+def _said(result: Mapping[str, Any]) -> str:
+    if "failed" in result:
+        return f"diverged: {result['failed']}"
+    metrics = result.get("test") or result["eval"]
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) + f", {result['seconds']:.0f} s"

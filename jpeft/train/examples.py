@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenised rows, and an account of what became of all that were read."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+#: A label that is ignored, as in torch.
+IGNORED = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Tokenised rows.
+
+    Attributes:
+      tokens: ids of every row; of preference pairs the chosen answer's and the rejected one's in turn.
+      labels: of every row: one class `[]`, or one label per token `[tokens]`, `IGNORED` where nothing is learnt.
+      rows: rows read.
+      truncated: rows that were cut, and `lost` the tokens cut off.
+      dropped: rows left out because nothing in them could be trained.
+      digests: SHA-256 by file.
+      skipped: bad rows left out.
+      unended: rows with labels by token in which no end of a text is learnt.
+      types: of every row, 0 in its first text and 1 in its second, `[tokens]`; None where no row has two.
+      per_example: rows that belong together: 2 of preference pairs, else 1.
+    """
+
+    tokens: list[np.ndarray]
+    labels: list[np.ndarray]
+    rows: int
+    truncated: int
+    lost: int
+    dropped: int
+    digests: dict[str, str]
+    skipped: int = 0
+    unended: int = 0
+    types: list[np.ndarray] | None = None
+    per_example: int = 1
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.tokens) // self.per_example
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every example's longest row."""
+        return np.array([len(tokens) for tokens in self.tokens]).reshape(-1, self.per_example).max(axis=1)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of every example's rows together."""
+        return np.array([len(tokens) for tokens in self.tokens]).reshape(-1, self.per_example).sum(axis=1)
+
+    @property
+    def trained(self) -> int:
+        """Labels that count."""
+        return int(sum((labels != IGNORED).sum() for labels in self.labels))
+
+    def __str__(self) -> str:
+        total = int(self.sizes.sum())
+        said = [
+            f"{self.rows:,} rows -> {len(self):,} {'pairs' if self.per_example == 2 else 'examples'}, {total:,} tokens"
+            + (f" ({self.trained:,} trained)" if self.per_token else "")
+            + f"; truncated {self.truncated:,} rows ({self.lost:,} tokens lost)",
+            f"dropped {self.dropped:,} without a trainable token",
+        ]
+        if self.skipped:
+            said.append(f"skipped {self.skipped:,} bad rows")
+        if self.per_token and self.unended:
+            said.append(f"{self.unended:,} learn no end of text")
+        return "; ".join(said)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether every token has a label, and not the row."""
+        return self.labels[0].ndim == 1
+
+
+def repeated(examples: Examples, weight: float, seed: int = 0) -> Examples:
+    """Every example `weight` times: 2.5 is twice, and half of them, which `seed` draws, once more.
+
+    No array is copied.
+    """
+    if weight == 1:
+        return examples
+    count = len(examples)
+    more = np.random.default_rng((seed, count)).permutation(count)[: round(weight % 1 * count)]
+    chosen = [*range(count)] * int(weight) + sorted(more.tolist())
+    return dataclasses.replace(examples, **_rows(examples, chosen))
+
+
+def joined(parts: Sequence[Examples]) -> Examples:
+    """The examples of several sources as one."""
+    if len(parts) == 1:
+        return parts[0]
+    types = None
+    if any(part.types is not None for part in parts):
+        types = [t for part in parts for t in part.types or [np.zeros_like(tokens) for tokens in part.tokens]]
+    return Examples(
+        [tokens for part in parts for tokens in part.tokens],
+        [labels for part in parts for labels in part.labels],
+        digests={file: digest for part in parts for file, digest in part.digests.items()},
+        types=types,
+        per_example=parts[0].per_example,
+        **{name: sum(getattr(part, name) for part in parts) for name in _COUNTS},
+    )
+
+
+#: What is summed over sources.
+_COUNTS = ("rows", "truncated", "lost", "dropped", "skipped", "unended")
+
+
+def _rows(examples: Examples, chosen: Sequence[int]) -> dict[str, list[np.ndarray] | None]:
+    each = examples.per_example
+    rows = [i * each + k for i in chosen for k in range(each)]
+    columns = {"tokens": examples.tokens, "labels": examples.labels, "types": examples.types}
+    return {name: None if column is None else [column[row] for row in rows] for name, column in columns.items()}

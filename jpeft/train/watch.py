@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run measures of itself and shows: the loop calls this, and it changes nothing that is trained.
+
+  watch = Watch(config, dataset, parts, folder, update, done, standing)
+  for number, fed in watch.waiting(feed):
+      state, metrics = update(...)
+      watch.update(metrics, fed.real, fed.padded)
+      if watch.due(number):
+          losses += watch.log(number)
+      if evaluates:
+          watch.evaluated(number, evaluation)     # then watch.improved, watch.exhausted
+  watch.end()
+
+Nothing is read back from the device but in `pending_figures`, `log` and what follows an evaluation.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from .._partition import combine
+from . import utilization
+from .clock import Clock
+from .config import Config
+from .evaluate import Evaluation
+from .folder import RunFolder
+from .job import Dataset, Parts
+from .optim import schedule
+from .progress import Bar, say
+from .standing import Standing
+from .step import Compiled, Metrics
+
+T = TypeVar("T")
+
+
+class Watch:
+    """One run's eyes.
+
+    Args:
+      config, dataset, parts, folder: of the run.
+      update: its compiled step, asked for the time that went into compiling.
+      done: updates made before.
+      standing: of the evaluations before.
+
+    Attributes:
+      standing: of all evaluations so far; part of what an exact resume restores.
+      clock: where the time went; `with watch.clock.on("save"): ...` counts a checkpoint's.
+    """
+
+    def __init__(
+        self, config: Config, dataset: Dataset, parts: Parts, folder: RunFolder, update: Compiled,
+        done: int = 0, standing: Standing | None = None,
+    ):  # fmt: skip
+        self.standing, self.clock = standing or Standing(), Clock()
+        self._config, self._dataset, self._folder, self._compiled = config, dataset, folder, update
+        self._rate = schedule(config.optimizer, dataset.num_updates)
+        model = combine(parts.graphdef, parts.trainable, parts.frozen)
+        self._flops = utilization.flops_per_token(model, parts.summary, config.model.task)
+        self._peak = utilization.peak_flops(jax.devices() if config.mesh else jax.devices()[:1])
+        self._pending: list[Metrics] = []
+        self._lap = _Lap(self.clock, 0, 0)
+        self._sum = [0, 0, 0.0]
+        self._bar = Bar(dataset.num_updates, done)
+
+    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
+        """`batches`, with the time counted in which the device had nothing to do and waited for one."""
+        source, nothing = iter(batches), object()
+        while True:
+            before = self.clock.elapsed
+            item: Any = next(source, nothing)
+            if item is nothing:
+                return
+            last: Any = self._pending[-1].loss if self._pending else None
+            if last is None or last.is_ready():
+                self.clock.spent["data"] += self.clock.elapsed - before
+            yield item
+
+    def update(self, metrics: Metrics, real: int, padded: int) -> None:
+        """Takes in one update: what it measured, still on the device, and its tokens, real and with padding."""
+        self._pending.append(metrics)
+        self._lap.real, self._lap.padded = self._lap.real + real, self._lap.padded + padded
+
+    def due(self, number: int) -> bool:
+        """Whether a line is written after update `number`."""
+        return number % self._config.train.log_every == 0 or number == self._dataset.num_updates
+
+    def pending_figures(self) -> np.ndarray:
+        """`[updates, 3]` loss, labels and gradient norm since the last line, once the device has computed them."""
+        read = jax.device_get([tuple(metrics)[:3] for metrics in self._pending])
+        return np.array(read, np.float64).reshape(-1, 3)
+
+    def log(self, number: int) -> list[float]:
+        """Waits for the device, writes and shows a line, and gives the losses since the last one."""
+        if not self._pending:
+            return []
+        losses, labels, norms = self.pending_figures().T
+        with self.clock.on("log"):
+            self.clock.spent["compile"] = self._compiled.compile_seconds
+            entry = {
+                "update": number,
+                "epoch": self._epoch(number),
+                "loss": float(losses @ labels / labels.sum()),
+                "losses": losses.tolist(),
+                "grad_norm": float(norms[-1]),
+                "lr": float(np.asarray(self._rate(number - 1))),
+                **self._lap_figures(),
+            }
+            self._folder.log(entry)
+            self._bar.show(number, entry)
+        self._pending, self._lap = [], _Lap(self.clock, 0, 0)
+        return losses.tolist()
+
+    def evaluated(self, number: int, evaluation: Evaluation) -> None:
+        """Writes and says an evaluation, and follows the configured figure."""
+        figures = {f"eval_{name}": value for name, value in evaluation.metrics.items()}
+        self._folder.log({"update": number, "epoch": self._epoch(number), **figures})
+        followed = self._config.train.best
+        if followed is not None:
+            self.standing = self.standing.after(followed, evaluation.metrics[followed], number)
+        said = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
+        say(f"update {number}, epoch {self._epoch(number):.2f}: {said}{' (the best)' if self.improved else ''}")
+
+    @property
+    def improved(self) -> bool:
+        """Whether the last evaluation is the best so far."""
+        return self.standing.best is not None and not self.standing.since
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether training ends early: as many evaluations without a gain as there is patience."""
+        patience = self._config.train.patience
+        return patience is not None and self.standing.since >= patience
+
+    def end(self) -> tuple[float, float]:
+        """Ends the bar, says where the time went; real and padded tokens/s over all updates."""
+        self._bar.close()
+        self.clock.spent["compile"] = self._compiled.compile_seconds
+        say(f"time: {self.clock}")
+        real, padded, seconds = self._sum
+        return real / max(seconds, 1e-9), padded / max(seconds, 1e-9)
+
+    def _epoch(self, number: int) -> float:
+        return round(number / self._dataset.train.buckets.num_batches, 4)
+
+    def _lap_figures(self) -> dict[str, Any]:
+        """Rates since the last line, without the time of compilation, evaluation and saving."""
+        lap, seconds = self._lap, max(self._lap.seconds(), 1e-9)
+        for index, value in enumerate((lap.real, lap.padded, seconds)):
+            self._sum[index] += value
+        return {
+            "tokens_per_s": round(lap.real / seconds, 1),
+            "padded_tokens_per_s": round(lap.padded / seconds, 1),
+            "mfu": None if not self._peak else _rounded(self._flops * lap.real / seconds / self._peak),
+            "data_wait": _rounded(lap.waited() / seconds),
+            "peak_memory_mb": round(utilization.peak_bytes() / 2**20, 1),
+        }
+
+
+class _Lap:
+    """Tokens and time between two lines."""
+
+    def __init__(self, clock: Clock, real: int, padded: int):
+        self._clock, self.real, self.padded = clock, real, padded
+        self._start, self._apart, self._data = clock.elapsed, clock.apart, clock.spent["data"]
+
+    def seconds(self) -> float:
+        return self._clock.elapsed - self._start - (self._clock.apart - self._apart)
+
+    def waited(self) -> float:
+        return self._clock.spent["data"] - self._data
+
+
+def _rounded(share: float) -> float:
+    """Three significant digits."""
+    return share if share == 0 else round(share, 2 - math.floor(math.log10(abs(share))))
