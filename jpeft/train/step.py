@@ -11,7 +11,7 @@ k * b, however unequally the labels are spread. What the methods add to the loss
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._adapt import penalty
 from .._partition import GraphDef, Leaves, combine
+from .._scope import scope
 from .._sharding import mirrored
 from .._steering import check_steered
 from .losses import Batch, Measured, Sums, cls_loss, lm_loss, qa_loss, token_cls_loss
@@ -178,11 +179,12 @@ class Compiled:
     """`update`, compiled once for each shape of batch, with the new state in the places of the old one.
 
     Attributes:
+      update: the function, not compiled.
       compile_seconds: spent on compiling so far.
     """
 
     def __init__(self, update: Update):
-        self._update = update
+        self.update = update
         self._programs: dict[Any, Any] = {}
         self.compile_seconds = 0.0
 
@@ -201,12 +203,26 @@ class Compiled:
         shapes = tuple((name, batch[name].shape) for name in sorted(batch)), None if key is None else key.shape
         if shapes not in self._programs:
             start = time.perf_counter()
-            places = jax.tree.map(lambda leaf: leaf.sharding, state)
-            options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
-            jitted = jax.jit(self._update, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
-            self._programs[shapes] = jitted.lower(state, frozen, batch, key).compile()
+            self._programs[shapes] = self.lower(state, frozen, batch, key).compile()
             self.compile_seconds += time.perf_counter() - start
         return self._programs[shapes](state, frozen, batch, key)
+
+    def lower(self, state: State, frozen: Mapping[str, Any], batch: Batch, key: jax.Array | None) -> jax.stages.Lowered:
+        """The program before it is compiled, for the devices that the arguments lie on; shapes in places will do.
+
+        Arguments that it does not read are its arguments all the same, so that its memory is what a run takes.
+        """
+        places = jax.tree.map(lambda leaf: leaf.sharding, state)
+        target = next(iter(state.updates.sharding.device_set)).platform
+        jitted = jax.jit(
+            self.update,
+            donate_argnums=0,
+            out_shardings=(places, None),
+            compiler_options=CPU_OPTIONS if target == "cpu" else None,
+            keep_unused=True,
+        )
+        with scope(platform=target):
+            return jitted.lower(state, frozen, batch, key)
 
 
 def _cost(program: Any) -> Cost | None:
