@@ -139,9 +139,7 @@ class Checkpoints:
         described = json.loads((place / "plain" / "metadata").read_bytes())
         wrong = _differences(described["leaves"], _described(like))
         if wrong:
-            raise CheckpointError(
-                f"step {step} in {self.folder} is of another training:\n  " + "\n  ".join(wrong[:20])
-            )
+            raise CheckpointError(f"step {step} in {self.folder} is of another training:\n  " + "\n  ".join(wrong[:20]))
         wanted = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in _flat(like).items()}
         with ocp.StandardCheckpointer() as reader:
             found = reader.restore(place / "state", wanted)

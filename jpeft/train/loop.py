@@ -49,7 +49,7 @@ class Result:
     Attributes:
       state: after the last update.
       evaluation: the last one, or None without evaluation data.
-      losses: of every update since the run began or was resumed.
+      losses: of every update that this process wrote a line of: all but those before a resume.
       real_rate, padded_rate: tokens/s over the whole run, compilation and evaluation left out.
       adapter: folder of the saved adapter.
       standing: of the evaluations, where the configuration follows a figure of theirs.
