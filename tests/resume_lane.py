@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kills runs by SIGKILL at chosen and at random moments, resumes them, and compares them with runs left alone, bit by bit.
+"""Kills runs at chosen and at random moments, resumes them, and compares them with runs left alone, bit by bit.
 
   make resume                                     # python tests/resume_lane.py; writes docs/results/resume.md
   python tests/resume_lane.py --only lora --kills 2
@@ -230,10 +230,9 @@ def page(rows: list[dict[str, Any]], seconds: float) -> str:
     same = sum(row["same"] for row in rows)
     out = [
         "# Killed and resumed\n",
-        "Written by `make resume` (`tests/resume_lane.py`). A tiny Llama is trained for "
-        f"{UPDATES} updates with dropout, a cosine schedule with warm-up, an evaluation every 6 updates, the best adapter "
-        "kept and a checkpoint every 4 updates. Processes are killed by SIGKILL and started again with `--resume` until the run "
-        "is through. It counts as the same where every line of metrics.jsonl (all losses, gradient norms, learning "
+        f"Written by `make resume` (`tests/resume_lane.py`). A tiny Llama is trained for {UPDATES} updates with dropout, "
+        "a cosine schedule with warm-up, an evaluation every 6 updates, the best adapter kept and a checkpoint every 4 "
+        "updates. Processes are killed by SIGKILL and started again with `--resume` until the run is through. It counts as the same where every line of metrics.jsonl (all losses, gradient norms, learning "
         "rates, evaluations; times left out) and every byte of adapter/ and best/ equal those of a run that was never "
         "stopped.\n",
         f"**{same} of {len(rows)} kills: the same run, bit for bit.** jax {jax.__version__}, CPU, {seconds:.0f} s.\n",
@@ -255,15 +254,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    for module in (
-        "jpeft.train.loop",
-        "orbax.checkpoint",
-        "transformers",
-        "tokenizers",
-        "datasets",
-        "pydantic",
-        "yaml",
-    ):
+    for module in "jpeft.train.loop orbax.checkpoint transformers tokenizers datasets pydantic yaml matplotlib".split():
         importlib.import_module(module)  # before the forks
     rng, rows, start = random.Random(options.seed), [], time.time()
     with tempfile.TemporaryDirectory() as name:

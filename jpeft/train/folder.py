@@ -4,6 +4,10 @@
 config.yaml     the configuration, every key written out
 run.json        command, versions, device, data and tokenizer hashes, counts
 metrics.jsonl   one line per log interval and per evaluation
+samples.jsonl   what the model wrote after every evaluation, where `train.samples` wants any
+plots/          the figures as pictures
+profile/        a trace, where `logging.profile` wants one
+tensorboard/, wandb/   of the loggers that `logging.to` names
 adapter/        in PEFT's format, or jpeft's own where PEFT has none for it; tokenizer, label names, a model card
 best/           the same after the best evaluation so far, where `train.best` follows one; at the end also adapter/
 checkpoints/    the newest states, from which `--resume` goes on
@@ -30,8 +34,12 @@ from ..models._files import is_file, read_json, write_text
 from . import config as configuration
 from .config import Config
 from .job import Dataset, Parts
+from .samples import Sample
 
 _VERSIONS = ("jpeft", "jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "datasets")
+
+#: Files that grow with the run.
+_LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 class RunFolder:
@@ -52,7 +60,8 @@ class RunFolder:
         self._start = time.time()
         if writes and not resumes and os.path.lexists(self.path / "metrics.jsonl"):
             raise FileExistsError(
-                f"{self.path} holds a run already; --resume goes on with it, --overwrite replaces it, out= names another"
+                f"{self.path} holds a run already; --resume goes on with it, --overwrite replaces it, and out= names "
+                "another"
             )
 
     @property
@@ -86,6 +95,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", configuration.dump(config))
         (self.path / "metrics.jsonl").write_bytes(b"")
+        (self.path / "samples.jsonl").unlink(missing_ok=True)
         record = {
             "command": sys.argv,
             "started": _now(),
@@ -98,35 +108,39 @@ class RunFolder:
             "updates": dataset.num_updates,
             "widths": dataset.train.buckets.widths,
             "trainable": parts.summary.trainable,
+            "changed": parts.summary.changed,
             "base": parts.summary.base,
         }
         self._write_record(record)
 
     def mark(self) -> dict[str, Any]:
         """Where the run stands in its own files: plain values for a checkpoint."""
-        file = self.path / "metrics.jsonl"
-        if self._writes:
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        return {"metrics": file.stat().st_size if self._writes else 0, "seconds": time.time() - self._start}
+        sizes = {}
+        for file in (self.path / name for name in _LOGS if self._writes):
+            if is_file(file):
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+                    sizes[file.name] = os.fstat(stream.fileno()).st_size
+        return {"sizes": sizes, "seconds": time.time() - self._start}
 
     def go_on(self, mark: Mapping[str, Any], update: int, stated: Sequence[str]) -> None:
-        """Cuts metrics.jsonl back to a mark, and notes in run.json that the run was resumed.
+        """Cuts metrics.jsonl and samples.jsonl back to a mark, and notes in run.json that the run was resumed.
 
         Raises:
-          CheckpointError: metrics.jsonl has lost lines that it had when the mark was made.
+          CheckpointError: a file has lost lines that it had when the mark was made.
         """
         self._start = time.time() - mark["seconds"]
         if not self._writes:
             return
-        file = self.path / "metrics.jsonl"
-        size = file.stat().st_size if is_file(file) else 0
-        if size < mark["metrics"]:
-            raise CheckpointError(
-                f"{file} has {size:,} bytes and had {mark['metrics']:,} at update {update}: lines are lost, and the "
-                "run's record could not be whole. Put the file back, or begin a new run with another out="
-            )
-        os.truncate(file, mark["metrics"])
+        for file in (self.path / name for name in _LOGS):
+            size, kept = file.stat().st_size if is_file(file) else 0, mark["sizes"].get(file.name, 0)
+            if size < kept:
+                raise CheckpointError(
+                    f"{file} has {size:,} bytes and had {kept:,} at update {update}: lines are lost, and the run's "
+                    "record could not be whole. Put the file back, or begin a new run with another out="
+                )
+            if size > kept:
+                os.truncate(file, kept)
         note = {"update": update, "at": _now(), "command": sys.argv, "changed": list(stated)}
         record = read_json(self.path / "run.json")
         self._write_record(record | {"resumed": [*record.get("resumed", []), note]})
@@ -139,12 +153,20 @@ class RunFolder:
     def _write_record(self, record: Mapping[str, Any]) -> None:
         write_text(self.path / "run.json", json.dumps(record, indent=2) + "\n")
 
-    def log(self, entry: Mapping[str, Any]) -> None:
-        """Appends a line to metrics.jsonl, with the seconds since the run began."""
+    def log(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Appends a line to metrics.jsonl: `entry` with the seconds since the run began, which is given back."""
+        whole = {**entry, "seconds": round(time.time() - self._start, 3)}
         if self._writes:
-            line = json.dumps({**entry, "seconds": round(time.time() - self._start, 3)}, allow_nan=False)
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(json.dumps(whole, allow_nan=False) + "\n")
+        return whole
+
+    def log_samples(self, number: int, samples: Sequence[Sample]) -> None:
+        """Appends what the model wrote after update `number` to samples.jsonl."""
+        if self._writes:
+            with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
+                for sample in samples:
+                    file.write(json.dumps({"update": number, **sample._asdict()}, ensure_ascii=False) + "\n")
 
     def save_failure(self, state: Any, batch: Mapping[str, np.ndarray]) -> Path:
         """Writes the batch whose loss was not finite, and the state before it, as arrays; returns the folder."""
@@ -186,9 +208,9 @@ def remove_run(path: str | Path) -> None:
         return
     if not (folder / "metrics.jsonl").is_file() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds something that is no run; it is not replaced")
-    for name in ("adapter", "best", "checkpoints", "failure", "plots"):
+    for name in ("adapter", "best", "checkpoints", "failure", "plots", "profile", "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("config.yaml", "run.json", "metrics.jsonl"):
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl"):
         (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()

@@ -7,7 +7,7 @@ is one `step.State`, from which the next batch and dropout key follow; so whatev
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,20 +21,23 @@ from .._partition import combine
 from ..io.card import Card
 from ..io.checkpoint import Checkpoints, described
 from . import config as configuration
-from . import devices, job
+from . import devices, job, loggers
 from .batches import Fed
+from .clock import Clock
 from .config import Config
 from .evaluate import Evaluation, Evaluator
 from .folder import RunFolder, replaced
 from .identity import compare, identity
 from .interruption import Interrupted, Interruption
 from .losses import SUMS
+from .measures import MEASURES, Measure, measured_by
 from .optim import make_optimizer
+from .preference import PreferenceSums
 from .prefetch import Prefetch
 from .progress import say
 from .saved import Info, save_adapter
 from .standing import Standing
-from .step import State, begin, make_step
+from .step import Cost, State, begin, make_step
 from .watch import Watch
 
 
@@ -53,6 +56,8 @@ class Result:
       real_rate, padded_rate: tokens/s over the whole run, compilation and evaluation left out.
       adapter: folder of the saved adapter.
       standing: of the evaluations, where the configuration follows a figure of theirs.
+      clock: where the time went.
+      cost: of one update of the widest batch; None where the backend does not tell.
     """
 
     state: State
@@ -62,6 +67,8 @@ class Result:
     padded_rate: float
     adapter: Path
     standing: Standing
+    clock: Clock
+    cost: Cost | None
 
 
 def train(config: Config, *, resume: bool = False) -> Result:
@@ -80,6 +87,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
     Example:
       >>> result = train(config.load("sst2.yaml", ["train.seed=1"]))
     """
+    loggers.check(config.logging)
     method = configuration.method(config.method)  # wrong options before minutes of reading
     folder = RunFolder(config.out, devices.is_main(), resume)
     if folder.finished:
@@ -92,6 +100,9 @@ def train(config: Config, *, resume: bool = False) -> Result:
     say(str(parts.summary))
     if parts.own_format is not None:
         say(f"the adapter will be saved in jpeft's own format, for PEFT's cannot hold it: {parts.own_format}")
+    if config.preference.precompute:
+        say("the reference's log-probabilities are computed")
+        dataset = job.with_references(dataset, parts, mesh)
     loop = Loop(config, dataset, parts, mesh, folder)
     return loop.resume() if resume else loop.begin()
 
@@ -107,15 +118,23 @@ def _check_plan(method: Any, num_updates: int) -> None:
         )
 
 
+def objective(config: Config) -> tuple[Callable[..., Any], Measure]:
+    """What is trained, as `make_step` takes it, and what is measured."""
+    if config.train.objective == "likelihood":
+        return SUMS[config.model.task], MEASURES[config.model.task]
+    sums = PreferenceSums(config.preference)
+    return sums, measured_by(sums)
+
+
 class Loop:
     """One run, from a state to its end."""
 
     def __init__(self, config: Config, dataset: job.Dataset, parts: job.Parts, mesh: Any, folder: RunFolder):
         self._config, self._dataset, self._parts, self._mesh, self._folder = config, dataset, parts, mesh, folder
         self._tx = optimizer(make_optimizer(config.optimizer, dataset.num_updates), model=parts.graphdef)
-        sums, groups = SUMS[config.model.task], devices.num_groups(mesh)
-        self._update = make_step(parts.graphdef, sums, self._tx, groups=groups)
-        self._evaluate = Evaluator(parts.graphdef, config.model.task, mesh)
+        sums, measure = objective(config)
+        self._update = make_step(parts.graphdef, sums, self._tx, groups=devices.num_groups(mesh))
+        self._evaluate = Evaluator(parts.graphdef, measure, mesh)
         self._key = job.dropout_key(config)
         self._checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
 
@@ -141,16 +160,18 @@ class Loop:
         self._folder.go_on(plain["folder"], step, stated)
         self._checkpoints.drop_after(step)
         say(f"resumed after update {step}" + "".join(f"\n  {line}" for line in stated))
-        return self.run(state, plain["carried"], Standing(**plain["standing"]), plain["owes"])
+        standing = Standing(**plain["standing"])
+        return self.run(state, plain["position"], plain["carried"], standing, owes=plain["owes"])
 
     def run(
-        self, state: State | None = None, carried: Iterable[Any] = (), standing: Standing | None = None,
-        owes: bool = False,
+        self, state: State | None = None, position: Mapping[str, Any] | None = None, carried: Iterable[Any] = (),
+        standing: Standing | None = None, *, owes: bool = False,
     ) -> Result:  # fmt: skip
         """Trains from `state`, by default from the beginning, and saves the adapter.
 
         Args:
           state: donated.
+          position: of the next batch; None counts the state's updates from the start, which no stream can.
           carried, standing: of `Watch`.
           owes: whether the evaluation after the state's last update is still to be made.
         """
@@ -159,41 +180,45 @@ class Loop:
         watch = Watch(self._config, self._dataset, self._parts, self._folder, self._update, done, standing, carried)
         losses: list[float] = []
         evaluation = self._evaluation(done, state, watch) if owes else None
-        walk = self._dataset.train.walk(seed, self._dataset.train.position(seed, done))
-        last = done if watch.exhausted else self._dataset.num_updates
-        with Interruption() as interruption, Prefetch(walk, then=self._placed) as feed:
-            for number, fed in zip(range(done + 1, last + 1), watch.waiting(feed), strict=False):
+        feed, last = self._dataset.feed, done if watch.exhausted else self._dataset.num_updates
+        walk, starts = feed.walk(seed, feed.position(seed, done) if position is None else position), {}
+        with Interruption() as interruption, Prefetch(walk, then=self._placed) as batches:
+            for number, fed in zip(range(done + 1, last + 1), watch.waiting(batches), strict=False):
                 state, metrics = self._update(state, self._parts.frozen, fed.arrays, self._key)
                 watch.update(metrics, fed.real, fed.padded)
+                starts[number] = fed.start
                 evaluates = self._evaluates_at(number)
                 leaves, saves = interruption.after(number), self._saves_at(number)
                 writes = watch.due(number) or evaluates
                 if (writes or leaves or saves) and bool(state.failed):
-                    self._stop(state, watch.pending_figures())
+                    self._stop(state, watch.pending_figures(), starts)
                 if writes:
                     losses += watch.log(number)
+                    starts.clear()
                 if leaves:
-                    self._leave(number, state, watch, owes=evaluates)
+                    self._leave(number, state, watch, fed.after, owes=evaluates)
                 if evaluates:
                     evaluation = self._evaluation(number, state, watch)
                     if watch.exhausted:
                         break
                 if saves:
-                    self._checkpoint(number, state, watch, owes=False)
+                    self._checkpoint(number, state, watch, fed.after, owes=False)
         self._checkpoints.close()
         rates = watch.end()
         with watch.clock.on("save"):
             self._finish(state, evaluation, watch.standing)
-        return Result(state, evaluation, losses, *rates, self._folder.adapter, watch.standing)
+        told = watch.standing, watch.clock, self._update.cost
+        return Result(state, evaluation, losses, *rates, self._folder.adapter, *told)
 
     def _saves_at(self, number: int) -> bool:
         every = self._config.train.save_every
         return every is not None and number % every == 0 and number < self._dataset.num_updates
 
-    def _checkpoint(self, number: int, state: State, watch: Watch, *, owes: bool) -> None:
+    def _checkpoint(self, number: int, state: State, watch: Watch, position: Mapping[str, Any], *, owes: bool) -> None:
         """Begins to write all that the run is after update `number`."""
         with watch.clock.on("save"):
             plain = {
+                "position": dict(position),
                 "carried": watch.carry(),
                 "standing": dataclasses.asdict(watch.standing),
                 "owes": owes,
@@ -202,9 +227,9 @@ class Loop:
             }
             self._checkpoints.save(number, state, plain)
 
-    def _leave(self, number: int, state: State, watch: Watch, *, owes: bool) -> NoReturn:
+    def _leave(self, number: int, state: State, watch: Watch, position: Mapping[str, Any], *, owes: bool) -> NoReturn:
         """Saves and ends, where a signal asked for it."""
-        self._checkpoint(number, state, watch, owes=owes)
+        self._checkpoint(number, state, watch, position, owes=owes)
         self._checkpoints.close()
         watch.end()
         raise Interrupted(f"after update {number}; its checkpoint is in {self._folder.checkpoints}. --resume goes on")
@@ -218,7 +243,7 @@ class Loop:
         assert self._dataset.eval is not None
         with watch.clock.on("evaluation"):
             evaluation = self._evaluate(state.trainable, self._parts.frozen, self._dataset.eval)
-        watch.evaluated(number, evaluation)
+        watch.evaluated(number, evaluation, lambda: combine(self._parts.graphdef, state.trainable, self._parts.frozen))
         if watch.improved:
             with watch.clock.on("save"):
                 self._save(state, evaluation, self._folder.best)
@@ -231,9 +256,10 @@ class Loop:
         every = self._config.train.eval_every or self._dataset.train.buckets.num_batches
         return self._dataset.eval is not None and (number % every == 0 or number == self._dataset.num_updates)
 
-    def _stop(self, state: State, figures: np.ndarray) -> None:
-        done, seed = int(state.updates), self._config.train.seed
-        batch = next(self._dataset.train.walk(seed, self._dataset.train.position(seed, done))).arrays
+    def _stop(self, state: State, figures: np.ndarray, starts: Mapping[int, Mapping[str, Any]]) -> None:
+        """Saves the batch of the update that failed; `starts` are the positions of the last updates' batches."""
+        done = int(state.updates)
+        batch = next(self._dataset.feed.walk(self._config.train.seed, starts[done + 1])).arrays
         loss, _, norm = figures[~np.isfinite(figures).all(axis=1)][0]
         folder = self._folder.save_failure(_mesh.gather(state), batch)
         raise TrainingStopped(

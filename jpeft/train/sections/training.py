@@ -2,7 +2,7 @@
 """The section `train`: how long, how much at a time, how often to look."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ._checks import FORBID, at_least_one
 
@@ -24,6 +24,9 @@ class Train:
       keep: checkpoints that are kept, the newest ones.
       best: figure of the evaluation whose best adapter is kept (in the run's best/ and, at the end, adapter/), such as
         `accuracy` or `loss`; None keeps the last.
+      objective: `likelihood` of the labels, or `dpo`: preferences between two answers (see the section `preference`).
+      samples: what the model writes after every evaluation: prompts, or how many examples of data.eval to begin.
+      sample_tokens: how many tokens of each.
       patience: evaluations without a gain in `best` after which training ends early; None goes on to the end.
     """
 
@@ -38,6 +41,9 @@ class Train:
     eval_every: int | None = None
     save_every: int | None = 500
     keep: int = 2
+    objective: Literal["likelihood", "dpo"] = "likelihood"
+    samples: int | tuple[str, ...] = 0
+    sample_tokens: int = 64
     best: str | None = None
     patience: int | None = None
 
@@ -54,5 +60,6 @@ class Train:
                 "train.save_every": self.save_every,
                 "train.keep": self.keep,
                 "train.patience": self.patience,
+                "train.sample_tokens": self.sample_tokens,
             }
         )
