@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Trains, or says what would be trained."""
+    """Trains, or says what would be trained; an interrupted run that can be resumed ends with `EXIT_CODE`."""
+    if options.overwrite and options.resume:
+        raise config.ConfigError("--resume goes on with a run and --overwrite removes it; give one of them")
     given = {"train.seed": options.seed, "out": options.out, "mesh": options.mesh and f'"{options.mesh}"'}
     settings = config.load(
         options.config, options.overrides + [f"{key}={value}" for key, value in given.items() if value is not None]
