@@ -113,7 +113,9 @@ class Loop:
         watch = Watch(self._config, self._dataset, self._parts, self._folder, self._update, done, standing)
         losses: list[float] = []
         evaluation = None
-        walk, starts = self._dataset.feed.walk(seed, self._dataset.feed.position(seed, done)), {}
+        source, starts = self._dataset.feed, {}
+        own = devices.own_rows(self._mesh, self._dataset.train.rows)
+        walk = source.walk(seed, source.position(seed, done), own)
         with Prefetch(walk, then=self._placed) as feed:
             for number, fed in zip(range(done + 1, self._dataset.num_updates + 1), watch.waiting(feed), strict=False):
                 state, metrics = self._update(state, self._parts.frozen, fed.arrays, self._key)
