@@ -181,7 +181,8 @@ class Loop:
         losses: list[float] = []
         evaluation = self._evaluation(done, state, watch) if owes else None
         feed, last = self._dataset.feed, done if watch.exhausted else self._dataset.num_updates
-        walk, starts = feed.walk(seed, feed.position(seed, done) if position is None else position), {}
+        own, starts = devices.own_rows(self._mesh, self._dataset.train.rows), {}
+        walk = feed.walk(seed, feed.position(seed, done) if position is None else position, own)
         with Interruption() as interruption, Prefetch(walk, then=self._placed) as batches:
             for number, fed in zip(range(done + 1, last + 1), watch.waiting(batches), strict=False):
                 state, metrics = self._update(state, self._parts.frozen, fed.arrays, self._key)
