@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .._partition import combine
@@ -50,6 +51,7 @@ class Watch:
       update: its compiled step, asked for the time that went into compiling.
       done: updates made before.
       standing: of the evaluations before.
+      carried: what `carry` gave, of updates made before that have no line yet.
 
     Attributes:
       standing: of all evaluations so far; part of what an exact resume restores.
@@ -58,7 +60,7 @@ class Watch:
 
     def __init__(
         self, config: Config, dataset: Dataset, parts: Parts, folder: RunFolder, update: Compiled,
-        done: int = 0, standing: Standing | None = None,
+        done: int = 0, standing: Standing | None = None, carried: Iterable[Any] = (),
     ):  # fmt: skip
         self.standing, self.clock = standing or Standing(), Clock()
         self._config, self._dataset, self._folder, self._compiled = config, dataset, folder, update
@@ -69,7 +71,7 @@ class Watch:
         self._loggers = loggers.opened(config.logging, folder.path, dataclasses.asdict(config)) if is_main() else []
         self._profile = Profile(config.logging.profile, folder.path / "profile")
         self._sampler = _sampler(config, dataset)
-        self._pending: list[Metrics] = []
+        self._pending = [Metrics(*jax.tree.map(jnp.float32, tuple(metrics))) for metrics in carried]
         self._lap = _Lap(self.clock, 0, 0)
         self._sum = [0, 0, 0.0]
         self._bar = Bar(dataset.num_updates, done)
@@ -101,6 +103,10 @@ class Watch:
         """`[updates, 3]` loss, labels and gradient norm since the last line, once the device has computed them."""
         read = jax.device_get([tuple(metrics)[:3] for metrics in self._pending])
         return np.array(read, np.float64).reshape(-1, 3)
+
+    def carry(self) -> list[list[Any]]:
+        """What was measured since the last line, as JSON holds it without loss."""
+        return jax.tree.map(float, [list(metrics) for metrics in jax.device_get(self._pending)])
 
     def log(self, number: int) -> list[float]:
         """Waits for the device, writes and shows a line, and gives the losses since the last one."""
