@@ -37,6 +37,7 @@ class Scope:
       step: whether the running tokens stand behind others, virtual ones among them, that a cache holds.
       groups: how many of the running rows, which are sorted, belong to each expert, `[experts]`; None where each expert
         has rows of its own.
+      noise: NEFTune's alpha; 0 is none.
     """
 
     key: Any = None
@@ -48,6 +49,7 @@ class Scope:
     max_segments: int | None = None
     step: bool = False
     groups: Any = None
+    noise: float = 0.0
 
 
 _SCOPE: contextvars.ContextVar[Scope] = contextvars.ContextVar("jpeft_scope", default=Scope())  # noqa: B039 (frozen)

@@ -23,7 +23,7 @@ from .batches import Fed
 from .config import Config
 from .evaluate import Evaluation, Evaluator
 from .folder import RunFolder, replaced
-from .losses import SUMS
+from .objective import training_sums
 from .optim import make_optimizer
 from .prefetch import Prefetch
 from .progress import say
@@ -100,14 +100,18 @@ class Loop:
     def __init__(self, config: Config, dataset: job.Dataset, parts: job.Parts, mesh: Any, folder: RunFolder):
         self._config, self._dataset, self._parts, self._mesh, self._folder = config, dataset, parts, mesh, folder
         self._tx = optimizer(make_optimizer(config.optimizer, dataset.num_updates), model=parts.graphdef)
-        sums, groups = SUMS[config.model.task], devices.num_groups(mesh)
-        self._update = make_step(parts.graphdef, sums, self._tx, groups=groups)
+        sums, groups = training_sums(config), devices.num_groups(mesh)
+        self._update = make_step(parts.graphdef, sums, self._tx, groups=groups, ema=config.train.ema)
         self._evaluate = Evaluator(parts.graphdef, config.model.task, mesh)
         self._key = job.dropout_key(config)
 
     def run(self, state: State | None = None, standing: Standing | None = None) -> Result:
         """Trains from `state`, by default from the beginning, and saves the adapter."""
-        state = begin(self._tx, self._parts.trainable) if state is None else state
+        state = (
+            begin(self._tx, self._parts.trainable, average=self._config.train.ema is not None)
+            if state is None
+            else state
+        )
         done, seed = int(state.updates), self._config.train.seed
         watch = Watch(self._config, self._dataset, self._parts, self._folder, self._update, done, standing)
         losses: list[float] = []
@@ -135,7 +139,7 @@ class Loop:
         """Evaluates, and keeps a copy of the adapter where it is the best so far."""
         assert self._dataset.eval is not None
         with watch.clock.on("evaluation"):
-            evaluation = self._evaluate(state.trainable, self._parts.frozen, self._dataset.eval)
+            evaluation = self._evaluate(state.served, self._parts.frozen, self._dataset.eval)
         watch.evaluated(number, evaluation)
         if watch.improved:
             with watch.clock.on("save"):
@@ -171,7 +175,7 @@ class Loop:
 
     def _save(self, state: State, evaluation: Evaluation | None, folder: Path) -> None:
         """Writes an adapter into `folder`, in the place of what was there, whole or not at all."""
-        trainable = _mesh.gather(state.trainable)  # by all processes
+        trainable = _mesh.gather(state.served)  # by all processes
         if not devices.is_main():
             return
         trainable = jax.tree.map(jnp.asarray, trainable)
