@@ -12,7 +12,7 @@ from .. import models
 from .._bank import bank, select
 from ..io import import_peft
 from ..models._hub import model_folder
-from . import tokenizer
+from . import templates, tokenizer
 from .writer import Writer
 
 #: The name of the model without any adapter.
@@ -28,20 +28,32 @@ class Conversation:
       messages: `{"role": ..., "content": ...}` in order.
     """
 
-    def __init__(self, model: str | Path, adapters: Mapping[str, str | Path] | None = None, system: str | None = None):
+    def __init__(
+        self,
+        model: str | Path,
+        adapters: Mapping[str, str | Path] | None = None,
+        system: str | None = None,
+        template: str | None = None,
+    ):
         """Loads a model folder and PEFT folders by name; ids on the hub will do.
 
+        Args:
+          model: the folder.
+          adapters: by name.
+          system: message that stands before the conversation.
+          template: as `data.template`, which the adapters were trained with; None is the tokenizer's own.
+
         Raises:
-          ValueError: the tokenizer has no chat template; the adapters do not fit one bank; a name is taken.
+          ValueError: there is no chat template; the adapters do not fit one bank; a name is taken.
           FileNotFoundError, CheckpointError: a folder is not there, or not right.
         """
         adapters = {} if adapters is None else adapters
         if BASE in adapters:
             raise ValueError(f"{BASE} is the name of the model without an adapter; give {adapters[BASE]} another")
         model = model_folder(model)
-        self._template = Template(model)
-        self.names, self.speaker, self.system = (BASE, *adapters), [*adapters, BASE][0], system
         self._words = tokenizer.load(model)
+        self._template = templates.load(self._words, template)
+        self.names, self.speaker, self.system = (BASE, *adapters), [*adapters, BASE][0], system
         self._ends = tokenizer.ends(model, self._words)
         self._base = models.load(model, "CAUSAL_LM")
         adapted = [import_peft(self._base, folder) for folder in adapters.values()]
@@ -80,31 +92,10 @@ class Conversation:
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The ids of messages, and of what stands before an answer; the template brings the special tokens itself."""
-        return self._words.encode_plain(self._template(messages))
+        return self._words.encode_plain(self._template(messages, generation=True))
 
     def _writer(self) -> Writer:
         if self._bank is None:
             return Writer(self._base, self._words, self._ends)
         model = self._bank.combine(*select(self._bank, self.names.index(self.speaker)))
         return Writer(model, self._words, self._ends)
-
-
-class Template:
-    """The chat template of a model folder's tokenizer: messages -> text, with what stands before an answer.
-
-    Raises:
-      ValueError: the tokenizer has none.
-    """
-
-    def __init__(self, folder: str | Path):
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"{folder} is no folder; name a Hugging Face model folder")
-        self._tokenizer: Any = tokenizer.auto_tokenizer(folder)
-        if not self._tokenizer.chat_template:
-            raise ValueError(
-                f"the tokenizer of {folder} has no chat template, so nothing says how messages become text; "
-                "use jpeft generate, or name a model that was made for chat"
-            )
-
-    def __call__(self, messages: Sequence[Mapping[str, str]]) -> str:
-        return self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)

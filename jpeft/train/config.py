@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from . import _yaml
-from .sections import Data, Model, Optimizer, Train
+from .sections import Data, Logging, Model, Optimizer, Preference, Train
 from .sections._checks import FORBID
 from .standing import METRICS
 
@@ -38,7 +38,7 @@ class Config:
     """A run.
 
     Attributes:
-      model, data, optimizer, train: see there.
+      model, data, optimizer, train, preference, logging: see there.
       method: `kind`, one of `jpeft.METHODS`, and that method's own options; or a list of them, for a hybrid.
       out: the run's folder, which must not hold a run yet.
       mesh: `"data=2,fsdp=2,tensor=2"`; None is one device.
@@ -51,6 +51,8 @@ class Config:
     method: dict[str, Any] | tuple[dict[str, Any], ...] = dataclasses.field(default_factory=lambda: {"kind": "lora"})
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     train: Train = dataclasses.field(default_factory=Train)
+    preference: Preference = dataclasses.field(default_factory=Preference)
+    logging: Logging = dataclasses.field(default_factory=Logging)
     mesh: str | None = None
 
 
@@ -171,9 +173,10 @@ def _method(options: Mapping[str, Any], where: str) -> "Method":
         raise ConfigError(f"{where}: {error}") from error
 
 
-def paths(files: str | tuple[str, ...]) -> tuple[str, ...]:
-    """One file or several, as a tuple."""
-    return (files,) if isinstance(files, str) else tuple(files)
+def paths(files: Any) -> tuple[str, ...]:
+    """Where the sources of `data.train` or `data.eval` lie, one or several, as a tuple."""
+    many = files if isinstance(files, tuple | list) else (files,)
+    return tuple(file if isinstance(file, str) else file.path for file in many)
 
 
 def _plain(value: Any) -> Any:
@@ -185,14 +188,15 @@ def _plain(value: Any) -> Any:
 
 def _ranges(config: Config) -> list[str]:
     """What is wrong within single sections."""
-    return [*config.data.wrong(), *config.optimizer.wrong(), *config.train.wrong()]
+    parts = (config.data, config.optimizer, config.train, config.preference, config.logging)
+    return [line for part in parts for line in part.wrong()]
 
 
 def _conflicts(config: Config) -> list[str]:
     """What is wrong with values together."""
     data, train, classify = config.data, config.train, config.model.task == "SEQ_CLS"
     kinds = [part.get("kind") for part in ([config.method] if isinstance(config.method, dict) else config.method)]
-    names, figures = data.label_names, METRICS[config.model.task]
+    names, figures = data.label_names, METRICS["dpo" if train.objective == "dpo" else config.model.task]
     rules = {
         "data.train names no file": not paths(data.train),
         "give one of train.epochs and train.max_steps, and leave the other null": (train.epochs is None)
@@ -205,13 +209,36 @@ def _conflicts(config: Config) -> list[str]:
         "train.patience needs train.best, the figure that has to gain": (
             train.patience is not None and train.best is None
         ),
+        f"train.objective=dpo is for CAUSAL_LM, got {config.model.task}": train.objective == "dpo" and classify,
+        "train.objective=dpo takes pairs, which are not packed; leave data.packing none": (
+            train.objective == "dpo" and data.packing != "none"
+        ),
+        "the section preference is for train.objective=dpo": (
+            train.objective != "dpo" and config.preference != Preference()
+        ),
+        f"train.samples is for a model that writes (CAUSAL_LM), got {config.model.task}": (
+            bool(train.samples) and classify
+        ),
+        "train.samples is set, and data.eval names no file: samples are written after evaluations": (
+            bool(train.samples) and not paths(data.eval)
+        ),
         "data.longer=split is for CAUSAL_LM: a piece of a text has no label": classify and data.longer == "split",
+        "data.streaming has no end; give train.max_steps": data.streaming and train.max_steps is None,
+        "data.streaming is for CAUSAL_LM; classes are counted over whole files": classify and data.streaming,
+        "data.streaming has no epoch at whose end to evaluate; give train.eval_every": (
+            data.streaming and bool(paths(data.eval)) and train.eval_every is None
+        ),
+        "data.packing is for CAUSAL_LM: a packed row has no one label": classify and data.packing != "none",
+        "data.template is for CAUSAL_LM; SEQ_CLS has no messages": classify and data.template is not None,
         "data.label_names is for SEQ_CLS; CAUSAL_LM has no labels": not classify and names is not None,
         f"data.label_names needs two or more different names, got {names}": (
             names is not None and (len(names) < 2 or len({*names}) < len(names))
         ),
         f"optimizer.lora_plus_ratio is for method.kind=lora, got {', '.join(map(repr, kinds))}": (
             config.optimizer.lora_plus_ratio != 1 and "lora" not in kinds
+        ),
+        "train.label_smoothing and train.z_loss are for train.objective=likelihood; dpo has preference.label_smoothing": (
+            train.objective == "dpo" and (train.label_smoothing > 0 or train.z_loss > 0)
         ),
         "train.neftune needs train.dropout=true: its noise is drawn from the same key": (
             train.neftune > 0 and not train.dropout
@@ -269,6 +296,8 @@ def _expanded(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path(value: Any) -> Any:
+    if isinstance(value, dict) and "path" in value:
+        return value | {"path": _path(value["path"])}
     if isinstance(value, (list, tuple)):
         return [_path(item) for item in value]
     if not isinstance(value, str):

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From rows of text to batches of token ids, with every loss on the way counted.
+"""From the sources of a configuration to examples, with every loss on the way counted.
 
-Truncated rows, lost tokens and dropped rows are counted and printed. What cannot be trained on at all is an error
-that names file and line: an empty data set, a label that is none of the names, a value that is no text.
+  parts = read_rows(config.data, "CAUSAL_LM", "train")
+  examples = encode(parts, config.data, tokenizer, None)
+
+Truncated rows, lost tokens, dropped and bad rows are counted and printed. What cannot be trained on at all is an error
+that names file and line.
 """
 
-from collections.abc import Sequence
-from typing import Any, TypeGuard
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import numpy as np
-
-from . import config as configuration
-from .batches import Batches, batches_like, make_batches
-from .examples import IGNORED, Examples
-from .records import DataError
-from .rows import Rows, digest, read
+from . import formats, store
+from .batches import Batches, Fed, batches_like, make_batches
+from .encoding import Encoder, is_number
+from .examples import IGNORED, Examples, joined, repeated
+from .formats import Reader
+from .records import DataError, Record, Refusals
 from .sections import Data
+from .sources import Opened, open_source
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -23,6 +27,8 @@ __all__ = [
     "Batches",
     "DataError",
     "Examples",
+    "Fed",
+    "Part",
     "batches_like",
     "encode",
     "label_names",
@@ -31,23 +37,53 @@ __all__ = [
 ]
 
 
-def label_names(rows: Sequence[Rows], column: str) -> tuple[str, ...]:
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One source, opened, and what its columns mean."""
+
+    opened: Opened
+    reader: Reader
+
+
+def read_rows(data: Data, task: str, split: str) -> list[Part]:
+    """The sources of `split`, `train` or `eval`, and the form of each.
+
+    Args:
+      data: options.
+      task: `SEQ_CLS`, `CAUSAL_LM`, or `PREFERENCE`.
+      split: `train` or `eval`.
+
+    Raises:
+      FileNotFoundError: no such file.
+      DataError: a source cannot be read, holds no row, or its columns fit no form, or several.
+    """
+    parts = []
+    for source in data.sources(split):
+        opened = open_source(source, data.txt, streaming=data.streaming and split == "train")
+        reader = formats.find(opened.columns, task, source.columns or {}, source.format, source.path)
+        parts.append(Part(opened, reader))
+    return parts
+
+
+def label_names(parts: Sequence[Part]) -> tuple[str, ...]:
     """The labels of these rows, sorted: the names themselves, or `"0" ... "n-1"` for class numbers.
 
     Raises:
       DataError: fewer than two labels, names and numbers mixed, or class numbers that leave gaps.
     """
-    found = {value for part in rows for value in part.columns[column]}
-    numbers = {value for value in found if _is_number(value)}
-    if numbers and numbers == found:
-        gaps = sorted({*range(max(found) + 1)} - found) if min(found) >= 0 else []
+    column = parts[0].reader.columns["label"]
+    found = {label for part in parts for label in _labels(part) if isinstance(label, str | int)}
+    numbers = {value for value in found if is_number(value)}
+    words = {value for value in found if isinstance(value, str)}
+    if numbers and not words:
+        gaps = sorted({*range(max(numbers) + 1)} - numbers) if min(numbers) >= 0 else []
         if gaps:
             raise DataError(
-                f"the classes of column {column!r} go up to {max(found)} without {gaps[0]}; give data.label_names"
+                f"the classes of column {column!r} go up to {max(numbers)} without {gaps[0]}; give data.label_names"
             )
-        names = tuple(str(value) for value in sorted(found))
+        names = tuple(str(value) for value in sorted(numbers))
     else:
-        names = tuple(sorted(value for value in found if isinstance(value, str)))
+        names = tuple(sorted(words, key=int if all(word.isdecimal() for word in words) else None))
         if numbers and names:
             raise DataError(
                 f"column {column!r} holds names ({names[0]!r}) and numbers ({min(numbers)}); use one of them"
@@ -59,69 +95,41 @@ def label_names(rows: Sequence[Rows], column: str) -> tuple[str, ...]:
     return names
 
 
-def read_rows(data: Data, task: str, split: str) -> list[Rows]:
-    """The rows of `split`, `train` or `eval`, with the columns that the task needs."""
-    columns = [data.text, data.label] if task == "SEQ_CLS" else [data.text]
-    return read(configuration.paths(getattr(data, split)), columns, data.txt)
+def _labels(part: Part) -> Iterator[Any]:
+    column = part.reader.columns["label"]
+    return (row.values.get(column) for row in part.opened.rows() if isinstance(row, Record))
 
 
-def encode(rows: Sequence[Rows], data: Data, tokenizer: Tokenizer, names: Sequence[str] | None) -> Examples:
+def encode(
+    parts: Sequence[Part], data: Data, tokenizer: Tokenizer, names: Sequence[str] | None, seed: int = 0
+) -> Examples:
     """Tokenised rows: for classification with label `names`, for a language model without.
 
+    Rows of a source that has a weight are repeated accordingly; `seed` draws the fraction.
+
     Raises:
-      DataError: text or label of the wrong type, a label that is none of the names, or nothing left to train on.
+      DataError: a bad row, more of them than may be skipped, or nothing left to train on.
     """
-    texts = [_text(part, index, data.text) for part in rows for index in range(len(part))]
-    if names is None:
-        tokens, lost = _lm_tokens(texts, data, tokenizer)
-        kept = [ids for ids in tokens if len(ids) > 1]  # one token alone predicts nothing
-        labels = kept
-    else:
-        tokens, lost = tokenizer.cut(texts, data.max_length)
-        kept = tokens
-        labels = [_class(part, index, data.label, names) for part in rows for index in range(len(part))]
-    if not kept:
-        raise DataError(f"none of the {len(texts)} rows of {rows[0].file} has a token that can be trained")
-    return Examples(
-        [np.asarray(ids, np.int32) for ids in kept],
-        [np.asarray(label, np.int32) for label in labels],
-        rows=len(texts),
-        truncated=sum(n > 0 for n in lost),
-        lost=sum(lost),
-        dropped=len(tokens) - len(kept),
-        digests={str(part.file): digest(part.file) for part in rows},
-    )
+    encoder = Encoder(data, tokenizer, names)
+    refusals = Refusals(data.on_bad_row, data.max_bad_rows)
+    found = []
+    for part in parts:
+        source = part.opened.source
+        key = store.key_of(part.opened, part.reader, data, encoder, names)
+        examples = store.kept(data.cache, key, lambda part=part: encoder(part.opened.rows(), part.reader, refusals))
+        known = dataclasses.replace(examples, digests={source.path: part.opened.digest})
+        found.append(repeated(known, source.weight, seed) if len(known) else known)
+    examples = joined(found)
+    if refusals.shown:
+        print_refused(refusals)
+    if not len(examples):
+        where = ", ".join(part.opened.source.path for part in parts)
+        raise DataError(f"none of the {examples.rows} rows of {where} has a token that can be trained")
+    return examples
 
 
-def _lm_tokens(texts: list[str], data: Data, tokenizer: Tokenizer) -> tuple[list[list[int]], list[int]]:
-    """Rows of at most `max_length` tokens, each text with its end-of-text token; and the tokens lost per text."""
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    whole = [ids if ids[-1:] == end else ids + end for ids in tokenizer.encode(texts)]
-    if data.longer == "split":
-        size = data.max_length
-        return [ids[at : at + size] for ids in whole for at in range(0, max(len(ids), 1), size)], [0] * len(texts)
-    return [ids[: data.max_length] for ids in whole], [max(len(ids) - data.max_length, 0) for ids in whole]
+def print_refused(refusals: Refusals) -> None:
+    """Names the first bad rows."""
+    from .progress import say
 
-
-def _text(rows: Rows, index: int, column: str) -> str:
-    value = rows.columns[column][index]
-    if not isinstance(value, str):
-        raise DataError(f"{rows.where(index)}: column {column!r} must be text, got {value!r}")
-    return value
-
-
-def _class(rows: Rows, index: int, column: str, names: Sequence[str]) -> int:
-    value: Any = rows.columns[column][index]
-    if isinstance(value, str) and value in names:
-        return names.index(value)
-    if _is_number(value) and 0 <= value < len(names):
-        return value
-    known = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
-    raise DataError(
-        f"{rows.where(index)}: label {value!r} is out of range; there are {len(names)} labels, {known}, or 0 to "
-        f"{len(names) - 1}"
-    )
-
-
-def _is_number(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+    say("bad rows, which are left out:\n  " + "\n  ".join(refusals.shown))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a configuration's updates make small: the task's loss, with what training alone adds to it."""
+"""What a configuration's updates make small, and what its evaluations measure."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,18 +11,26 @@ from .._scope import scope
 from ._head import Terms
 from .config import Config
 from .losses import SUMS, Batch, Measured, Sums
+from .measures import MEASURES, Measure, measured_by
+from .preference import PreferenceSums
 
 
-def training_sums(config: Config) -> Callable[..., Sums | Measured]:
-    """(model, batch, key, groups) -> sums of the losses, as of `losses.SUMS`.
+def objective(config: Config) -> tuple[Callable[..., Any], Measure]:
+    """What is trained, as `make_step` takes it, and what is measured.
 
-    Label smoothing and the z-loss are in it, and NEFTune's noise where there is a key; an evaluation has none of them.
+    Label smoothing, the z-loss and NEFTune's noise (where there is a key) are in the first alone.
     """
-    sums, train = SUMS[config.model.task], config.train
-    terms = Terms(train.label_smoothing, train.z_loss)
+    train, task = config.train, config.model.task
+    if train.objective == "likelihood":
+        sums = functools.partial(SUMS[task], terms=Terms(train.label_smoothing, train.z_loss))
+        return _with_noise(sums, train.neftune), MEASURES[task]
+    preference = PreferenceSums(config.preference)
+    return _with_noise(preference, train.neftune), measured_by(preference)
 
-    def with_additions(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Sums | Measured:
-        with scope(noise=train.neftune):
-            return sums(model, batch, key, groups, terms=terms)
 
-    return with_additions
+def _with_noise(sums: Callable[..., Sums | Measured], alpha: float) -> Callable[..., Sums | Measured]:
+    def noisy(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Sums | Measured:
+        with scope(noise=alpha):
+            return sums(model, batch, key, groups)
+
+    return noisy

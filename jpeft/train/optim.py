@@ -167,7 +167,7 @@ _FACTORED = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
 def _by_matrix(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """`tx` on every matrix of a stack, and on every vector of one, by itself; it must keep no counts of leaves."""
 
-    def parts(path: str, leaf: jax.Array) -> jax.Array:
+    def parts(path: str, leaf: Any) -> jax.Array:
         rank = 2 if _MATRIX.fullmatch(_name(path)) or _TABLE.fullmatch(_name(path)) else 1
         return leaf.reshape(-1, *leaf.shape[max(leaf.ndim - rank, 0) :])
 
@@ -178,6 +178,7 @@ def _by_matrix(tx: optax.GradientTransformation) -> optax.GradientTransformation
         found, new = dict(updates), {}
         for path, leaf in _leaves(updates).items():
             own = None if params is None else parts(path, params[path])
+            part: Any
             part, new[path] = jax.vmap(tx.update)(parts(path, leaf), state[path], own)
             found[path] = part.reshape(leaf.shape)
         return found, new
@@ -185,9 +186,9 @@ def _by_matrix(tx: optax.GradientTransformation) -> optax.GradientTransformation
     return optax.GradientTransformation(init, update)
 
 
-def _leaves(tree: Mapping[str, Any]) -> dict[str, jax.Array]:
+def _leaves(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Without those that belong to another kind."""
-    return {path: leaf for path, leaf in tree.items() if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)}
+    return {path: leaf for path, leaf in tree.items() if not isinstance(leaf, optax.MaskedNode)}
 
 
 def _decayed(tree: Mapping[str, Any]) -> dict[str, bool]:

@@ -3,7 +3,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 #: Bytes of a row's longest value: what is longer is no row but a mistake.
 MOST_BYTES = 8 * 2**20
@@ -13,6 +13,9 @@ _SHOWN = 5
 
 class DataError(ValueError):
     """Data that cannot be trained on; the message names the file, and the line where it is one row's fault."""
+
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Refusals:
                 f"more than data.max_bad_rows={self._most} rows are bad, such as:\n  " + "\n  ".join(self.shown)
             )
 
-    def passing(self, rows: Iterable[Record | Bad]) -> Iterator[Record]:
+    def passing(self, rows: Iterable[T | Bad]) -> Iterator[T]:
         """The rows that are not bad."""
         for row in rows:
             if isinstance(row, Bad):

@@ -195,6 +195,22 @@ def _gradients(sums: Callable[..., Sums | Measured], state: State, batch: Batch,
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), micros)[0]
 
 
+class Cost(NamedTuple):
+    """What one update costs, as its compiled program tells.
+
+    Attributes:
+      flops: floating-point operations.
+      arguments: bytes of what goes in: base, state and batch.
+      donated: bytes of these that the new state takes the place of: adapter and optimizer.
+      temporaries: bytes of what is made on the way.
+    """
+
+    flops: float
+    arguments: int
+    donated: int
+    temporaries: int
+
+
 class Compiled:
     """`update`, compiled once for each shape of batch, with the new state in the places of the old one.
 
@@ -212,6 +228,12 @@ class Compiled:
         """Programs compiled so far."""
         return len(self._programs)
 
+    @property
+    def cost(self) -> Cost | None:
+        """Of the largest program; None before the first, and where the backend does not tell."""
+        costs = [found for program in self._programs.values() if (found := _cost(program)) is not None]
+        return max(costs, default=None)
+
     def __call__(self, state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> tuple[State, Metrics]:
         shapes = tuple((name, batch[name].shape) for name in sorted(batch)), None if key is None else key.shape
         if shapes not in self._programs:
@@ -222,3 +244,11 @@ class Compiled:
             self._programs[shapes] = jitted.lower(state, frozen, batch, key).compile()
             self.compile_seconds += time.perf_counter() - start
         return self._programs[shapes](state, frozen, batch, key)
+
+
+def _cost(program: Any) -> Cost | None:
+    memory, found = program.memory_analysis(), program.cost_analysis()
+    if memory is None or not found:
+        return None
+    sizes = memory.argument_size_in_bytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes
+    return Cost(float(found["flops"]), *sizes)

@@ -19,36 +19,58 @@ class Tokenizer:
       pad_id: what padding is filled with; masks say where it is, so any token serves.
       eos_id: end of text; None where the model has none.
       digest: SHA-256 of the tokenizer, for a run's record.
+      folder: that it was read from.
+      bos_id: start of text; None where the folder names none.
+      has_types: whether the folder's model tells a row's second text from its first.
     """
 
     backend: Any
     pad_id: int
     eos_id: int | None
     digest: str
+    folder: Path = Path()
+    has_types: bool = False
+    bos_id: int | None = None
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of every text, special tokens included, at full length."""
+    def encode(self, texts: Sequence[str | tuple[str, str]]) -> list[list[int]]:
+        """Token ids of every text, or pair of texts, special tokens included, at full length."""
         return [encoding.ids for encoding in self.backend.encode_batch(list(texts))]
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of a text that holds its special tokens already, as a chat template writes them."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    def located(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode_plain`, and the characters `[start, end)` of the text that each token stands for."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def starts_with(self, token: str) -> bool:
+        """Whether every text begins with this token."""
+        return bool(token) and self.backend.encode("a").ids[:1] == [self.backend.token_to_id(token)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids, without special tokens."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
-    def cut(self, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], list[int]]:
+    def cut(self, texts: Sequence[str | tuple[str, str]], max_length: int) -> tuple[list[list[int]], list[int]]:
         """As `encode`, at most `max_length` tokens each with the special ones kept; and how many tokens were lost."""
-        ids = self.encode(texts)
-        long = [i for i, row in enumerate(ids) if len(row) > max_length]
-        lost = [0] * len(ids)
+        ids, lost, _ = self.cut_typed(texts, max_length)
+        return ids, lost
+
+    def cut_typed(
+        self, texts: Sequence[str | tuple[str, str]], max_length: int
+    ) -> tuple[list[list[int]], list[int], list[list[int]]]:
+        """As `cut`, and of every token which text of its row it is of, 0 or 1. The longer text is cut first."""
+        whole = self.backend.encode_batch(list(texts))
+        long = [i for i, row in enumerate(whole) if len(row) > max_length]
+        lost = [0] * len(whole)
         self.backend.enable_truncation(max_length)
         for i, encoding in zip(long, self.backend.encode_batch([texts[i] for i in long]), strict=True):
-            lost[i] = len(ids[i]) - len(encoding.ids)
-            ids[i] = encoding.ids
+            lost[i] = len(whole[i]) - len(encoding)
+            whole[i] = encoding
         self.backend.no_truncation()
-        return ids, lost
+        return [row.ids for row in whole], lost, [row.type_ids for row in whole]
 
 
 def load(folder: str | Path) -> Tokenizer:
@@ -64,7 +86,12 @@ def load(folder: str | Path) -> Tokenizer:
     special = _special(folder)
     ids = {name: backend.token_to_id(token) for name, token in special.items()}
     digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
-    return Tokenizer(backend, ids.get("pad_token") or 0, ids.get("eos_token"), digest)
+    config = folder / "config.json"
+    types = read_json(config).get("type_vocab_size") if is_file(config) else None
+    has_types = type(types) is int and types > 1
+    return Tokenizer(
+        backend, ids.get("pad_token") or 0, ids.get("eos_token"), digest, folder, has_types, ids.get("bos_token")
+    )
 
 
 def ends(folder: str | Path, words: Tokenizer) -> tuple[int, ...]:
@@ -114,7 +141,7 @@ def _special(folder: Path) -> dict[str, str]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         file = folder / name
         values = read_json(file) if is_file(file) else {}
-        for key in ("pad_token", "eos_token"):
+        for key in ("pad_token", "eos_token", "bos_token"):
             token = values.get(key)
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str):

@@ -17,7 +17,7 @@ from jpeft.seams import InputEmbedding
 from jpeft.train import config
 from jpeft.train._head import IGNORED, Terms, head_nll, nll
 from jpeft.train.losses import SUMS
-from jpeft.train.objective import training_sums
+from jpeft.train.objective import objective
 from jpeft.train.step import begin, make_step
 
 TERMS = Terms(0.1, 1e-2)
@@ -130,7 +130,7 @@ def test_noise_is_in_training_only(task, request):
     ids = jnp.asarray(np.random.default_rng(0).integers(4, 18, (3, 9)))
     labels = jnp.asarray([0, 1, 1]) if options.model.task == "SEQ_CLS" else ids
     batch, key = {"input_ids": ids, "attention_mask": jnp.ones_like(ids), "labels": labels}, jax.random.key(0)
-    noisy, plain = training_sums(options), SUMS[options.model.task]
+    noisy, plain = objective(options)[0], SUMS[options.model.task]
     np.testing.assert_array_equal(noisy(model, batch)[0], plain(model, batch)[0])
     assert noisy(model, batch, key)[0] != plain(model, batch, key)[0]
     assert noisy(model, batch, key)[0] == noisy(model, batch, key)[0]
@@ -180,7 +180,7 @@ def test_with_all_additions_two_batches_are_one_of_twice_the_rows(task, request)
     graphdef, trainable, frozen = parts(options.model.path, name)
     tx, batch, after = optax.sgd(1.0), rows(name), []
     for count in (1, 2):
-        update, state = make_step(graphdef, training_sums(options), tx), begin(tx, trainable)
+        update, state = make_step(graphdef, objective(options)[0], tx), begin(tx, trainable)
         split = {key: value.reshape(count, -1, *value.shape[1:]) for key, value in batch.items()}
         after.append(update(state, frozen, split, None)[0].trainable)
     for path in trainable:

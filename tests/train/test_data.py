@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from jpeft.train import config, data, rows, tokenizer
+from jpeft.train import config, data, sources, tokenizer
 from jpeft.train.losses import IGNORED
 
 
@@ -24,6 +24,12 @@ def encode(file, folder, names=("bad", "good"), **changes):
     what = options(file, **changes)
     task = "CAUSAL_LM" if names is None else "SEQ_CLS"
     return data.encode(data.read_rows(what, task, "train"), what, tokenizer.load(folder), names)
+
+
+def values(file, **changes):
+    """All rows of a file as they are read."""
+    opened = sources.open_source(config.Data(train=str(file)).sources("train")[0], **changes)
+    return [row.values for row in opened.rows()]
 
 
 def batches(examples, **changes):
@@ -72,24 +78,29 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
-    values = [
+    said = [
         {"text": 'a, "quoted" one', "label": 0},
         {"text": "two\nlines", "label": 1},
         {"text": "three", "label": 1},
     ]
-    write(tmp_path / "a.jsonl", values)
-    (tmp_path / "b.json").write_text(json.dumps(values))
+    write(tmp_path / "a.jsonl", said)
+    (tmp_path / "b.json").write_text(json.dumps(said))
     with (tmp_path / "c.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["text", "label"])
         writer.writeheader()
-        writer.writerows(values)
+        writer.writerows(said)
     import pyarrow
+    import pyarrow.ipc
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), tmp_path / "d.parquet")
-    for name in ("a.jsonl", "b.json", "c.csv", "d.parquet"):
-        (part,) = rows.read([str(tmp_path / name)], ["text", "label"])
-        assert part.columns == {"text": [v["text"] for v in values], "label": [0, 1, 1]}, name
+    table = pyarrow.Table.from_pylist(said)
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    for name, writer in (("e.arrow", pyarrow.ipc.new_file), ("f.arrow", pyarrow.ipc.new_stream)):
+        with writer(tmp_path / name, table.schema) as file:
+            file.write_table(table)
+    for name in ("a.jsonl", "b.json", "d.parquet", "e.arrow", "f.arrow"):
+        assert values(tmp_path / name) == said, name
+    assert values(tmp_path / "c.csv") == [{**row, "label": str(row["label"])} for row in said]
 
 
 def test_a_text_file_by_line_paragraph_and_document(tmp_path):
@@ -97,10 +108,10 @@ def test_a_text_file_by_line_paragraph_and_document(tmp_path):
     file.write_text("one\ntwo\n\nthree\n")
 
     def read(txt):
-        return rows.read([str(file)], ["text"], txt)[0].columns["text"]
+        return [row["text"] for row in values(file, txt=txt)]
 
-    assert [text for text in read("line") if text] == ["one", "two", "three"]
-    assert [text.strip() for text in read("paragraph")] == ["one\ntwo", "three"]
+    assert read("line") == ["one", "two", "three"]
+    assert read("paragraph") == ["one\ntwo", "three"]
     assert read("document") == ["one\ntwo\n\nthree\n"]
 
 
@@ -109,26 +120,23 @@ def test_a_text_file_by_line_paragraph_and_document(tmp_path):
     [
         ("a.jsonl", "", "a.jsonl is empty"),
         ("a.json", "[]", "holds no row"),
+        ("a.json", "[1", "a.json cannot be read: it is no JSON"),
         ("a.csv", "text,label\n", "holds no row"),
-        ("a.jsonl", "{broken\n", "a.jsonl .*cannot be read"),
+        ("a.csv", "text,text\nx,y\n", "names 'text' twice"),
+        ("a.jsonl", "{broken\n", "a.jsonl:1: it is no JSON"),
+        ("a.parquet", "PAR1", "a.parquet cannot be read"),
         ("a.docx", "x", r"no data file that is known; they end in .jsonl"),
-        ("a.jsonl", '{"txt": "x", "label": 1}\n', r"has no column 'text'; it has txt, label"),
     ],
 )
 def test_a_file_that_cannot_be_used(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(data.DataError, match=said):
-        rows.read([str(tmp_path / name)], ["text", "label"])
+        values(tmp_path / name)
 
 
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="no data file"):
-        rows.read([str(tmp_path / "a.jsonl")], ["text"])
-
-
-def test_a_changed_file_is_read_anew(tmp_path):
-    for text in ("old", "new"):
-        assert rows.read([write(tmp_path / "a.jsonl", [{"text": text}])], ["text"])[0].columns["text"] == [text]
+        values(tmp_path / "a.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------------- classification
@@ -151,7 +159,7 @@ def test_labels_by_name_and_by_number(tmp_path, bert):
 )
 def test_label_names_are_found(tmp_path, labels, names):
     file = write(tmp_path / "a.jsonl", [{"text": "x", "label": label} for label in labels])
-    assert data.label_names(rows.read([file], ["text", "label"]), "label") == names
+    assert data.label_names(data.read_rows(options(file), "SEQ_CLS", "train")) == names
 
 
 @pytest.mark.parametrize(
@@ -165,7 +173,7 @@ def test_label_names_are_found(tmp_path, labels, names):
 def test_labels_that_are_none(tmp_path, labels, said):
     file = write(tmp_path / "a.jsonl", [{"text": "x", "label": label} for label in labels])
     with pytest.raises(data.DataError, match=said):
-        data.label_names(rows.read([file], ["text", "label"]), "label")
+        data.label_names(data.read_rows(options(file), "SEQ_CLS", "train"))
 
 
 @pytest.mark.parametrize("label", [2, -1, -100, "worst", None, 0.5, True])
@@ -244,7 +252,7 @@ def test_rows_without_a_trainable_token_are_dropped_and_counted(tmp_path, minilm
 def test_nothing_to_train_on_is_an_error(tmp_path, minilm, monkeypatch):
     words = tokenizer.load(minilm)
     words.backend.post_processor = None
-    what = options(write(tmp_path / "a.jsonl", [{"text": "a"}, {"text": ""}]))
+    what = options(write(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}]))
     with pytest.raises(data.DataError, match=r"none of the 2 rows of .* has a token that can be trained"):
         data.encode(data.read_rows(what, "CAUSAL_LM", "train"), what, words, None)
 

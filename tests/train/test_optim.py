@@ -159,7 +159,7 @@ def test_the_learning_rate_is_transformers_own(name, options, warmup, updates):
 
 def test_linear_falls_to_its_least():
     ours = schedule(config.Optimizer(lr=1.0, min_lr=0.25), 4)
-    np.testing.assert_allclose([ours(i) for i in range(5)], [1, 0.8125, 0.625, 0.4375, 0.25])
+    np.testing.assert_allclose(np.array([ours(i) for i in range(5)]), [1, 0.8125, 0.625, 0.4375, 0.25])
 
 
 # ------------------------------------------------------------------------------------------------------------ errors

@@ -2,7 +2,7 @@
 """The section `train`: how long, how much at a time, how often to look."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ._checks import FORBID, at_least_one, shares
 
@@ -23,8 +23,14 @@ class Train:
       neftune: alpha of NEFTune's noise on the embedded tokens, in training; 0 is none.
       log_every: updates between two lines of metrics.jsonl.
       eval_every: updates between two evaluations; None is once an epoch.
+      save_every: updates between two checkpoints, from which `--resume` goes on exactly; None saves only when the run
+        is interrupted.
+      keep: checkpoints that are kept, the newest ones.
       best: figure of the evaluation whose best adapter is kept (in the run's best/ and, at the end, adapter/), such as
         `accuracy` or `loss`; None keeps the last.
+      objective: `likelihood` of the labels, or `dpo`: preferences between two answers (see the section `preference`).
+      samples: what the model writes after every evaluation: prompts, or how many examples of data.eval to begin.
+      sample_tokens: how many tokens of each.
       patience: evaluations without a gain in `best` after which training ends early; None goes on to the end.
     """
 
@@ -41,6 +47,11 @@ class Train:
     neftune: float = 0.0
     log_every: int = 10
     eval_every: int | None = None
+    objective: Literal["likelihood", "dpo"] = "likelihood"
+    samples: int | tuple[str, ...] = 0
+    sample_tokens: int = 64
+    save_every: int | None = 500
+    keep: int = 2
     best: str | None = None
     patience: int | None = None
 
@@ -54,7 +65,10 @@ class Train:
                 "train.accumulation": self.accumulation,
                 "train.log_every": self.log_every,
                 "train.eval_every": self.eval_every,
+                "train.save_every": self.save_every,
+                "train.keep": self.keep,
                 "train.patience": self.patience,
+                "train.sample_tokens": self.sample_tokens,
             }
         )
         part = shares({"train.ema": self.ema or 0.0, "train.label_smoothing": self.label_smoothing})
