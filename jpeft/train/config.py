@@ -291,15 +291,16 @@ def _expanded(tree: Mapping[str, Any]) -> dict[str, Any]:
     for section, keys in (("model", ("path",)), ("data", ("train", "eval"))):
         if isinstance(tree.get(section), dict):
             values = tree[section]
-            tree[section] = values | {key: _path(values[key]) for key in keys if key in values}
-    return tree | {"out": _path(tree["out"])} if "out" in tree else tree
+            tree[section] = values | {key: expanded_path(values[key]) for key in keys if key in values}
+    return tree | {"out": expanded_path(tree["out"])} if "out" in tree else tree
 
 
-def _path(value: Any) -> Any:
+def expanded_path(value: Any) -> Any:
+    """With `$NAME` and `~` replaced in a path, in several, and in what has a `path`; other values as they are."""
     if isinstance(value, dict) and "path" in value:
-        return value | {"path": _path(value["path"])}
+        return value | {"path": expanded_path(value["path"])}
     if isinstance(value, (list, tuple)):
-        return [_path(item) for item in value]
+        return [expanded_path(item) for item in value]
     if not isinstance(value, str):
         return value
     value = os.path.expanduser(os.path.expandvars(value))
