@@ -235,6 +235,10 @@ class Compiled:
         return max(costs, default=None)
 
     def __call__(self, state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> tuple[State, Metrics]:
+        return self.compiled(state, frozen, batch, key)(state, frozen, batch, key)
+
+    def compiled(self, state: Any, frozen: Any, batch: Any, key: Any) -> Any:
+        """The program for arguments of these shapes, made if need be; shapes alone (`jax.ShapeDtypeStruct`) will do."""
         shapes = tuple((name, batch[name].shape) for name in sorted(batch)), None if key is None else key.shape
         if shapes not in self._programs:
             start = time.perf_counter()
@@ -243,7 +247,7 @@ class Compiled:
             jitted = jax.jit(self._update, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
             self._programs[shapes] = jitted.lower(state, frozen, batch, key).compile()
             self.compile_seconds += time.perf_counter() - start
-        return self._programs[shapes](state, frozen, batch, key)
+        return self._programs[shapes]
 
 
 def _cost(program: Any) -> Cost | None:
