@@ -65,6 +65,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
       FileNotFoundError: no such file.
       ConfigError: what is wrong, one line each.
     """
+    tree = read(path, overrides)
+    try:
+        return parse(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a YAML file with overrides, not checked yet. Raises as `load`."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no configuration file {file}")
@@ -78,11 +87,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{file} is not YAML that can be read: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} holds a {type(tree).__name__}; a configuration is a mapping of keys to values")
-    tree = overridden(tree, overrides)
-    try:
-        return parse(tree)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
+    return overridden(tree, overrides)
 
 
 def overridden(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -237,7 +242,7 @@ def _conflicts(config: Config) -> list[str]:
         f"optimizer.lora_plus_ratio is for method.kind=lora, got {', '.join(map(repr, kinds))}": (
             config.optimizer.lora_plus_ratio != 1 and "lora" not in kinds
         ),
-        "train.label_smoothing and train.z_loss are for likelihood; dpo has preference.label_smoothing": (
+        "train.label_smoothing and train.z_loss are for train.objective=likelihood, and not for dpo": (
             train.objective == "dpo" and (train.label_smoothing > 0 or train.z_loss > 0)
         ),
         "train.neftune needs train.dropout=true: its noise is drawn from the same key": (

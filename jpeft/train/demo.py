@@ -19,6 +19,7 @@ import numpy as np
 
 from .. import models
 from .._partition import combine, partition
+from .._summary import summary
 from . import config as configuration
 from . import data, folder, job, loop, saved, stdlib_docs
 from .config import Config
@@ -65,7 +66,7 @@ def run(out: Path) -> None:
         "LoRA": tuned.metrics,
     }
     picture = confusion_matrix(truth, tuned.predicted, names, out / "confusion.png")
-    counts = job.count(config, dataset.label_names)
+    counts = summary(job.by_shape(config, dataset.label_names))
     rows = [f"{'test split':<38}{'accuracy':>10}{'macro-F1':>10}"]
     rows += [f"{name:<38}{m['accuracy']:>10.4f}{m['macro_f1']:>10.4f}" for name, m in table.items()]
     say("\n".join([

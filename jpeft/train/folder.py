@@ -34,6 +34,7 @@ from ..models._files import is_file, read_json, write_text
 from . import config as configuration
 from .config import Config
 from .job import Dataset, Parts
+from .provenance import git_states
 from .samples import Sample
 
 _VERSIONS = ("jpeft", "jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "datasets")
@@ -100,6 +101,9 @@ class RunFolder:
             "command": sys.argv,
             "started": _now(),
             "versions": {"python": platform.python_version(), **{v: importlib.metadata.version(v) for v in _VERSIONS}},
+            "git": git_states(),
+            "seed": config.train.seed,
+            "template": config.data.template,
             "devices": [str(device) for device in jax.devices()],
             "processes": jax.process_count(),
             "data_sha256": dataset.digests,

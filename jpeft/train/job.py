@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -150,17 +151,20 @@ def build(config: Config, label_names: tuple[str, ...] | None, mesh: Mesh | None
     return Parts(*partition(model if mesh is None else shard(model, mesh)), counts, reason)
 
 
-def count(config: Config, label_names: tuple[str, ...] | None) -> Summary:
-    """The counts of the adapted model by shape alone, without reading its weights."""
+def by_shape(config: Config, label_names: tuple[str, ...] | None) -> Any:
+    """The adapted model with shapes in the place of arrays: no weights are read, and nothing is allocated."""
     method, key = configuration.method(config.method), jax.random.key(0)
     hf, num_labels = read_config(model_folder(config.model.path)), None if label_names is None else len(label_names)
 
+    dtype = config.model.dtype or hf.get("dtype") or hf.get("torch_dtype") or "float32"
+
     def adapted() -> Any:
-        base = models.build(hf, config.model.task, key=key, num_labels=num_labels)
+        kept = {"dtype": jnp.dtype(dtype), "remat": config.model.remat}
+        base = models.build(hf, config.model.task, key=key, num_labels=num_labels, **kept)
         scheme = config.model.quantize
         return adapt(base if scheme is None else quantize(base, scheme), method, key=key)
 
-    return summary(nnx.eval_shape(adapted))
+    return nnx.eval_shape(adapted)
 
 
 def dropout_key(config: Config) -> jax.Array | None:

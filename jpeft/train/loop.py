@@ -288,10 +288,3 @@ class Loop:
         info = Info(self._dataset.label_names, data.max_length, config.model.quantize)
         with replaced(folder) as fresh:
             save_adapter(model, fresh, config.model.path, info, card, config.method)
-
-
-def dry_run(config: Config) -> str:
-    """What a run would be, without loading weights: data, shapes, counts. Raises what `train` would before training."""
-    dataset = job.read_data(config)
-    job.make_mesh(config)
-    return "\n".join([job.describe(config, dataset), str(job.count(config, dataset.label_names))])

@@ -259,12 +259,16 @@ class Compiled:
         return max(costs, default=None)
 
     def __call__(self, state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> tuple[State, Metrics]:
+        return self.compiled(state, frozen, batch, key)(state, frozen, batch, key)
+
+    def compiled(self, state: Any, frozen: Any, batch: Any, key: Any) -> Any:
+        """The program for arguments of these shapes, made if need be; shapes alone (`jax.ShapeDtypeStruct`) will do."""
         shapes = tuple((name, batch[name].shape) for name in sorted(batch)), None if key is None else key.shape
         if shapes not in self._programs:
             start = time.perf_counter()
             self._programs[shapes] = self.lower(state, frozen, batch, key).compile()
             self.compile_seconds += time.perf_counter() - start
-        return self._programs[shapes](state, frozen, batch, key)
+        return self._programs[shapes]
 
     def lower(self, state: State, frozen: Mapping[str, Any], batch: Batch, key: jax.Array | None) -> jax.stages.Lowered:
         """The program before it is compiled, for the devices that the arguments lie on; shapes in places will do.

@@ -9,7 +9,7 @@ import pytest
 
 import jpeft
 from jpeft._quantized import QuantizedKernel
-from jpeft.train import config, data, devices, evaluate, folder, job, loop, saved
+from jpeft.train import config, data, devices, evaluate, folder, job, loop, plan, saved
 
 
 def run(tree, *overrides):
@@ -231,7 +231,7 @@ def test_a_quantized_base_is_used_as_it_was_trained_beside(classify, scheme, tmp
     assert layer.kernel.scheme == scheme
     jax.tree.map(np.testing.assert_array_equal, jpeft.partition(opened.model)[1], result.state.trainable)
     counts = jpeft.summary(opened.model)
-    assert f"base: {counts.base:,} parameters, {counts.base_bytes:,} bytes" in loop.dry_run(config.parse(tree))
+    assert f"base: {counts.base:,} parameters, {counts.base_bytes:,} bytes" in plan.dry_run(config.parse(tree))
     assert saved.save_merged(opened, tmp_path / "merged").logit < 1e-5
     plain = jpeft.models.load(classify["model"]["path"], "SEQ_CLS", num_labels=2)
     merged = jpeft.models.load(tmp_path / "merged")
@@ -243,7 +243,7 @@ def test_a_dry_run_counts_without_weights(classify, tmp_path):
     (bare := tmp_path / "bare").mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (bare / name).write_bytes((type(tmp_path)(classify["model"]["path"]) / name).read_bytes())
-    said = loop.dry_run(config.parse(config.overridden(classify, [f"model.path={bare}"])))
+    said = plan.dry_run(config.parse(config.overridden(classify, [f"model.path={bare}"])))
     model = jpeft.models.load(classify["model"]["path"], "SEQ_CLS", num_labels=2)
     model = jpeft.adapt(model, config.method(classify["method"]), key=jax.random.key(0))
     assert str(jpeft.summary(model)) in said

@@ -12,7 +12,8 @@ class Train:
     """How long, how much at a time, and how often to look.
 
     Attributes:
-      epochs: passes over the data; `max_steps` in its place counts updates.
+      epochs: passes over the data.
+      max_steps: updates, in the place of `epochs`.
       batch_size: rows at a time, over all devices.
       accumulation: batches per update.
       seed: of the order, the adapter's start and dropout; the same seed gives the same run.
