@@ -45,12 +45,14 @@ class Batches:
       buckets: which rows make a batch.
       accumulation: micro-batches of a batch.
       pad_id: token that padding is filled with.
+      beside: further numbers of every row of the examples, by the names that they have in a batch; 0 of padding.
     """
 
     examples: Examples
     buckets: Buckets | Packs
     accumulation: int
     pad_id: int
+    beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def walk(
         self, seed: int, position: Mapping[str, Any] | None = None, own: Collection[int] | None = None
@@ -99,11 +101,15 @@ class Batches:
         examples, each = self.examples, self.examples.per_example
         rows = self.buckets.batch_rows * each
         arrays = _empty((rows, batch.width), self.pad_id, examples, packed=isinstance(self.buckets, Packs))
+        arrays |= {name: np.zeros(rows, values.dtype) for name, values in self.beside.items()}
         for at, members in enumerate(batch.rows):
             for k in range(each):
                 if own is not None and (at * each + k) % (rows // self.accumulation) not in own:
                     continue
-                _put(arrays, at * each + k, [member * each + k for member in np.atleast_1d(members)], examples)
+                chosen = [member * each + k for member in np.atleast_1d(members)]
+                _put(arrays, at * each + k, chosen, examples)
+                for name, values in self.beside.items():
+                    arrays[name][at * each + k] = values[chosen[0]]
         arrays["attention_mask"][:, 0] = 1  # a row of padding attends to its first token: no softmax is over nothing
         return {name: x.reshape(self.accumulation, -1, *x.shape[1:]) for name, x in arrays.items()}
 

@@ -22,6 +22,7 @@ from .config import Config
 from .data import Batches
 from .encoding import Encoder
 from .packing import Packs
+from .preference import with_reference
 from .saved import no_form_in_peft
 from .streaming import Streamed, stream
 
@@ -84,7 +85,8 @@ def read_data(config: Config) -> Dataset:
     Raises:
       FileNotFoundError, DataError: see `data`.
     """
-    words, task, options = tokenizer.load(model_folder(config.model.path)), config.model.task, config.data
+    words, options = tokenizer.load(model_folder(config.model.path)), config.data
+    task = "PREFERENCE" if config.train.objective == "dpo" else config.model.task
     rows = data.read_rows(options, task, "train")
     names = None
     if task == "SEQ_CLS":
@@ -103,6 +105,13 @@ def read_data(config: Config) -> Dataset:
         held = data.batches_like(train, data.encode(data.read_rows(options, task, "eval"), options, words, names))
     updates = config.train.max_steps or (config.train.epochs or 1) * train.buckets.num_batches
     return Dataset(words, names, train, held, updates, streamed)
+
+
+def with_references(dataset: Dataset, parts: Parts, mesh: Mesh | None) -> Dataset:
+    """The same data with the reference's log-probabilities beside every pair."""
+    leaves = parts.graphdef, parts.trainable, parts.frozen
+    held = None if dataset.eval is None else with_reference(dataset.eval, *leaves, mesh)
+    return dataclasses.replace(dataset, train=with_reference(dataset.train, *leaves, mesh), eval=held)
 
 
 def make_mesh(config: Config) -> Mesh | None:

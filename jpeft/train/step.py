@@ -11,7 +11,7 @@ k * b, however unequally the labels are spread. What the methods add to the loss
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._adapt import penalty
 from .._partition import GraphDef, Leaves, combine
+from .._scope import scope
 from .._sharding import mirrored
 from .._steering import check_steered
 from .losses import Batch, Measured, Sums, cls_loss, lm_loss, qa_loss, token_cls_loss
@@ -158,15 +159,32 @@ def _gradients(sums: Callable[..., Sums | Measured], state: State, batch: Batch,
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), micros)[0]
 
 
+class Cost(NamedTuple):
+    """What one update costs, as its compiled program tells.
+
+    Attributes:
+      flops: floating-point operations.
+      arguments: bytes of what goes in: base, state and batch.
+      donated: bytes of these that the new state takes the place of: adapter and optimizer.
+      temporaries: bytes of what is made on the way.
+    """
+
+    flops: float
+    arguments: int
+    donated: int
+    temporaries: int
+
+
 class Compiled:
     """`update`, compiled once for each shape of batch, with the new state in the places of the old one.
 
     Attributes:
+      update: the function, not compiled.
       compile_seconds: spent on compiling so far.
     """
 
     def __init__(self, update: Update):
-        self._update = update
+        self.update = update
         self._programs: dict[Any, Any] = {}
         self.compile_seconds = 0.0
 
@@ -175,13 +193,41 @@ class Compiled:
         """Programs compiled so far."""
         return len(self._programs)
 
+    @property
+    def cost(self) -> Cost | None:
+        """Of the largest program; None before the first, and where the backend does not tell."""
+        costs = [found for program in self._programs.values() if (found := _cost(program)) is not None]
+        return max(costs, default=None)
+
     def __call__(self, state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> tuple[State, Metrics]:
         shapes = tuple((name, batch[name].shape) for name in sorted(batch)), None if key is None else key.shape
         if shapes not in self._programs:
             start = time.perf_counter()
-            places = jax.tree.map(lambda leaf: leaf.sharding, state)
-            options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
-            jitted = jax.jit(self._update, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
-            self._programs[shapes] = jitted.lower(state, frozen, batch, key).compile()
+            self._programs[shapes] = self.lower(state, frozen, batch, key).compile()
             self.compile_seconds += time.perf_counter() - start
         return self._programs[shapes](state, frozen, batch, key)
+
+    def lower(self, state: State, frozen: Mapping[str, Any], batch: Batch, key: jax.Array | None) -> jax.stages.Lowered:
+        """The program before it is compiled, for the devices that the arguments lie on; shapes in places will do.
+
+        Arguments that it does not read are its arguments all the same, so that its memory is what a run takes.
+        """
+        places = jax.tree.map(lambda leaf: leaf.sharding, state)
+        target = next(iter(state.updates.sharding.device_set)).platform
+        jitted = jax.jit(
+            self.update,
+            donate_argnums=0,
+            out_shardings=(places, None),
+            compiler_options=CPU_OPTIONS if target == "cpu" else None,
+            keep_unused=True,
+        )
+        with scope(platform=target):
+            return jitted.lower(state, frozen, batch, key)
+
+
+def _cost(program: Any) -> Cost | None:
+    memory, found = program.memory_analysis(), program.cost_analysis()
+    if memory is None or not found:
+        return None
+    sizes = memory.argument_size_in_bytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes
+    return Cost(float(found["flops"]), *sizes)

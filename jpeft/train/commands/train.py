@@ -2,6 +2,7 @@
 """`jpeft train`: a run, as a configuration says."""
 
 import argparse
+import sys
 
 from .. import config
 from ._arguments import names_config
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", metavar="AXES", help="mesh: such as data=2,fsdp=2,tensor=2")
     parser.add_argument("--distributed", metavar="WHERE", help="host:port,num_processes,process_id; or auto")
     parser.add_argument("--dry-run", action="store_true", help="read the data, count, and stop")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
 
 
@@ -26,12 +28,21 @@ def run(options: argparse.Namespace) -> None:
     settings = config.load(
         options.config, options.overrides + [f"{key}={value}" for key, value in given.items() if value is not None]
     )
-    from .. import devices, folder, loop
+    from .. import devices, folder, interruption, loop
 
     devices.start_processes(options.distributed)
     if options.dry_run:
         print(loop.dry_run(settings))
         return
+    if options.overwrite and options.resume:
+        raise config.ConfigError("--resume goes on with a run and --overwrite removes it; give one of them")
     if options.overwrite and devices.is_main():
         folder.remove_run(settings.out)
-    loop.train(settings)
+    if options.resume and (run := folder.RunFolder(settings.out, resumes=True)).finished:
+        print(f"this run is finished: {run.adapter}")
+        return
+    try:
+        loop.train(settings, resume=options.resume)
+    except interruption.Interrupted as stop:
+        print(f"jpeft: interrupted {stop}", file=sys.stderr)
+        raise SystemExit(interruption.EXIT_CODE) from None

@@ -125,6 +125,7 @@ def _plan(study: Study, run: Run) -> dict[str, Any]:
     task, tested = study.tasks[run.task], run.trial is None
     plan = {
         "config": run.config,
+        "trained": run.method != "untuned",
         "size": run.size,
         "target": task.target,
         "test": configuration.paths(task.test) if tested else (),
@@ -148,4 +149,5 @@ def _said(result: Mapping[str, Any]) -> str:
     if "failed" in result:
         return f"diverged: {result['failed']}"
     metrics = result.get("test") or result["eval"]
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) + f", {result['seconds']:.0f} s"
+    figures = (f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
+    return ", ".join([*figures, f"{result['seconds']:.0f} s"])

@@ -2,7 +2,7 @@
 """The section `train`: how long, how much at a time, how often to look."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ._checks import FORBID, at_least_one
 
@@ -19,8 +19,14 @@ class Train:
       dropout: whether dropout, the model's own and the method's, is on in training.
       log_every: updates between two lines of metrics.jsonl.
       eval_every: updates between two evaluations; None is once an epoch.
+      save_every: updates between two checkpoints, from which `--resume` goes on exactly; None saves only when the run
+        is interrupted.
+      keep: checkpoints that are kept, the newest ones.
       best: figure of the evaluation whose best adapter is kept (in the run's best/ and, at the end, adapter/), such as
         `accuracy` or `loss`; None keeps the last.
+      objective: `likelihood` of the labels, or `dpo`: preferences between two answers (see the section `preference`).
+      samples: what the model writes after every evaluation: prompts, or how many examples of data.eval to begin.
+      sample_tokens: how many tokens of each.
       patience: evaluations without a gain in `best` after which training ends early; None goes on to the end.
     """
 
@@ -33,6 +39,11 @@ class Train:
     dropout: bool = True
     log_every: int = 10
     eval_every: int | None = None
+    objective: Literal["likelihood", "dpo"] = "likelihood"
+    samples: int | tuple[str, ...] = 0
+    sample_tokens: int = 64
+    save_every: int | None = 500
+    keep: int = 2
     best: str | None = None
     patience: int | None = None
 
@@ -46,6 +57,9 @@ class Train:
                 "train.accumulation": self.accumulation,
                 "train.log_every": self.log_every,
                 "train.eval_every": self.eval_every,
+                "train.save_every": self.save_every,
+                "train.keep": self.keep,
                 "train.patience": self.patience,
+                "train.sample_tokens": self.sample_tokens,
             }
         )
