@@ -237,6 +237,15 @@ def _conflicts(config: Config) -> list[str]:
         f"optimizer.lora_plus_ratio is for method.kind=lora, got {', '.join(map(repr, kinds))}": (
             config.optimizer.lora_plus_ratio != 1 and "lora" not in kinds
         ),
+        "train.label_smoothing and train.z_loss are for likelihood; dpo has preference.label_smoothing": (
+            train.objective == "dpo" and (train.label_smoothing > 0 or train.z_loss > 0)
+        ),
+        "train.neftune needs train.dropout=true: its noise is drawn from the same key": (
+            train.neftune > 0 and not train.dropout
+        ),
+        "train.ema is not for method.kind=adalora, whose ranks an average would bring back": (
+            train.ema is not None and "adalora" in kinds
+        ),
     }
     return [message for message, broken in rules.items() if broken]
 

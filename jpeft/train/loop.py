@@ -7,7 +7,7 @@ is one `step.State`, from which the next batch and dropout key follow; so whatev
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,10 +29,8 @@ from .evaluate import Evaluation, Evaluator
 from .folder import RunFolder, replaced
 from .identity import compare, identity
 from .interruption import Interrupted, Interruption
-from .losses import SUMS
-from .measures import MEASURES, Measure, measured_by
+from .objective import objective
 from .optim import make_optimizer
-from .preference import PreferenceSums
 from .prefetch import Prefetch
 from .progress import say
 from .saved import Info, save_adapter
@@ -52,7 +50,7 @@ class Result:
     Attributes:
       state: after the last update.
       evaluation: the last one, or None without evaluation data.
-      losses: of every update since the run began or was resumed.
+      losses: of every update that this process wrote a line of: all but those before a resume.
       real_rate, padded_rate: tokens/s over the whole run, compilation and evaluation left out.
       adapter: folder of the saved adapter.
       standing: of the evaluations, where the configuration follows a figure of theirs.
@@ -118,22 +116,14 @@ def _check_plan(method: Any, num_updates: int) -> None:
         )
 
 
-def objective(config: Config) -> tuple[Callable[..., Any], Measure]:
-    """What is trained, as `make_step` takes it, and what is measured."""
-    if config.train.objective == "likelihood":
-        return SUMS[config.model.task], MEASURES[config.model.task]
-    sums = PreferenceSums(config.preference)
-    return sums, measured_by(sums)
-
-
 class Loop:
     """One run, from a state to its end."""
 
     def __init__(self, config: Config, dataset: job.Dataset, parts: job.Parts, mesh: Any, folder: RunFolder):
         self._config, self._dataset, self._parts, self._mesh, self._folder = config, dataset, parts, mesh, folder
         self._tx = optimizer(make_optimizer(config.optimizer, dataset.num_updates), model=parts.graphdef)
-        sums, measure = objective(config)
-        self._update = make_step(parts.graphdef, sums, self._tx, groups=devices.num_groups(mesh))
+        (sums, measure), groups = objective(config), devices.num_groups(mesh)
+        self._update = make_step(parts.graphdef, sums, self._tx, groups=groups, ema=config.train.ema)
         self._evaluate = Evaluator(parts.graphdef, measure, mesh)
         self._key = job.dropout_key(config)
         self._checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
@@ -155,36 +145,36 @@ class Loop:
         if step is None:
             say("there is no checkpoint to go on from: the run begins")
             return self.begin()
-        state, plain = self._checkpoints.restore(step, like=begin(self._tx, self._parts.trainable))
+        state, plain = self._checkpoints.restore(step, like=self._first())
         stated = compare(plain["identity"], self._identity)
         self._folder.go_on(plain["folder"], step, stated)
         self._checkpoints.drop_after(step)
         say(f"resumed after update {step}" + "".join(f"\n  {line}" for line in stated))
-        return self.run(state, plain["carried"], Standing(**plain["standing"]), plain["owes"], plain["position"])
+        standing = Standing(**plain["standing"])
+        return self.run(state, plain["position"], plain["carried"], standing, owes=plain["owes"])
 
     def run(
-        self, state: State | None = None, carried: Iterable[Any] = (), standing: Standing | None = None,
-        owes: bool = False, position: Mapping[str, Any] | None = None,
+        self, state: State | None = None, position: Mapping[str, Any] | None = None, carried: Iterable[Any] = (),
+        standing: Standing | None = None, *, owes: bool = False,
     ) -> Result:  # fmt: skip
         """Trains from `state`, by default from the beginning, and saves the adapter.
 
         Args:
           state: donated.
+          position: of the next batch; None counts the state's updates from the start, which no stream can.
           carried, standing: of `Watch`.
           owes: whether the evaluation after the state's last update is still to be made.
-          position: in the data, of the next batch; None where it follows from the number of updates.
         """
-        state = begin(self._tx, self._parts.trainable) if state is None else state
+        state = self._first() if state is None else state
         done, seed = int(state.updates), self._config.train.seed
         watch = Watch(self._config, self._dataset, self._parts, self._folder, self._update, done, standing, carried)
         losses: list[float] = []
         evaluation = self._evaluation(done, state, watch) if owes else None
-        position = self._dataset.feed.position(seed, done) if position is None else position
-        own = devices.own_rows(self._mesh, self._dataset.train.rows)
-        walk, starts = self._dataset.feed.walk(seed, position, own), {}
-        last = done if watch.exhausted else self._dataset.num_updates
-        with Interruption() as interruption, Prefetch(walk, then=self._placed) as feed:
-            for number, fed in zip(range(done + 1, last + 1), watch.waiting(feed), strict=False):
+        feed, last = self._dataset.feed, done if watch.exhausted else self._dataset.num_updates
+        own, starts = devices.own_rows(self._mesh, self._dataset.train.rows), {}
+        walk = feed.walk(seed, feed.position(seed, done) if position is None else position, own)
+        with Interruption() as interruption, Prefetch(walk, then=self._placed) as batches:
+            for number, fed in zip(range(done + 1, last + 1), watch.waiting(batches), strict=False):
                 state, metrics = self._update(state, self._parts.frozen, fed.arrays, self._key)
                 watch.update(metrics, fed.real, fed.padded)
                 starts[number] = fed.start
@@ -211,18 +201,21 @@ class Loop:
         told = watch.standing, watch.clock, self._update.cost
         return Result(state, evaluation, losses, *rates, self._folder.adapter, *told)
 
+    def _first(self) -> State:
+        return begin(self._tx, self._parts.trainable, average=self._config.train.ema is not None)
+
     def _saves_at(self, number: int) -> bool:
         every = self._config.train.save_every
         return every is not None and number % every == 0 and number < self._dataset.num_updates
 
     def _checkpoint(self, number: int, state: State, watch: Watch, position: Mapping[str, Any], *, owes: bool) -> None:
-        """Begins to write all that the run is after update `number`; `position` is that of the next batch."""
+        """Begins to write all that the run is after update `number`."""
         with watch.clock.on("save"):
             plain = {
+                "position": dict(position),
                 "carried": watch.carry(),
                 "standing": dataclasses.asdict(watch.standing),
                 "owes": owes,
-                "position": dict(position),
                 "folder": self._folder.mark(),
                 "identity": self._identity,
             }
@@ -243,8 +236,8 @@ class Loop:
         """Evaluates, and keeps a copy of the adapter where it is the best so far."""
         assert self._dataset.eval is not None
         with watch.clock.on("evaluation"):
-            evaluation = self._evaluate(state.trainable, self._parts.frozen, self._dataset.eval)
-        watch.evaluated(number, evaluation, lambda: combine(self._parts.graphdef, state.trainable, self._parts.frozen))
+            evaluation = self._evaluate(state.served, self._parts.frozen, self._dataset.eval)
+        watch.evaluated(number, evaluation, lambda: combine(self._parts.graphdef, state.served, self._parts.frozen))
         if watch.improved:
             with watch.clock.on("save"):
                 self._save(state, evaluation, self._folder.best)
@@ -281,7 +274,7 @@ class Loop:
 
     def _save(self, state: State, evaluation: Evaluation | None, folder: Path) -> None:
         """Writes an adapter into `folder`, in the place of what was there, whole or not at all."""
-        trainable = _mesh.gather(state.trainable)  # by all processes
+        trainable = _mesh.gather(state.served)  # by all processes
         if not devices.is_main():
             return
         trainable = jax.tree.map(jnp.asarray, trainable)
