@@ -87,7 +87,11 @@ def begin(tx: optax.GradientTransformation, trainable: Leaves) -> State:
 
 
 def make_step(
-    graphdef: GraphDef, sums: Callable[..., Sums | Measured], tx: optax.GradientTransformation, *, groups: int = 1,
+    graphdef: GraphDef,
+    sums: Callable[..., Sums | Measured],
+    tx: optax.GradientTransformation,
+    *,
+    groups: int = 1,
     max_skips: int = 0,
 ) -> "Compiled":
     """`update(state, frozen, batch, key) -> (state, metrics)`, compiled; `state` is donated.
@@ -114,7 +118,9 @@ def make_step(
         def of_one(trainable: Leaves, batch: Batch, key: jax.Array | None) -> Sums | Measured:
             return sums(combine(graphdef, trainable, frozen), batch, key, groups)
 
-        return advance(of_one, tx, state, batch, key, lambda leaves: penalty(combine(graphdef, leaves, frozen)), max_skips)
+        return advance(
+            of_one, tx, state, batch, key, lambda leaves: penalty(combine(graphdef, leaves, frozen)), max_skips
+        )
 
     return Compiled(update)
 
@@ -148,7 +154,9 @@ def advance(
     changes, optimizer = tx.update(grads, state.optimizer, state.trainable)
     trainable: Any = optax.apply_updates(state.trainable, changes)
     trainable, optimizer = jax.tree.map(
-        lambda new, old: jnp.where(failed | broken, old, new), (trainable, optimizer), (state.trainable, state.optimizer)
+        lambda new, old: jnp.where(failed | broken, old, new),
+        (trainable, optimizer),
+        (state.trainable, state.optimizer),
     )
     updates = state.updates + ~failed
     skipped = state.skipped + (broken & ~failed)
