@@ -251,16 +251,20 @@ def test_where_no_change_alone_is_enough_several_are_tried(small):
 
 
 @pytest.mark.slow
-def test_a_table_names_the_largest_batch(small):
-    tight = devices.Machine(devices.Chip("tight", "cuda", 0.1 * GIB, 1e12, 1e11, "made up"), 1)
-    cell = table.cell(request_of(small, remat="full").but(machine=tight), (64, 256), at=256, compiling=False)
-    has = tight.chip.memory
-    for length, rows in cell.rows.items():
-        at = request_of(small, remat="full", seq=length).but(machine=tight)
-        assert memory(subject(at.but(batch=rows))).total <= has
-        assert rows == table.MOST_ROWS or memory(subject(at.but(batch=2 * rows))).total > has
-    assert cell.rows[64] >= cell.rows[256] > 0
-    assert table.line(cell).endswith("| not compiled |")
+def test_a_table_names_the_most_rows(small):
+    has = 0.1 * GIB
+    tight = devices.Machine(devices.Chip("tight", "cuda", has, 1e12, 1e11, "made up"), 1)
+    asked = request_of(small, remat="full").but(machine=tight)
+    rows = table.most_rows(asked, (64, 256))
+    for length, most in rows.items():
+        at = asked.but(seq=length)
+        assert memory(subject(at.but(batch=most))).total <= has
+        assert most == table.MOST_ROWS or memory(subject(at.but(batch=2 * most))).total > has
+    assert rows[64] >= rows[256] > 0
+    none = asked.but(machine=devices.Machine(devices.Chip("none", "cuda", 1.0, 1e12, 1e11, "made up"), 1))
+    assert table.most_rows(none, (64,)) == {64: 0}
+    with pytest.raises(ValueError, match="nobody said how much memory cpu has"):
+        table.most_rows(request_of(small), (64,))
 
 
 # -------------------------------------------------------------------------------------------------------- the program
