@@ -40,7 +40,7 @@ SOURCES = [
 LIMIT = 400
 #: The bottom: a method, a model or the core may build on these, which know nothing of them.
 _BASE = "_method _site seams _projections _grouped _quantized _nf4 _matching _fields _scope _dropout _stack _stream"
-FOUNDATION = {f"jpeft.{name}" for name in [*_BASE.split(), "_text", "_mersenne"]}
+FOUNDATION = {f"jpeft.{name}" for name in [*_BASE.split(), "_text", "_mersenne", "_neftune"]}
 #: What one import name is called on PyPI, where the two differ.
 DISTRIBUTION = {"orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
@@ -269,7 +269,8 @@ def test_transformers_is_imported_by_the_program_only():
 
 def test_every_foreign_import_is_a_declared_dependency():
     core = {_distribution(r) for r in PROJECT["dependencies"]}
-    program = core | {_distribution(r) for extra in ("hub", "train") for r in PROJECT["optional-dependencies"][extra]}
+    extras = ("hub", "train", "eval", "harness")
+    program = core | {_distribution(r) for extra in extras for r in PROJECT["optional-dependencies"][extra]}
 
     def declared(edge: Import) -> bool:
         name = edge.target.split(".")[0]

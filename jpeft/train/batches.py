@@ -7,7 +7,7 @@ Which rows make a batch is a `Buckets` (each row alone, padded to one of few wid
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,15 +45,24 @@ class Batches:
       buckets: which rows make a batch.
       accumulation: micro-batches of a batch.
       pad_id: token that padding is filled with.
+      beside: further numbers of every row of the examples, by the names that they have in a batch; 0 of padding.
     """
 
     examples: Examples
     buckets: Buckets | Packs
     accumulation: int
     pad_id: int
+    beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
-    def walk(self, seed: int, position: Mapping[str, Any] | None = None) -> Iterator[Fed]:
+    def walk(
+        self, seed: int, position: Mapping[str, Any] | None = None, own: Collection[int] | None = None
+    ) -> Iterator[Fed]:
         """Batches without end: those of every epoch, from a position on.
+
+        Args:
+          seed: of the order.
+          position: None is the beginning.
+          own: as of `collate`.
 
         Raises:
           DataError: the position is of another seed, or none of this data.
@@ -65,27 +74,42 @@ class Batches:
                 last = at + 1 == len(order)
                 start = {"seed": seed, "epoch": epoch, "index": at}
                 after = {"seed": seed, "epoch": epoch + last, "index": 0 if last else at + 1}
-                yield Fed(start, after, self.collate(order[at]), *self.sizes(order[at]))
+                yield Fed(start, after, self.collate(order[at], own), *self.sizes(order[at]))
             epoch, index = epoch + 1, 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch, both of every pair."""
+        return self.buckets.batch_rows * self.examples.per_example // self.accumulation
 
     def position(self, seed: int, updates: int) -> dict[str, Any]:
         """Where a training stands after so many updates."""
         epoch, index = divmod(updates, self.buckets.num_batches)
         return {"seed": seed, "epoch": epoch, "index": index}
 
-    def collate(self, batch: Batch) -> dict[str, np.ndarray]:
+    def collate(self, batch: Batch, own: Collection[int] | None = None) -> dict[str, np.ndarray]:
         """`input_ids`, `attention_mask` `[accumulation, rows, width]` and `labels`; missing rows weigh nothing.
 
         With them `token_type_ids` where a row has two texts, and of packed rows `segment_ids` (from 1; padding has the
         last one's, which it may look at) and `positions` (from 0 in every example). Of preference pairs the rows are
         chosen and rejected in turn.
+
+        Args:
+          batch: which rows.
+          own: rows of a micro-batch that this process feeds; of the others only the shape is made. None is all.
         """
         examples, each = self.examples, self.examples.per_example
         rows = self.buckets.batch_rows * each
         arrays = _empty((rows, batch.width), self.pad_id, examples, packed=isinstance(self.buckets, Packs))
+        arrays |= {name: np.zeros(rows, values.dtype) for name, values in self.beside.items()}
         for at, members in enumerate(batch.rows):
             for k in range(each):
-                _put(arrays, at * each + k, [member * each + k for member in np.atleast_1d(members)], examples)
+                if own is not None and (at * each + k) % (rows // self.accumulation) not in own:
+                    continue
+                chosen = [member * each + k for member in np.atleast_1d(members)]
+                _put(arrays, at * each + k, chosen, examples)
+                for name, values in self.beside.items():
+                    arrays[name][at * each + k] = values[chosen[0]]
         arrays["attention_mask"][:, 0] = 1  # a row of padding attends to its first token: no softmax is over nothing
         return {name: x.reshape(self.accumulation, -1, *x.shape[1:]) for name, x in arrays.items()}
 
@@ -138,10 +162,11 @@ def make_batches(
 def batches_like(train: Batches, examples: Examples) -> Batches:
     """Other examples in the widths of `train`, for which programs are compiled, and one more where a row needs it.
 
-    They are never packed: each is to be told from the others.
+    They are never packed: each is to be told from the others. Beside packed rows they have up to 4 widths of their own.
     """
-    widths, rows = train.buckets.widths, train.buckets.batch_rows // train.accumulation
-    longest = int(examples.lengths.max())
+    rows, longest = train.buckets.batch_rows // train.accumulation, int(examples.lengths.max())
+    packed = isinstance(train.buckets, Packs)
+    widths = choose_widths(examples.lengths, 4, longest) if packed else train.buckets.widths
     widths += () if longest <= widths[-1] else choose_widths([longest], 1, longest)
     return Batches(examples, Buckets(examples.lengths, widths, rows), 1, train.pad_id)
 

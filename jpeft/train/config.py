@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from . import _yaml
-from .sections import Data, Model, Optimizer, Train
+from .sections import Data, Logging, Model, Optimizer, Preference, Train
 from .sections._checks import FORBID
 from .standing import METRICS
 
@@ -38,7 +38,7 @@ class Config:
     """A run.
 
     Attributes:
-      model, data, optimizer, train: see there.
+      model, data, optimizer, train, preference, logging: see there.
       method: `kind`, one of `jpeft.METHODS`, and that method's own options; or a list of them, for a hybrid.
       out: the run's folder, which must not hold a run yet.
       mesh: `"data=2,fsdp=2,tensor=2"`; None is one device.
@@ -51,6 +51,8 @@ class Config:
     method: dict[str, Any] | tuple[dict[str, Any], ...] = dataclasses.field(default_factory=lambda: {"kind": "lora"})
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     train: Train = dataclasses.field(default_factory=Train)
+    preference: Preference = dataclasses.field(default_factory=Preference)
+    logging: Logging = dataclasses.field(default_factory=Logging)
     mesh: str | None = None
 
 
@@ -186,14 +188,15 @@ def _plain(value: Any) -> Any:
 
 def _ranges(config: Config) -> list[str]:
     """What is wrong within single sections."""
-    return [*config.data.wrong(), *config.optimizer.wrong(), *config.train.wrong()]
+    parts = (config.data, config.optimizer, config.train, config.preference, config.logging)
+    return [line for part in parts for line in part.wrong()]
 
 
 def _conflicts(config: Config) -> list[str]:
     """What is wrong with values together."""
     data, train, classify = config.data, config.train, config.model.task == "SEQ_CLS"
     kinds = [part.get("kind") for part in ([config.method] if isinstance(config.method, dict) else config.method)]
-    names, figures = data.label_names, METRICS[config.model.task]
+    names, figures = data.label_names, METRICS["dpo" if train.objective == "dpo" else config.model.task]
     rules = {
         "data.train names no file": not paths(data.train),
         "give one of train.epochs and train.max_steps, and leave the other null": (train.epochs is None)
@@ -205,6 +208,19 @@ def _conflicts(config: Config) -> list[str]:
         "train.best is set, and data.eval names no file": train.best is not None and not paths(data.eval),
         "train.patience needs train.best, the figure that has to gain": (
             train.patience is not None and train.best is None
+        ),
+        f"train.objective=dpo is for CAUSAL_LM, got {config.model.task}": train.objective == "dpo" and classify,
+        "train.objective=dpo takes pairs, which are not packed; leave data.packing none": (
+            train.objective == "dpo" and data.packing != "none"
+        ),
+        "the section preference is for train.objective=dpo": (
+            train.objective != "dpo" and config.preference != Preference()
+        ),
+        f"train.samples is for a model that writes (CAUSAL_LM), got {config.model.task}": (
+            bool(train.samples) and classify
+        ),
+        "train.samples is set, and data.eval names no file: samples are written after evaluations": (
+            bool(train.samples) and not paths(data.eval)
         ),
         "data.longer=split is for CAUSAL_LM: a piece of a text has no label": classify and data.longer == "split",
         "data.streaming has no end; give train.max_steps": data.streaming and train.max_steps is None,
@@ -220,6 +236,15 @@ def _conflicts(config: Config) -> list[str]:
         ),
         f"optimizer.lora_plus_ratio is for method.kind=lora, got {', '.join(map(repr, kinds))}": (
             config.optimizer.lora_plus_ratio != 1 and "lora" not in kinds
+        ),
+        "train.label_smoothing and train.z_loss are for likelihood; dpo has preference.label_smoothing": (
+            train.objective == "dpo" and (train.label_smoothing > 0 or train.z_loss > 0)
+        ),
+        "train.neftune needs train.dropout=true: its noise is drawn from the same key": (
+            train.neftune > 0 and not train.dropout
+        ),
+        "train.ema is not for method.kind=adalora, whose ranks an average would bring back": (
+            train.ema is not None and "adalora" in kinds
         ),
     }
     return [message for message, broken in rules.items() if broken]

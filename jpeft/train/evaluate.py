@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a model does: loss with accuracy and macro-F1, or with perplexity; and what it says about new texts."""
+"""How well a model does, in loss and figures of its task; and what it says about new texts."""
 
 import dataclasses
 import math
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -15,7 +14,8 @@ from .._partition import GraphDef, Leaves, combine, partition
 from . import devices
 from .buckets import Buckets, choose_widths
 from .data import IGNORED, Batches, Examples
-from .losses import lm_sums, logits_of, nll
+from .losses import logits_of
+from .measures import MEASURES, Measure
 from .tokenizer import Tokenizer
 
 
@@ -37,22 +37,21 @@ class Prediction:
 
 
 class Evaluator:
-    """Evaluates one model structure for one task, compiled once per width of batch.
+    """Evaluates one model structure, compiled once per width of batch.
 
     Args:
       graphdef: of `jpeft.partition`.
-      task: `SEQ_CLS` or `CAUSAL_LM`.
+      measure: what is measured: a task's, or one of `measures.measured_by`.
       mesh: where the arrays lie.
     """
 
-    def __init__(self, graphdef: GraphDef, task: str, mesh: Mesh | None = None):
-        self._classify = task == "SEQ_CLS"
+    def __init__(self, graphdef: GraphDef, measure: str | Measure, mesh: Mesh | None = None):
+        self._measure = MEASURES[measure] if isinstance(measure, str) else measure
         self._mesh = mesh
-        outcome = _class_outcome if self._classify else _lm_outcome
-        groups = devices.num_groups(mesh)
+        sums, groups = self._measure.sums, devices.num_groups(mesh)
 
         def compute(trainable: Leaves, frozen: Leaves, batch: dict[str, Any]) -> dict[str, Any]:
-            return outcome(combine(graphdef, trainable, frozen), jax.tree.map(lambda x: x[0], batch), groups)
+            return sums(combine(graphdef, trainable, frozen), jax.tree.map(lambda x: x[0], batch), groups)
 
         self._compute = jax.jit(compute, out_shardings=devices.whole(mesh))
 
@@ -66,26 +65,19 @@ class Evaluator:
         outcomes = [
             self._compute(trainable, frozen, devices.place(batches.collate(batch), self._mesh)) for batch in order
         ]
-        outcomes = [jax.tree.map(np.asarray, outcome) for outcome in outcomes]
-        loss = float(sum(o["loss"] for o in outcomes) / sum(o["labels"] for o in outcomes))
+        outcomes = jax.device_get(outcomes)
+        rows = [outcome.pop("predicted", None) for outcome in outcomes]
+        sums = {name: np.sum([outcome[name] for outcome in outcomes], axis=0, dtype=np.float64) for name in outcomes[0]}
+        loss = float(sums["loss"] / sums["labels"])
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of the evaluation is {loss}")
-        if not self._classify:
-            return Evaluation({"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
-        predicted = np.empty(len(batches.examples.tokens), np.int32)
-        for batch, outcome in zip(order, outcomes, strict=True):
-            predicted[batch.rows] = outcome["predicted"][: len(batch.rows)]
-        return Evaluation({"loss": loss, **scores(np.array(batches.examples.labels), predicted)}, predicted)
-
-
-def scores(labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """Accuracy, and macro-F1: the mean over the classes that occur of 2 TP / (2 TP + FP + FN)."""
-    from sklearn.metrics import accuracy_score, f1_score
-
-    return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_f1": float(f1_score(labels, predicted, average="macro")),
-    }
+        metrics = {"loss": loss, **self._measure.figures(sums)}
+        if rows[0] is None:
+            return Evaluation(metrics)
+        predicted = np.empty(len(batches.examples), np.int32)
+        for batch, found in zip(order, rows, strict=True):
+            predicted[np.asarray(batch.rows)] = found[: len(batch.rows)]
+        return Evaluation(metrics, predicted)
 
 
 def predict(
@@ -124,14 +116,3 @@ def predict(
         for row, p in zip(batch.rows, rows, strict=False):  # the rest is padding
             found[int(row)] = Prediction(texts[int(row)], names[int(p.argmax())], float(p.max()))
     return [found[i] for i in range(len(texts))]
-
-
-def _class_outcome(model: Any, batch: dict[str, Any], groups: int) -> dict[str, Any]:
-    del groups
-    logits, labels = logits_of(model, batch, None), batch["labels"]
-    return {"loss": nll(logits, labels), "labels": (labels != IGNORED).sum(), "predicted": jnp.argmax(logits, -1)}
-
-
-def _lm_outcome(model: Any, batch: dict[str, Any], groups: int) -> dict[str, Any]:
-    loss, labels = lm_sums(model, batch, None, groups)
-    return {"loss": loss, "labels": labels}

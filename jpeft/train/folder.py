@@ -4,8 +4,13 @@
 config.yaml     the configuration, every key written out
 run.json        command, versions, device, data and tokenizer hashes, counts
 metrics.jsonl   one line per log interval and per evaluation
+samples.jsonl   what the model wrote after every evaluation, where `train.samples` wants any
+plots/          the figures as pictures
+profile/        a trace, where `logging.profile` wants one
+tensorboard/, wandb/   of the loggers that `logging.to` names
 adapter/        in PEFT's format, or jpeft's own where PEFT has none for it; tokenizer, label names, a model card
 best/           the same after the best evaluation so far, where `train.best` follows one; at the end also adapter/
+checkpoints/    the newest states, from which `--resume` goes on
 failure/        only where the loss was not finite: the batch, and the state before it
 """
 
@@ -17,19 +22,24 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from ..models._files import write_text
+from ..models import CheckpointError
+from ..models._files import is_file, read_json, write_text
 from . import config as configuration
 from .config import Config
 from .job import Dataset, Parts
+from .samples import Sample
 
 _VERSIONS = ("jpeft", "jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "datasets")
+
+#: Files that grow with the run.
+_LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 class RunFolder:
@@ -38,21 +48,35 @@ class RunFolder:
     Args:
       path: the folder, made if need be.
       writes: whether this process writes.
+      resumes: whether a run in it is gone on with.
 
     Raises:
-      FileExistsError: it holds a run already.
+      FileExistsError: it holds a run already, and `resumes` is False.
     """
 
-    def __init__(self, path: str | Path, writes: bool = True):
+    def __init__(self, path: str | Path, writes: bool = True, resumes: bool = False):
         self.path = Path(path)
         self._writes = writes
         self._start = time.time()
-        if writes and os.path.lexists(self.path / "metrics.jsonl"):
-            raise FileExistsError(f"{self.path} holds a run already; give another out=, or --overwrite to replace it")
+        if writes and not resumes and os.path.lexists(self.path / "metrics.jsonl"):
+            raise FileExistsError(
+                f"{self.path} holds a run already; --resume goes on with it, --overwrite replaces it, and out= names "
+                "another"
+            )
 
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run has come to its end here."""
+        file = self.path / "run.json"
+        return is_file(file) and "finished" in read_json(file)
 
     @property
     def best(self) -> Path:
@@ -70,10 +94,11 @@ class RunFolder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", configuration.dump(config))
-        (self.path / "metrics.jsonl").touch()
+        (self.path / "metrics.jsonl").write_bytes(b"")
+        (self.path / "samples.jsonl").unlink(missing_ok=True)
         record = {
             "command": sys.argv,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._start)),
+            "started": _now(),
             "versions": {"python": platform.python_version(), **{v: importlib.metadata.version(v) for v in _VERSIONS}},
             "devices": [str(device) for device in jax.devices()],
             "processes": jax.process_count(),
@@ -83,16 +108,65 @@ class RunFolder:
             "updates": dataset.num_updates,
             "widths": dataset.train.buckets.widths,
             "trainable": parts.summary.trainable,
+            "changed": parts.summary.changed,
             "base": parts.summary.base,
         }
+        self._write_record(record)
+
+    def mark(self) -> dict[str, Any]:
+        """Where the run stands in its own files: plain values for a checkpoint."""
+        sizes = {}
+        for file in (self.path / name for name in _LOGS if self._writes):
+            if is_file(file):
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+                    sizes[file.name] = os.fstat(stream.fileno()).st_size
+        return {"sizes": sizes, "seconds": time.time() - self._start}
+
+    def go_on(self, mark: Mapping[str, Any], update: int, stated: Sequence[str]) -> None:
+        """Cuts metrics.jsonl and samples.jsonl back to a mark, and notes in run.json that the run was resumed.
+
+        Raises:
+          CheckpointError: a file has lost lines that it had when the mark was made.
+        """
+        self._start = time.time() - mark["seconds"]
+        if not self._writes:
+            return
+        for file in (self.path / name for name in _LOGS):
+            size, kept = file.stat().st_size if is_file(file) else 0, mark["sizes"].get(file.name, 0)
+            if size < kept:
+                raise CheckpointError(
+                    f"{file} has {size:,} bytes and had {kept:,} at update {update}: lines are lost, and the run's "
+                    "record could not be whole. Put the file back, or begin a new run with another out="
+                )
+            if size > kept:
+                os.truncate(file, kept)
+        note = {"update": update, "at": _now(), "command": sys.argv, "changed": list(stated)}
+        record = read_json(self.path / "run.json")
+        self._write_record(record | {"resumed": [*record.get("resumed", []), note]})
+
+    def finish(self) -> None:
+        """Notes in run.json that the run has come to its end."""
+        if self._writes:
+            self._write_record(read_json(self.path / "run.json") | {"finished": _now()})
+
+    def _write_record(self, record: Mapping[str, Any]) -> None:
         write_text(self.path / "run.json", json.dumps(record, indent=2) + "\n")
 
-    def log(self, entry: Mapping[str, Any]) -> None:
-        """Appends a line to metrics.jsonl, with the seconds since the run began."""
+    def log(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Appends a line to metrics.jsonl: `entry` with the seconds since the run began, which is given back."""
+        whole = {**entry, "seconds": round(time.time() - self._start, 3)}
         if self._writes:
-            line = json.dumps({**entry, "seconds": round(time.time() - self._start, 3)}, allow_nan=False)
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(json.dumps(whole, allow_nan=False) + "\n")
+        return whole
+
+    def log_samples(self, number: int, samples: Sequence[Sample]) -> None:
+        """Appends what the model wrote after update `number` to samples.jsonl."""
+        if self._writes:
+            with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
+                for sample in samples:
+                    file.write(json.dumps({"update": number, **sample._asdict()}, ensure_ascii=False) + "\n")
 
     def save_failure(self, state: Any, batch: Mapping[str, np.ndarray]) -> Path:
         """Writes the batch whose loss was not finite, and the state before it, as arrays; returns the folder."""
@@ -119,6 +193,10 @@ def replaced(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def remove_run(path: str | Path) -> None:
     """Deletes what a run wrote into a folder, and the folder if nothing else is in it.
 
@@ -130,9 +208,9 @@ def remove_run(path: str | Path) -> None:
         return
     if not (folder / "metrics.jsonl").is_file() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds something that is no run; it is not replaced")
-    for name in ("adapter", "best", "failure", "plots"):
+    for name in ("adapter", "best", "checkpoints", "failure", "plots", "profile", "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("config.yaml", "run.json", "metrics.jsonl"):
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl"):
         (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()

@@ -17,10 +17,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from .._adapt import strip
+from .._partition import GraphDef, Leaves, combine
+from . import devices
 from ._head import IGNORED
+from .batches import Batches
 from .losses import Batch, Measured, lm_log_probs
 from .sections import Preference
 
@@ -85,3 +90,22 @@ def preference_losses(delta: Float[Array, " pairs"], options: Preference) -> Flo
 def reference_log_probs(model: Any, batch: Batch, groups: int = 1) -> Float[Array, " rows"]:
     """`lm_log_probs` of the base of an adapted model, without dropout and without a gradient."""
     return jax.lax.stop_gradient(lm_log_probs(strip(model), batch, None, groups))
+
+
+def with_reference(
+    batches: Batches, graphdef: GraphDef, trainable: Leaves, frozen: Leaves, mesh: Mesh | None
+) -> Batches:
+    """The same batches with the reference's log-probabilities beside every row, computed once."""
+
+    def compute(trainable: Leaves, frozen: Leaves, batch: dict[str, Any]) -> jax.Array:
+        model = combine(graphdef, trainable, frozen)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+        return reference_log_probs(model, flat, devices.num_groups(mesh))
+
+    compiled, examples = jax.jit(compute, out_shardings=devices.whole(mesh)), batches.examples
+    found = np.zeros(len(examples.tokens), np.float32)
+    for batch in batches.buckets.in_order():
+        rows = np.asarray(compiled(trainable, frozen, devices.place(batches.collate(batch), mesh)))
+        rows = rows.reshape(-1, examples.per_example)[: len(batch.rows)]
+        found.reshape(-1, examples.per_example)[np.asarray(batch.rows)] = rows
+    return dataclasses.replace(batches, beside={REFERENCE: found})

@@ -7,10 +7,14 @@ from collections.abc import Mapping
 #: Figures of an evaluation that are better when they are lower; all others are better when higher.
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
-#: The figures of an evaluation, by task.
+#: The figures of an evaluation, by task; of preferences, by objective.
 METRICS: Mapping[str, tuple[str, ...]] = {
     "SEQ_CLS": ("loss", "accuracy", "macro_f1"),
+    "TOKEN_CLS": ("loss", "accuracy", "macro_f1"),
+    "QUESTION_ANS": ("loss", "exact_match", "f1"),
     "CAUSAL_LM": ("loss", "perplexity"),
+    "SEQ_2_SEQ_LM": ("loss", "perplexity"),
+    "dpo": ("loss", "accuracy", "margin", "rewards_chosen", "rewards_rejected"),
 }
 
 

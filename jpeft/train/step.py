@@ -42,12 +42,21 @@ class State(NamedTuple):
       optimizer: the optimizer's state.
       updates: updates made so far; the next batch and the dropout key follow from it.
       failed: a loss or gradient was not finite: no update has been made since, and none will be.
+      skipped: of `updates`, those left out because their loss or gradient was not finite.
+      average: exponential moving average of `trainable`; None where none is kept.
     """
 
     trainable: Leaves
     optimizer: Any
     updates: Int[Array, ""]
     failed: Bool[Array, ""]
+    skipped: Int[Array, ""]
+    average: Leaves | None = None
+
+    @property
+    def served(self) -> Leaves:
+        """What is evaluated and saved: the average where one is kept, else the leaves themselves."""
+        return self.trainable if self.average is None else self.average
 
 
 class Metrics(NamedTuple):
@@ -69,22 +78,41 @@ class Metrics(NamedTuple):
 Update = Callable[..., tuple[State, Metrics]]
 
 
-def begin(tx: optax.GradientTransformation, trainable: Leaves) -> State:
-    """The state before the first update. Its arrays are its own: the first update may donate them."""
+def fresh() -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`updates`, `failed` and `skipped` before the first update."""
+    return jnp.int32(0), jnp.bool(False), jnp.int32(0)
+
+
+def begin(tx: optax.GradientTransformation, trainable: Leaves, *, average: bool = False) -> State:
+    """The state before the first update. Its arrays are its own: the first update may donate them.
+
+    Args:
+      tx, trainable: as of `make_step`.
+      average: keep a moving average, for a step with `ema`.
+    """
 
     def first(trainable: Leaves) -> State:
-        return State(jax.tree.map(jnp.copy, trainable), tx.init(trainable), jnp.int32(0), jnp.bool(False))
+        own = jax.tree.map(jnp.copy, trainable)
+        mean = jax.tree.map(jnp.copy, trainable) if average else None
+        return State(own, tx.init(trainable), *fresh(), mean)
 
     places = mirrored(jax.eval_shape(first, trainable), trainable)
     return jax.jit(first, out_shardings=places)(trainable)
 
 
 def make_step(
-    graphdef: GraphDef, sums: Callable[..., Sums | Measured], tx: optax.GradientTransformation, *, groups: int = 1
+    graphdef: GraphDef,
+    sums: Callable[..., Sums | Measured],
+    tx: optax.GradientTransformation,
+    *,
+    groups: int = 1,
+    ema: float | None = None,
+    max_skips: int = 0,
 ) -> "Compiled":
     """`update(state, frozen, batch, key) -> (state, metrics)`, compiled; `state` is donated.
 
-    Where the loss or the gradients' norm is not finite, the state comes back as it was, marked `failed`.
+    Where the loss or the gradients' norm is not finite, the adapter and the optimizer come back as they were: the first
+    `max_skips` times the update counts as made and `skipped`, after that the state is marked `failed`.
 
     Args:
       graphdef: of `jpeft.partition`.
@@ -93,6 +121,9 @@ def make_step(
       tx: optimizer of the trainable tree, clipping included; where a method takes part in updates, as AdaLoRA does, of
         `jpeft.optimizer(tx, model=graphdef)`, and anything else is an error.
       groups: number of devices that a batch's rows are split over.
+      max_skips: updates that may be left out.
+      ema: decay of the moving average in `State.average`; None keeps none. After n updates the decay is
+        `min(ema, (1 + n) / (10 + n))`, so that the first values are soon forgotten.
 
     The function's arguments: `frozen` of `jpeft.partition`; `batch` with arrays `[accumulation, rows, ...]`; `key`
     turns dropout on, another one in each update and micro-batch, and may be None.
@@ -104,7 +135,10 @@ def make_step(
         def of_one(trainable: Leaves, batch: Batch, key: jax.Array | None) -> Sums | Measured:
             return sums(combine(graphdef, trainable, frozen), batch, key, groups)
 
-        return advance(of_one, tx, state, batch, key, lambda leaves: penalty(combine(graphdef, leaves, frozen)))
+        def added(leaves: Leaves) -> jax.Array | None:
+            return penalty(combine(graphdef, leaves, frozen))
+
+        return advance(of_one, tx, state, batch, key, added, ema=ema, max_skips=max_skips)
 
     return Compiled(update)
 
@@ -116,13 +150,17 @@ def advance(
     batch: Batch,
     key: jax.Array | None,
     added: Callable[[Leaves], jax.Array | None],
+    *,
+    ema: float | None = None,
+    max_skips: int = 0,
 ) -> tuple[State, Metrics]:
     """One update of one adapter.
 
     Args:
       sums: (trainable, micro-batch, key) -> (sum of losses, number of labels), and perhaps sums of further figures.
-      tx, state, batch, key: as of `make_step`'s function.
+      tx, state, batch, key, ema: as of `make_step` and its function.
       added: trainable -> what the adapters' own leaves add to the loss, or None.
+      max_skips: as of `make_step`.
     """
     (loss, (labels, figures)), grads = _gradients(sums, state, batch, key)
     figures = {name: value / labels for name, value in figures.items()}
@@ -131,12 +169,33 @@ def advance(
         more, its_grads = jax.value_and_grad(added)(state.trainable)
         loss, grads = loss + more, jax.tree.map(jnp.add, grads, its_grads)
     norm = optax.tree.norm(grads)
-    failed = state.failed | ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+    broken = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+    failed = state.failed | (broken & (state.skipped >= max_skips))
     changes, optimizer = tx.update(grads, state.optimizer, state.trainable)
     trainable: Any = optax.apply_updates(state.trainable, changes)
-    new = State(trainable, optimizer, state.updates + 1, failed)
-    kept = jax.tree.map(lambda new, old: jnp.where(failed, old, new), new, state)
-    return kept._replace(failed=failed), Metrics(loss, labels, norm, figures)
+    trainable, optimizer, average = jax.tree.map(
+        lambda new, old: jnp.where(failed | broken, old, new),
+        (trainable, optimizer, _averaged(state, trainable, ema)),
+        (state.trainable, state.optimizer, state.average),
+    )
+    skipped = state.skipped + (broken & ~failed)
+    new = State(trainable, optimizer, state.updates + ~failed, failed, skipped, average)
+    return new, Metrics(loss, labels, norm, figures)
+
+
+def _averaged(state: State, trainable: Leaves, ema: float | None) -> Leaves | None:
+    """The average after an update that made the leaves `trainable`."""
+    if (ema is None) != (state.average is None):
+        raise ValueError(
+            f"the step's ema is {ema}, and the state has {'no' if ema else 'an'} average; begin(average=...)"
+        )
+    if ema is None or state.average is None:
+        return None
+    done = state.updates + 1
+    rate = jnp.minimum(ema, (1.0 + done) / (10.0 + done))
+    return jax.tree.map(
+        lambda mean, leaf: (rate * mean + (1 - rate) * leaf).astype(leaf.dtype), state.average, trainable
+    )
 
 
 def _gradients(sums: Callable[..., Sums | Measured], state: State, batch: Batch, key: jax.Array | None) -> Any:
@@ -159,6 +218,22 @@ def _gradients(sums: Callable[..., Sums | Measured], state: State, batch: Batch,
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), micros)[0]
 
 
+class Cost(NamedTuple):
+    """What one update costs, as its compiled program tells.
+
+    Attributes:
+      flops: floating-point operations.
+      arguments: bytes of what goes in: base, state and batch.
+      donated: bytes of these that the new state takes the place of: adapter and optimizer.
+      temporaries: bytes of what is made on the way.
+    """
+
+    flops: float
+    arguments: int
+    donated: int
+    temporaries: int
+
+
 class Compiled:
     """`update`, compiled once for each shape of batch, with the new state in the places of the old one.
 
@@ -176,6 +251,12 @@ class Compiled:
     def num_compiled(self) -> int:
         """Programs compiled so far."""
         return len(self._programs)
+
+    @property
+    def cost(self) -> Cost | None:
+        """Of the largest program; None before the first, and where the backend does not tell."""
+        costs = [found for program in self._programs.values() if (found := _cost(program)) is not None]
+        return max(costs, default=None)
 
     def __call__(self, state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> tuple[State, Metrics]:
         shapes = tuple((name, batch[name].shape) for name in sorted(batch)), None if key is None else key.shape
@@ -201,3 +282,11 @@ class Compiled:
         )
         with scope(platform=target):
             return jitted.lower(state, frozen, batch, key)
+
+
+def _cost(program: Any) -> Cost | None:
+    memory, found = program.memory_analysis(), program.cost_analysis()
+    if memory is None or not found:
+        return None
+    sizes = memory.argument_size_in_bytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes
+    return Cost(float(found["flops"]), *sizes)

@@ -8,28 +8,35 @@
       if watch.due(number):
           losses += watch.log(number)
       if evaluates:
-          watch.evaluated(number, evaluation)     # then watch.improved, watch.exhausted
+          watch.evaluated(number, evaluation, model)     # then watch.improved, watch.exhausted
   watch.end()
 
 Nothing is read back from the device but in `pending_figures`, `log` and what follows an evaluation.
 """
 
+import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .._partition import combine
-from . import utilization
+from ..models._hub import model_folder
+from . import loggers, tokenizer, utilization
 from .clock import Clock
 from .config import Config
+from .devices import is_main
 from .evaluate import Evaluation
 from .folder import RunFolder
 from .job import Dataset, Parts
 from .optim import schedule
+from .plots import curves
+from .profiling import Profile
 from .progress import Bar, say
+from .samples import Sampler
 from .standing import Standing
 from .step import Compiled, Metrics
 
@@ -44,6 +51,7 @@ class Watch:
       update: its compiled step, asked for the time that went into compiling.
       done: updates made before.
       standing: of the evaluations before.
+      carried: what `carry` gave, of updates made before that have no line yet.
 
     Attributes:
       standing: of all evaluations so far; part of what an exact resume restores.
@@ -52,7 +60,7 @@ class Watch:
 
     def __init__(
         self, config: Config, dataset: Dataset, parts: Parts, folder: RunFolder, update: Compiled,
-        done: int = 0, standing: Standing | None = None,
+        done: int = 0, standing: Standing | None = None, carried: Iterable[Any] = (),
     ):  # fmt: skip
         self.standing, self.clock = standing or Standing(), Clock()
         self._config, self._dataset, self._folder, self._compiled = config, dataset, folder, update
@@ -60,7 +68,10 @@ class Watch:
         model = combine(parts.graphdef, parts.trainable, parts.frozen)
         self._flops = utilization.flops_per_token(model, parts.summary, config.model.task)
         self._peak = utilization.peak_flops(jax.devices() if config.mesh else jax.devices()[:1])
-        self._pending: list[Metrics] = []
+        self._loggers = loggers.opened(config.logging, folder.path, dataclasses.asdict(config)) if is_main() else []
+        self._profile = Profile(config.logging.profile, folder.path / "profile")
+        self._sampler = _sampler(config, dataset)
+        self._pending = [Metrics(*jax.tree.map(jnp.float32, tuple(metrics))) for metrics in carried]
         self._lap = _Lap(self.clock, 0, 0)
         self._sum = [0, 0, 0.0]
         self._bar = Bar(dataset.num_updates, done)
@@ -82,6 +93,7 @@ class Watch:
         """Takes in one update: what it measured, still on the device, and its tokens, real and with padding."""
         self._pending.append(metrics)
         self._lap.real, self._lap.padded = self._lap.real + real, self._lap.padded + padded
+        self._profile.update(metrics.loss, self._compiled.compile_seconds)
 
     def due(self, number: int) -> bool:
         """Whether a line is written after update `number`."""
@@ -92,36 +104,61 @@ class Watch:
         read = jax.device_get([tuple(metrics)[:3] for metrics in self._pending])
         return np.array(read, np.float64).reshape(-1, 3)
 
+    def carry(self) -> list[list[Any]]:
+        """What was measured since the last line, as JSON holds it without loss."""
+        return jax.tree.map(float, [list(metrics) for metrics in jax.device_get(self._pending)])
+
     def log(self, number: int) -> list[float]:
         """Waits for the device, writes and shows a line, and gives the losses since the last one."""
         if not self._pending:
             return []
         losses, labels, norms = self.pending_figures().T
+        others = jax.device_get([metrics.figures for metrics in self._pending])
         with self.clock.on("log"):
             self.clock.spent["compile"] = self._compiled.compile_seconds
             entry = {
                 "update": number,
-                "epoch": self._epoch(number),
+                "epoch": self._dataset.epochs(number),
                 "loss": float(losses @ labels / labels.sum()),
                 "losses": losses.tolist(),
+                **{name: float([figures[name] for figures in others] @ labels / labels.sum()) for name in others[0]},
                 "grad_norm": float(norms[-1]),
                 "lr": float(np.asarray(self._rate(number - 1))),
                 **self._lap_figures(),
             }
-            self._folder.log(entry)
+            self._write(entry)
             self._bar.show(number, entry)
         self._pending, self._lap = [], _Lap(self.clock, 0, 0)
         return losses.tolist()
 
-    def evaluated(self, number: int, evaluation: Evaluation) -> None:
-        """Writes and says an evaluation, and follows the configured figure."""
-        figures = {f"eval_{name}": value for name, value in evaluation.metrics.items()}
-        self._folder.log({"update": number, "epoch": self._epoch(number), **figures})
+    def evaluated(self, number: int, evaluation: Evaluation, model: Callable[[], Any]) -> None:
+        """Writes and says an evaluation, follows the configured figure, and shows what the model writes.
+
+        Args:
+          number: updates made.
+          evaluation: of the model after them.
+          model: makes it, where samples are wanted.
+        """
         followed = self._config.train.best
         if followed is not None:
             self.standing = self.standing.after(followed, evaluation.metrics[followed], number)
+        figures = {f"eval_{name}": value for name, value in evaluation.metrics.items()}
+        self._write({"update": number, "epoch": self._dataset.epochs(number), **figures})
         said = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
-        say(f"update {number}, epoch {self._epoch(number):.2f}: {said}{' (the best)' if self.improved else ''}")
+        epoch = self._dataset.epochs(number)
+        when = f"update {number}" if epoch is None else f"update {number}, epoch {epoch:.2f}"
+        say(f"{when}: {said}{' (the best)' if self.improved else ''}")
+        if self._sampler is not None:
+            with self.clock.on("samples"):
+                samples = self._sampler(model())
+            self._folder.log_samples(number, samples)
+            for sample in samples:
+                say(f"  {sample.prompt!r} -> {sample.text!r}")
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        whole = self._folder.log(entry)
+        for logger in self._loggers:
+            logger.log(entry["update"], loggers.figures(whole))
 
     @property
     def improved(self) -> bool:
@@ -135,15 +172,21 @@ class Watch:
         return patience is not None and self.standing.since >= patience
 
     def end(self) -> tuple[float, float]:
-        """Ends the bar, says where the time went; real and padded tokens/s over all updates."""
+        """Ends the bar and the loggers, draws the figures, says where the time went.
+
+        Returns:
+          real and padded tokens/s over all updates.
+        """
         self._bar.close()
         self.clock.spent["compile"] = self._compiled.compile_seconds
-        say(f"time: {self.clock}")
+        for logger in self._loggers:
+            logger.close()
+        if is_main():
+            curves(self._folder.path / "metrics.jsonl", self._folder.path / "plots")
+        said = self._profile.close()
+        say("\n".join([f"time: {self.clock}", *([said] if said else [])]))
         real, padded, seconds = self._sum
         return real / max(seconds, 1e-9), padded / max(seconds, 1e-9)
-
-    def _epoch(self, number: int) -> float:
-        return round(number / self._dataset.train.buckets.num_batches, 4)
 
     def _lap_figures(self) -> dict[str, Any]:
         """Rates since the last line, without the time of compilation, evaluation and saving."""
@@ -157,6 +200,15 @@ class Watch:
             "data_wait": _rounded(lap.waited() / seconds),
             "peak_memory_mb": round(utilization.peak_bytes() / 2**20, 1),
         }
+
+
+def _sampler(config: Config, dataset: Dataset) -> Sampler | None:
+    """What writes samples, where the configuration wants any."""
+    wanted = config.train.samples
+    if not wanted or dataset.eval is None:
+        return None
+    ends = tokenizer.ends(model_folder(config.model.path), dataset.tokenizer)
+    return Sampler(wanted, config.train.sample_tokens, dataset.tokenizer, ends, dataset.eval.examples)
 
 
 class _Lap:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preference losses against their formulas, and against torch on the same model and adapter, losses and gradients."""
 
+import json
+import random
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +14,16 @@ import subjects
 import torch
 
 import jpeft
+from jpeft.train import config, job, loop
 from jpeft.train.losses import IGNORED, lm_log_probs
 from jpeft.train.preference import PreferenceSums, preference_losses, reference_log_probs
+from jpeft.train.records import DataError
 from jpeft.train.sections import Preference
 from jpeft.train.step import begin, make_step
 
 #: float32 against float32 through two layers and the log-probabilities of up to eight tokens; gradients of norms.
 THROUGH = 1e-5
+WORDS = "good great fine bad poor dull film plot cast scene the a is was and".split()
 LOSSES = [
     Preference(beta=0.3),
     Preference(beta=0.3, label_smoothing=0.2),
@@ -176,3 +182,63 @@ def test_pairs_that_are_none(twins):
     packed = {**pairs(), "segment_ids": np.ones((8, 9), int)}
     with pytest.raises(ValueError, match="packed examples have no log-probability of their own"):
         sums(model, packed)
+
+
+@pytest.fixture
+def preferring(llama, tmp_path):
+    """A configuration of a tiny model that is to answer with praise."""
+    rng = random.Random(0)
+    for name, count in (("train", 64), ("eval", 24)):
+        rows = []
+        for _ in range(count):
+            prompt, rest = (" ".join(rng.choice(WORDS[6:]) for _ in range(rng.randrange(2, 6))) for _ in range(2))
+            good, bad = rng.choice(WORDS[:3]), rng.choice(WORDS[3:6])
+            rows.append({"prompt": prompt, "chosen": f" {good} {rest} ", "rejected": f" {bad} {rest} "})
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model": {"path": str(llama), "task": "CAUSAL_LM"},
+        "data": {
+            "train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl"), "num_widths": 1,
+            "format": "preference", "template": "plain",
+        },
+        "method": {"kind": "lora", "rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "embed_tokens"]},
+        "optimizer": {"lr": 2e-2},
+        "train": {
+            "objective": "dpo", "epochs": 3, "batch_size": 8, "log_every": 4, "best": "accuracy", "dropout": False,
+            "samples": ["plot"], "sample_tokens": 3,
+        },
+        "preference": {"beta": 0.3},
+        "out": str(tmp_path / "run"),
+    }  # fmt: skip
+
+
+def test_a_run_learns_preferences_and_says_so(preferring, tmp_path):
+    result = loop.train(config.parse(preferring))
+    logged = [json.loads(line) for line in (result.adapter.parent / "metrics.jsonl").read_text().splitlines()]
+    updates = [line for line in logged if "losses" in line]
+    assert result.losses[0] == pytest.approx(np.log(2), rel=1e-5)
+    assert updates[-1]["accuracy"] > 0.9
+    assert updates[-1]["margin"] == pytest.approx(
+        updates[-1]["rewards_chosen"] - updates[-1]["rewards_rejected"], rel=1e-4
+    )
+    assert result.evaluation.metrics["accuracy"] > 0.9  # of pairs that it has not seen
+    assert result.evaluation.metrics["loss"] < 0.5
+
+
+def test_references_that_are_computed_before_are_those_of_every_row(preferring):
+    settings = config.parse(config.overridden(preferring, ["preference.precompute=true"]))
+    plain = job.read_data(settings)
+    parts = job.build(settings, None, None)
+    dataset = job.with_references(plain, parts, None)
+    base = jpeft.models.load(preferring["model"]["path"], "CAUSAL_LM")
+    for split in (dataset.train, dataset.eval):
+        batch = split.buckets.in_order()[1]
+        arrays = {name: value[0] for name, value in split.collate(batch).items()}
+        np.testing.assert_allclose(arrays["reference"], lm_log_probs(base, arrays), rtol=THROUGH, atol=1e-5)
+        assert (arrays["reference"] < -1).all()
+
+
+def test_rows_that_the_objective_has_no_use_for(preferring):
+    likelihood = {key: value for key, value in preferring.items() if key != "preference"} | {"train": {"epochs": 1}}
+    with pytest.raises(DataError, match=r"the columns prompt, chosen, rejected, which fit no form for CAUSAL_LM"):
+        loop.train(config.parse(likelihood))

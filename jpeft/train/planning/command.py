@@ -18,14 +18,9 @@ examples:
 """
 
 
-def add_parser(commands: Any) -> None:
-    """Adds `plan` to the commands."""
-    plan = commands.add_parser(
-        "plan",
-        help="memory, FLOPs and time of a training step, before there is a machine",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(plan: argparse.ArgumentParser) -> None:
+    """What is planned."""
+    plan.epilog = _EXAMPLES
     plan.add_argument("--model", required=True, metavar="NAME", help="a preset, a Hugging Face folder or a config.json")
     plan.add_argument("--method", default="lora", metavar="KIND", help="one of jpeft.METHODS (lora)")
     plan.add_argument("--rank", type=int, metavar="R", help="of the method")

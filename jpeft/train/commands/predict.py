@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jpeft predict`: the labels of sentences."""
+
+import argparse
+import sys
+
+from ..config import ConfigError
+from ._arguments import names_model, takes_length
+
+HELP = "classify sentences given here, or on standard input"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, and the sentences."""
+    names_model(parser)
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="sentences; none reads lines from standard input")
+    takes_length(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints label, probability and text, a line each."""
+    texts = options.texts or [line.rstrip("\n") for line in sys.stdin]
+    if not texts:
+        raise ConfigError("give a sentence to classify, or lines on standard input")
+    from .. import saved
+    from ..evaluate import predict
+
+    opened = saved.open_model(options.model, options.adapter)
+    names, length = saved.label_names(opened), options.max_length or opened.info.max_length or 128
+    for found in predict(opened.model, opened.tokenizer, texts, names, max_length=length):
+        print(f"{found.label}\t{found.probability:.4f}\t{found.text}")

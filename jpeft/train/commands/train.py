@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jpeft train`: a run, as a configuration says."""
+
+import argparse
+import sys
+
+from .. import config
+from ._arguments import names_config
+
+HELP = "fine-tune as a YAML file says"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The configuration, and what is often set beside it."""
+    names_config(parser)
+    parser.add_argument("--seed", metavar="N", help="train.seed")
+    parser.add_argument("--out", metavar="DIR", help="out: the run's folder")
+    parser.add_argument("--mesh", metavar="AXES", help="mesh: such as data=2,fsdp=2,tensor=2")
+    parser.add_argument("--distributed", metavar="WHERE", help="host:port,num_processes,process_id; or auto")
+    parser.add_argument("--dry-run", action="store_true", help="read the data, count, and stop")
+    parser.add_argument("--profile", action="store_true", help="trace a few updates: logging.profile=3")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains, or says what would be trained; an interrupted run that can be resumed ends with `EXIT_CODE`."""
+    if options.overwrite and options.resume:
+        raise config.ConfigError("--resume goes on with a run and --overwrite removes it; give one of them")
+    given = {
+        "train.seed": options.seed,
+        "out": options.out,
+        "mesh": options.mesh and f'"{options.mesh}"',
+        "logging.profile": "3" if options.profile else None,
+    }
+    settings = config.load(
+        options.config, options.overrides + [f"{key}={value}" for key, value in given.items() if value is not None]
+    )
+    from .. import devices, folder, interruption, loop
+
+    devices.start_processes(options.distributed)
+    if options.dry_run:
+        print(loop.dry_run(settings))
+        return
+    if options.overwrite and options.resume:
+        raise config.ConfigError("--resume goes on with a run and --overwrite removes it; give one of them")
+    if options.overwrite and devices.is_main():
+        folder.remove_run(settings.out)
+    if options.resume and (run := folder.RunFolder(settings.out, resumes=True)).finished:
+        print(f"this run is finished: {run.adapter}")
+        return
+    try:
+        loop.train(settings, resume=options.resume)
+    except interruption.Interrupted as stop:
+        print(f"jpeft: interrupted {stop}", file=sys.stderr)
+        raise SystemExit(interruption.EXIT_CODE) from None
