@@ -269,7 +269,8 @@ def test_transformers_is_imported_by_the_program_only():
 
 def test_every_foreign_import_is_a_declared_dependency():
     core = {_distribution(r) for r in PROJECT["dependencies"]}
-    program = core | {_distribution(r) for extra in ("hub", "train") for r in PROJECT["optional-dependencies"][extra]}
+    extras = ("hub", "train", "eval", "harness")
+    program = core | {_distribution(r) for extra in extras for r in PROJECT["optional-dependencies"][extra]}
 
     def declared(edge: Import) -> bool:
         name = edge.target.split(".")[0]

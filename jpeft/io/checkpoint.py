@@ -7,8 +7,8 @@ checkpoints/120/MANIFEST.json    size and SHA-256 of every file in them
 
 orbax writes a step into a folder of another name while the training goes on, and renames it when it is complete; the
 manifest is written into it just before. So a step that can be seen is complete, and what became of it afterwards (a
-flipped bit, a file cut short or gone) is found by its manifest, which orbax itself has none of. What orbax writes beside
-the two folders (when a step was saved) is never read.
+flipped bit, a file cut short or gone) is found by its manifest, which orbax itself has none of. What orbax writes
+beside the two folders (when a step was saved) is never read.
 """
 
 import errno

@@ -144,10 +144,13 @@ def make_batches(
 def batches_like(train: Batches, examples: Examples) -> Batches:
     """Other examples in the widths of `train`, for which programs are compiled, and one more where a row needs it.
 
-    They are never packed: each is to be told from the others.
+    They are never packed: each is to be told from the others. Beside packed rows they have up to 4 widths of their own.
     """
-    widths, rows = train.buckets.widths, train.buckets.batch_rows // train.accumulation
-    longest = int(examples.lengths.max())
+    rows, longest = train.buckets.batch_rows // train.accumulation, int(examples.lengths.max())
+    if isinstance(train.buckets, Packs):
+        widths = choose_widths(examples.lengths, 4, longest)
+    else:
+        widths = train.buckets.widths
     widths += () if longest <= widths[-1] else choose_widths([longest], 1, longest)
     return Batches(examples, Buckets(examples.lengths, widths, rows), 1, train.pad_id)
 

@@ -16,11 +16,13 @@ examples:
   jpeft train sst2.yaml optimizer.lr=1e-3 --seed 1        with other values
   jpeft train sst2.yaml --dry-run                         only look: data, shapes, counts
   jpeft predict --adapter runs/sst2/adapter "what a film"
+  jpeft eval --task sst2 --adapter runs/sst2/adapter      by a task, with intervals
   jpeft generate --model DIR --temperature 0.8 "Once upon a time"
   jpeft chat --model DIR --adapter law=runs/law/adapter   /switch law, /reset, /quit
   jpeft merge --adapter runs/sst2/adapter --out merged    a plain Hugging Face folder
   jpeft export --adapter runs/sst2/adapter --check vllm   what a target can hold of it
   jpeft inspect runs/sst2                                 what a folder holds, and its faults
+  jpeft plan --model llama-2-7b --batch 8 --remat full --topology v5e-8   will it fit?
   jpeft push runs/sst2/adapter my-name/sst2 --private     on the hub
 """
 

@@ -108,6 +108,10 @@ class Form:
                 return None
         return found
 
+    def optional_columns(self, given: Collection[str]) -> dict[str, str]:
+        """The columns of the optional parts that are there, for the first row need not have had them."""
+        return {p: name for p in self.optional for name in reversed(self.needs[p]) if name in given}
+
     def __str__(self) -> str:
         parts = [f"[{'|'.join(n)}]" if p in self.optional else "|".join(n) for p, n in self.needs.items()]
         return f"{self.name}: {', '.join(parts)}"
@@ -126,10 +130,11 @@ class Reader:
         Raises:
           ValueError: a part is missing or of the wrong type; the message is for the row's line.
         """
+        columns = self.form.optional_columns(values) | dict(self.columns)
         for part, column in self.columns.items():
             if column not in values and part not in self.form.optional:
                 raise ValueError(f"it has no {column!r}")
-        return self.form.read(_Row({part: values.get(column) for part, column in self.columns.items()}, self.columns))
+        return self.form.read(_Row({part: values.get(column) for part, column in columns.items()}, columns))
 
 
 class _Row(dict[str, Any]):
@@ -170,7 +175,7 @@ def find(given: Collection[str], task: str, named: Mapping[str, str], form: str 
         raise DataError(f"{where} has the columns {', '.join(given)}, which fit no form for {task}; {_listed(usable)}")
     several = ", ".join(form.name for form, _ in fitting)
     raise DataError(
-        f"{where} has the columns {', '.join(given)}, which fit several forms: {several}; say by data.format which it is"
+        f"{where} has the columns {', '.join(given)}, which fit several forms: {several}; say which by data.format"
     )
 
 

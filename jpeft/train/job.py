@@ -20,9 +20,11 @@ from . import config as configuration
 from . import data, tokenizer
 from .config import Config
 from .data import Batches
+from .encoding import Encoder
 from .packing import Packs
 from .preference import with_reference
 from .saved import no_form_in_peft
+from .streaming import Streamed, stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +34,10 @@ class Dataset:
     Attributes:
       tokenizer: of the model's folder.
       label_names: in the order of the head's outputs; None for a language model.
-      train: batches of one update each.
+      train: batches of one update each; of a stream those of its first window.
       eval: batches of one evaluation, or None.
       num_updates: updates of the whole run.
+      stream: what is trained on in the place of `train`, where rows are not all held.
     """
 
     tokenizer: tokenizer.Tokenizer
@@ -42,6 +45,16 @@ class Dataset:
     train: Batches
     eval: Batches | None
     num_updates: int
+    stream: Streamed | None = None
+
+    @property
+    def feed(self) -> Batches | Streamed:
+        """What the training walks through."""
+        return self.train if self.stream is None else self.stream
+
+    def epochs(self, updates: int) -> float | None:
+        """Passes over the data that so many updates are; None of a stream."""
+        return None if self.stream is not None else round(updates / self.train.buckets.num_batches, 4)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -78,20 +91,20 @@ def read_data(config: Config) -> Dataset:
     names = None
     if task == "SEQ_CLS":
         names = options.label_names or data.label_names(rows)
-    train = data.make_batches(
-        data.encode(rows, options, words, names, config.train.seed),
-        batch_size=config.train.batch_size,
-        accumulation=config.train.accumulation,
-        max_length=options.max_length,
-        num_widths=options.num_widths,
-        pad_id=words.pad_id,
-        packing=options.packing,
-    )
+    shape = {"batch_size": config.train.batch_size, "accumulation": config.train.accumulation, "pad_id": words.pad_id}
+    streamed = None
+    if options.streaming:
+        streamed = stream(rows, options, Encoder(options, words, names), **shape)
+        train = streamed.first
+    else:
+        examples = data.encode(rows, options, words, names, config.train.seed)
+        fixed = {"max_length": options.max_length, "num_widths": options.num_widths, "packing": options.packing}
+        train = data.make_batches(examples, **shape, **fixed)
     held = None
     if configuration.paths(options.eval):
         held = data.batches_like(train, data.encode(data.read_rows(options, task, "eval"), options, words, names))
     updates = config.train.max_steps or (config.train.epochs or 1) * train.buckets.num_batches
-    return Dataset(words, names, train, held, updates)
+    return Dataset(words, names, train, held, updates, streamed)
 
 
 def with_references(dataset: Dataset, parts: Parts, mesh: Mesh | None) -> Dataset:
@@ -160,7 +173,7 @@ def describe(config: Config, dataset: Dataset) -> str:
     real, padded = map(
         sum, zip(*map(dataset.train.sizes, dataset.train.buckets.epoch(config.train.seed, 0)), strict=True)
     )
-    lines = [f"train: {dataset.train.examples}"]
+    lines = [f"train: {'' if dataset.stream is None else 'the first window: '}{dataset.train.examples}"]
     if dataset.eval:
         lines.append(f"eval:  {dataset.eval.examples}")
     if dataset.label_names:

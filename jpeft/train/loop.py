@@ -7,7 +7,7 @@ is one `step.State`, from which the next batch and dropout key follow; so whatev
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,7 +37,7 @@ from .prefetch import Prefetch
 from .progress import say
 from .saved import Info, save_adapter
 from .standing import Standing
-from .step import State, begin, make_step
+from .step import Cost, State, begin, make_step
 from .watch import Watch
 
 
@@ -52,11 +52,12 @@ class Result:
     Attributes:
       state: after the last update.
       evaluation: the last one, or None without evaluation data.
-      losses: of every update since the run began or was resumed.
+      losses: of every update that this process wrote a line of: all but those before a resume.
       real_rate, padded_rate: tokens/s over the whole run, compilation and evaluation left out.
       adapter: folder of the saved adapter.
       standing: of the evaluations, where the configuration follows a figure of theirs.
       clock: where the time went.
+      cost: of one update of the widest batch; None where the backend does not tell.
     """
 
     state: State
@@ -67,6 +68,7 @@ class Result:
     adapter: Path
     standing: Standing
     clock: Clock
+    cost: Cost | None
 
 
 def train(config: Config, *, resume: bool = False) -> Result:
@@ -158,16 +160,18 @@ class Loop:
         self._folder.go_on(plain["folder"], step, stated)
         self._checkpoints.drop_after(step)
         say(f"resumed after update {step}" + "".join(f"\n  {line}" for line in stated))
-        return self.run(state, plain["carried"], Standing(**plain["standing"]), plain["owes"])
+        standing = Standing(**plain["standing"])
+        return self.run(state, plain["position"], plain["carried"], standing, owes=plain["owes"])
 
     def run(
-        self, state: State | None = None, carried: Iterable[Any] = (), standing: Standing | None = None,
-        owes: bool = False,
+        self, state: State | None = None, position: Mapping[str, Any] | None = None, carried: Iterable[Any] = (),
+        standing: Standing | None = None, *, owes: bool = False,
     ) -> Result:  # fmt: skip
         """Trains from `state`, by default from the beginning, and saves the adapter.
 
         Args:
           state: donated.
+          position: of the next batch; None counts the state's updates from the start, which no stream can.
           carried, standing: of `Watch`.
           owes: whether the evaluation after the state's last update is still to be made.
         """
@@ -176,41 +180,45 @@ class Loop:
         watch = Watch(self._config, self._dataset, self._parts, self._folder, self._update, done, standing, carried)
         losses: list[float] = []
         evaluation = self._evaluation(done, state, watch) if owes else None
-        walk = self._dataset.train.walk(seed, self._dataset.train.position(seed, done))
-        last = done if watch.exhausted else self._dataset.num_updates
-        with Interruption() as interruption, Prefetch(walk, then=self._placed) as feed:
-            for number, fed in zip(range(done + 1, last + 1), watch.waiting(feed), strict=False):
+        feed, last = self._dataset.feed, done if watch.exhausted else self._dataset.num_updates
+        walk, starts = feed.walk(seed, feed.position(seed, done) if position is None else position), {}
+        with Interruption() as interruption, Prefetch(walk, then=self._placed) as batches:
+            for number, fed in zip(range(done + 1, last + 1), watch.waiting(batches), strict=False):
                 state, metrics = self._update(state, self._parts.frozen, fed.arrays, self._key)
                 watch.update(metrics, fed.real, fed.padded)
+                starts[number] = fed.start
                 evaluates = self._evaluates_at(number)
                 leaves, saves = interruption.after(number), self._saves_at(number)
                 writes = watch.due(number) or evaluates
                 if (writes or leaves or saves) and bool(state.failed):
-                    self._stop(state, watch.pending_figures())
+                    self._stop(state, watch.pending_figures(), starts)
                 if writes:
                     losses += watch.log(number)
+                    starts.clear()
                 if leaves:
-                    self._leave(number, state, watch, owes=evaluates)
+                    self._leave(number, state, watch, fed.after, owes=evaluates)
                 if evaluates:
                     evaluation = self._evaluation(number, state, watch)
                     if watch.exhausted:
                         break
                 if saves:
-                    self._checkpoint(number, state, watch, owes=False)
+                    self._checkpoint(number, state, watch, fed.after, owes=False)
         self._checkpoints.close()
         rates = watch.end()
         with watch.clock.on("save"):
             self._finish(state, evaluation, watch.standing)
-        return Result(state, evaluation, losses, *rates, self._folder.adapter, watch.standing, watch.clock)
+        told = watch.standing, watch.clock, self._update.cost
+        return Result(state, evaluation, losses, *rates, self._folder.adapter, *told)
 
     def _saves_at(self, number: int) -> bool:
         every = self._config.train.save_every
         return every is not None and number % every == 0 and number < self._dataset.num_updates
 
-    def _checkpoint(self, number: int, state: State, watch: Watch, *, owes: bool) -> None:
+    def _checkpoint(self, number: int, state: State, watch: Watch, position: Mapping[str, Any], *, owes: bool) -> None:
         """Begins to write all that the run is after update `number`."""
         with watch.clock.on("save"):
             plain = {
+                "position": dict(position),
                 "carried": watch.carry(),
                 "standing": dataclasses.asdict(watch.standing),
                 "owes": owes,
@@ -219,9 +227,9 @@ class Loop:
             }
             self._checkpoints.save(number, state, plain)
 
-    def _leave(self, number: int, state: State, watch: Watch, *, owes: bool) -> NoReturn:
+    def _leave(self, number: int, state: State, watch: Watch, position: Mapping[str, Any], *, owes: bool) -> NoReturn:
         """Saves and ends, where a signal asked for it."""
-        self._checkpoint(number, state, watch, owes=owes)
+        self._checkpoint(number, state, watch, position, owes=owes)
         self._checkpoints.close()
         watch.end()
         raise Interrupted(f"after update {number}; its checkpoint is in {self._folder.checkpoints}. --resume goes on")
@@ -248,9 +256,10 @@ class Loop:
         every = self._config.train.eval_every or self._dataset.train.buckets.num_batches
         return self._dataset.eval is not None and (number % every == 0 or number == self._dataset.num_updates)
 
-    def _stop(self, state: State, figures: np.ndarray) -> None:
-        done, seed = int(state.updates), self._config.train.seed
-        batch = next(self._dataset.train.walk(seed, self._dataset.train.position(seed, done))).arrays
+    def _stop(self, state: State, figures: np.ndarray, starts: Mapping[int, Mapping[str, Any]]) -> None:
+        """Saves the batch of the update that failed; `starts` are the positions of the last updates' batches."""
+        done = int(state.updates)
+        batch = next(self._dataset.feed.walk(self._config.train.seed, starts[done + 1])).arrays
         loss, _, norm = figures[~np.isfinite(figures).all(axis=1)][0]
         folder = self._folder.save_failure(_mesh.gather(state), batch)
         raise TrainingStopped(

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A thread that works ahead of the loop: the next values of an iterator, in its order, before they are asked for."""
 
-import queue
-import threading
+import collections
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-_END = object()
 
 
 class Prefetch(Generic[T]):
@@ -18,7 +17,7 @@ class Prefetch(Generic[T]):
 
     Args:
       values: made in the thread, one at a time.
-      ahead: how many values may wait; 0 makes each when it is asked for, without a thread.
+      ahead: how many values may wait or be in the making; 0 makes each when it is asked for, without a thread.
       then: what is done with each value in the thread, such as putting it on a device.
 
     Example:
@@ -28,12 +27,10 @@ class Prefetch(Generic[T]):
 
     def __init__(self, values: Iterable[Any], ahead: int = 2, then: Callable[[Any], T] = lambda value: value):
         self._made: Iterator[T] = map(then, values)
-        self._ahead = ahead
-        self._closed = threading.Event()
-        if ahead:
-            self._ready: queue.Queue[Any] = queue.Queue(ahead)
-            self._thread = threading.Thread(target=self._work, name="jpeft-prefetch", daemon=True)
-            self._thread.start()
+        self._thread = ThreadPoolExecutor(1, "jpeft-prefetch") if ahead else None
+        self._coming: collections.deque[Future[T]] = collections.deque()
+        for _ in range(ahead):
+            self._order()
 
     def __enter__(self) -> "Prefetch[T]":
         return self
@@ -45,40 +42,24 @@ class Prefetch(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        if self._closed.is_set():
-            raise StopIteration
-        if not self._ahead:
+        if self._thread is None:
             return next(self._made)
-        value, error = self._ready.get()
-        if error is not None or value is _END:
-            self.close()
-            if error is not None:
-                raise error
+        if not self._coming:
             raise StopIteration
-        return value
+        coming = self._coming.popleft()
+        if coming.exception() is not None:
+            self.close()
+        else:
+            self._order()
+        return coming.result()
 
     def close(self) -> None:
-        """Ends the thread; values that wait are dropped."""
-        self._closed.set()
-        if self._ahead and threading.current_thread() is not self._thread:
-            self._thread.join()
+        """Ends the thread; values that wait are dropped, and no more are made."""
+        self._made = iter(())
+        self._coming.clear()
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
 
-    def _work(self) -> None:
-        """Runs in the thread."""
-        try:
-            for value in self._made:
-                if not self._give(value, None):
-                    return
-            self._give(_END, None)
-        except BaseException as error:  # the loop raises it
-            self._give(None, error)
-
-    def _give(self, value: Any, error: BaseException | None) -> bool:
-        """Puts a value where the loop takes it; False once nobody will."""
-        while not self._closed.is_set():
-            try:
-                self._ready.put((value, error), timeout=0.05)
-            except queue.Full:
-                continue
-            return True
-        return False
+    def _order(self) -> None:
+        assert self._thread is not None
+        self._coming.append(self._thread.submit(next, self._made))

@@ -11,7 +11,7 @@ k * b, however unequally the labels are spread. What the methods add to the loss
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._adapt import penalty
 from .._partition import GraphDef, Leaves, combine
+from .._scope import scope
 from .._sharding import mirrored
 from .._steering import check_steered
 from .losses import Batch, Measured, Sums, cls_loss, lm_loss, qa_loss, token_cls_loss
@@ -41,12 +42,14 @@ class State(NamedTuple):
       optimizer: the optimizer's state.
       updates: updates made so far; the next batch and the dropout key follow from it.
       failed: a loss or gradient was not finite: no update has been made since, and none will be.
+      skipped: of `updates`, those left out because their loss or gradient was not finite.
     """
 
     trainable: Leaves
     optimizer: Any
     updates: Int[Array, ""]
     failed: Bool[Array, ""]
+    skipped: Int[Array, ""]
 
 
 class Metrics(NamedTuple):
@@ -68,22 +71,33 @@ class Metrics(NamedTuple):
 Update = Callable[..., tuple[State, Metrics]]
 
 
+def fresh() -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`updates`, `failed` and `skipped` before the first update."""
+    return jnp.int32(0), jnp.bool(False), jnp.int32(0)
+
+
 def begin(tx: optax.GradientTransformation, trainable: Leaves) -> State:
     """The state before the first update. Its arrays are its own: the first update may donate them."""
 
     def first(trainable: Leaves) -> State:
-        return State(jax.tree.map(jnp.copy, trainable), tx.init(trainable), jnp.int32(0), jnp.bool(False))
+        return State(jax.tree.map(jnp.copy, trainable), tx.init(trainable), *fresh())
 
     places = mirrored(jax.eval_shape(first, trainable), trainable)
     return jax.jit(first, out_shardings=places)(trainable)
 
 
 def make_step(
-    graphdef: GraphDef, sums: Callable[..., Sums | Measured], tx: optax.GradientTransformation, *, groups: int = 1
+    graphdef: GraphDef,
+    sums: Callable[..., Sums | Measured],
+    tx: optax.GradientTransformation,
+    *,
+    groups: int = 1,
+    max_skips: int = 0,
 ) -> "Compiled":
     """`update(state, frozen, batch, key) -> (state, metrics)`, compiled; `state` is donated.
 
-    Where the loss or the gradients' norm is not finite, the state comes back as it was, marked `failed`.
+    Where the loss or the gradients' norm is not finite, the adapter and the optimizer come back as they were: the first
+    `max_skips` times the update counts as made and `skipped`, after that the state is marked `failed`.
 
     Args:
       graphdef: of `jpeft.partition`.
@@ -92,6 +106,7 @@ def make_step(
       tx: optimizer of the trainable tree, clipping included; where a method takes part in updates, as AdaLoRA does, of
         `jpeft.optimizer(tx, model=graphdef)`, and anything else is an error.
       groups: number of devices that a batch's rows are split over.
+      max_skips: updates that may be left out.
 
     The function's arguments: `frozen` of `jpeft.partition`; `batch` with arrays `[accumulation, rows, ...]`; `key`
     turns dropout on, another one in each update and micro-batch, and may be None.
@@ -103,7 +118,9 @@ def make_step(
         def of_one(trainable: Leaves, batch: Batch, key: jax.Array | None) -> Sums | Measured:
             return sums(combine(graphdef, trainable, frozen), batch, key, groups)
 
-        return advance(of_one, tx, state, batch, key, lambda leaves: penalty(combine(graphdef, leaves, frozen)))
+        return advance(
+            of_one, tx, state, batch, key, lambda leaves: penalty(combine(graphdef, leaves, frozen)), max_skips
+        )
 
     return Compiled(update)
 
@@ -115,6 +132,7 @@ def advance(
     batch: Batch,
     key: jax.Array | None,
     added: Callable[[Leaves], jax.Array | None],
+    max_skips: int = 0,
 ) -> tuple[State, Metrics]:
     """One update of one adapter.
 
@@ -122,6 +140,7 @@ def advance(
       sums: (trainable, micro-batch, key) -> (sum of losses, number of labels), and perhaps sums of further figures.
       tx, state, batch, key: as of `make_step`'s function.
       added: trainable -> what the adapters' own leaves add to the loss, or None.
+      max_skips: as of `make_step`.
     """
     (loss, (labels, figures)), grads = _gradients(sums, state, batch, key)
     figures = {name: value / labels for name, value in figures.items()}
@@ -130,12 +149,18 @@ def advance(
         more, its_grads = jax.value_and_grad(added)(state.trainable)
         loss, grads = loss + more, jax.tree.map(jnp.add, grads, its_grads)
     norm = optax.tree.norm(grads)
-    failed = state.failed | ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+    broken = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+    failed = state.failed | (broken & (state.skipped >= max_skips))
     changes, optimizer = tx.update(grads, state.optimizer, state.trainable)
     trainable: Any = optax.apply_updates(state.trainable, changes)
-    new = State(trainable, optimizer, state.updates + 1, failed)
-    kept = jax.tree.map(lambda new, old: jnp.where(failed, old, new), new, state)
-    return kept._replace(failed=failed), Metrics(loss, labels, norm, figures)
+    trainable, optimizer = jax.tree.map(
+        lambda new, old: jnp.where(failed | broken, old, new),
+        (trainable, optimizer),
+        (state.trainable, state.optimizer),
+    )
+    updates = state.updates + ~failed
+    skipped = state.skipped + (broken & ~failed)
+    return State(trainable, optimizer, updates, failed, skipped), Metrics(loss, labels, norm, figures)
 
 
 def _gradients(sums: Callable[..., Sums | Measured], state: State, batch: Batch, key: jax.Array | None) -> Any:
@@ -158,15 +183,32 @@ def _gradients(sums: Callable[..., Sums | Measured], state: State, batch: Batch,
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), micros)[0]
 
 
+class Cost(NamedTuple):
+    """What one update costs, as its compiled program tells.
+
+    Attributes:
+      flops: floating-point operations.
+      arguments: bytes of what goes in: base, state and batch.
+      donated: bytes of these that the new state takes the place of: adapter and optimizer.
+      temporaries: bytes of what is made on the way.
+    """
+
+    flops: float
+    arguments: int
+    donated: int
+    temporaries: int
+
+
 class Compiled:
     """`update`, compiled once for each shape of batch, with the new state in the places of the old one.
 
     Attributes:
+      update: the function, not compiled.
       compile_seconds: spent on compiling so far.
     """
 
     def __init__(self, update: Update):
-        self._update = update
+        self.update = update
         self._programs: dict[Any, Any] = {}
         self.compile_seconds = 0.0
 
@@ -175,13 +217,41 @@ class Compiled:
         """Programs compiled so far."""
         return len(self._programs)
 
+    @property
+    def cost(self) -> Cost | None:
+        """Of the largest program; None before the first, and where the backend does not tell."""
+        costs = [found for program in self._programs.values() if (found := _cost(program)) is not None]
+        return max(costs, default=None)
+
     def __call__(self, state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> tuple[State, Metrics]:
         shapes = tuple((name, batch[name].shape) for name in sorted(batch)), None if key is None else key.shape
         if shapes not in self._programs:
             start = time.perf_counter()
-            places = jax.tree.map(lambda leaf: leaf.sharding, state)
-            options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
-            jitted = jax.jit(self._update, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
-            self._programs[shapes] = jitted.lower(state, frozen, batch, key).compile()
+            self._programs[shapes] = self.lower(state, frozen, batch, key).compile()
             self.compile_seconds += time.perf_counter() - start
         return self._programs[shapes](state, frozen, batch, key)
+
+    def lower(self, state: State, frozen: Mapping[str, Any], batch: Batch, key: jax.Array | None) -> jax.stages.Lowered:
+        """The program before it is compiled, for the devices that the arguments lie on; shapes in places will do.
+
+        Arguments that it does not read are its arguments all the same, so that its memory is what a run takes.
+        """
+        places = jax.tree.map(lambda leaf: leaf.sharding, state)
+        target = next(iter(state.updates.sharding.device_set)).platform
+        jitted = jax.jit(
+            self.update,
+            donate_argnums=0,
+            out_shardings=(places, None),
+            compiler_options=CPU_OPTIONS if target == "cpu" else None,
+            keep_unused=True,
+        )
+        with scope(platform=target):
+            return jitted.lower(state, frozen, batch, key)
+
+
+def _cost(program: Any) -> Cost | None:
+    memory, found = program.memory_analysis(), program.cost_analysis()
+    if memory is None or not found:
+        return None
+    sizes = memory.argument_size_in_bytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes
+    return Cost(float(found["flops"]), *sizes)

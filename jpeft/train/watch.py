@@ -118,7 +118,7 @@ class Watch:
             self.clock.spent["compile"] = self._compiled.compile_seconds
             entry = {
                 "update": number,
-                "epoch": self._epoch(number),
+                "epoch": self._dataset.epochs(number),
                 "loss": float(losses @ labels / labels.sum()),
                 "losses": losses.tolist(),
                 **{name: float([figures[name] for figures in others] @ labels / labels.sum()) for name in others[0]},
@@ -143,9 +143,11 @@ class Watch:
         if followed is not None:
             self.standing = self.standing.after(followed, evaluation.metrics[followed], number)
         figures = {f"eval_{name}": value for name, value in evaluation.metrics.items()}
-        self._write({"update": number, "epoch": self._epoch(number), **figures})
+        self._write({"update": number, "epoch": self._dataset.epochs(number), **figures})
         said = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
-        say(f"update {number}, epoch {self._epoch(number):.2f}: {said}{' (the best)' if self.improved else ''}")
+        epoch = self._dataset.epochs(number)
+        when = f"update {number}" if epoch is None else f"update {number}, epoch {epoch:.2f}"
+        say(f"{when}: {said}{' (the best)' if self.improved else ''}")
         if self._sampler is not None:
             with self.clock.on("samples"):
                 samples = self._sampler(model())
@@ -185,9 +187,6 @@ class Watch:
         say("\n".join([f"time: {self.clock}", *([said] if said else [])]))
         real, padded, seconds = self._sum
         return real / max(seconds, 1e-9), padded / max(seconds, 1e-9)
-
-    def _epoch(self, number: int) -> float:
-        return round(number / self._dataset.train.buckets.num_batches, 4)
 
     def _lap_figures(self) -> dict[str, Any]:
         """Rates since the last line, without the time of compilation, evaluation and saving."""

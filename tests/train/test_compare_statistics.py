@@ -65,9 +65,8 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     rng, held = np.random.default_rng(0), 0
     for trial in range(200):
         right = rng.random(150) < 0.7
-        found = statistics.interval(
-            [classes(np.ones(150, int), right.astype(int), 2)], "accuracy", draws=200, seed=trial
-        )
+        outcome = classes(np.ones(150, int), right.astype(int), 2)
+        found = statistics.intervals([outcome], draws=200, seed=trial)["accuracy"]
         held += found.low <= 0.7 <= found.high
         assert found.mean == pytest.approx(right.mean())
     assert 0.90 <= held / 200 <= 0.99
@@ -77,7 +76,7 @@ def test_seeds_that_differ_widen_the_interval():
     truth = np.ones(200, int)
     alike = [classes(truth, np.arange(200) % 2, 2)] * 4
     apart = [classes(truth, (np.arange(200) < n).astype(int), 2) for n in (40, 80, 120, 160)]
-    a, b = (statistics.interval(group, "accuracy", draws=300) for group in (alike, apart))
+    a, b = (statistics.intervals(group, draws=300)["accuracy"] for group in (alike, apart))
     assert a.mean == b.mean == 0.5
     assert b.high - b.low > 1.5 * (a.high - a.low)
 
@@ -90,14 +89,14 @@ def test_the_permutation_test_is_the_exact_one_up_to_its_draws():
         abs(np.where(s, theirs, ours).mean() - np.where(s, ours, theirs).mean()) >= apart - 1e-12
         for s in itertools.product([False, True], repeat=8)
     ])  # fmt: skip
-    found = statistics.difference([classes(truth, ours, 2)], [classes(truth, theirs, 2)], "accuracy", draws=4000)
+    found = statistics.difference([classes(truth, ours, 2)], [classes(truth, theirs, 2)], draws=4000)
     assert found.interval.mean == pytest.approx(3 / 8)
     assert found.p == pytest.approx(exact, abs=0.03)
 
 
 def test_equal_methods_differ_by_nothing():
     same = [classes([0, 1, 1], [0, 1, 0])] * 2
-    found = statistics.difference(same, same, "macro_f1", draws=50)
+    found = statistics.difference(same, same, draws=50)
     assert found.interval == (0, 0, 0)
     assert found.p == 1
 
@@ -105,9 +104,9 @@ def test_equal_methods_differ_by_nothing():
 def test_only_the_same_seeds_and_examples_are_compared():
     a, b = classes([0, 1], [0, 1]), classes([0, 1, 1], [0, 1, 1])
     with pytest.raises(ValueError, match=r"same seeds and examples .* got \[2\] and \[3\]"):
-        statistics.difference([a], [b], "accuracy")
+        statistics.difference([a], [b])
     with pytest.raises(ValueError, match=r"got \[2\] and \[2, 2\]"):
-        statistics.difference([a], [a, a], "accuracy")
+        statistics.difference([a], [a, a])
 
 
 def test_holm_by_hand():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations become the text that transformers makes of them, and what is learnt of it is the answers, to their end."""
+"""Conversations become the text that transformers makes of them; what is learnt of it is the answers, to their end."""
 
 import json
 
@@ -181,12 +181,15 @@ def test_a_template_of_ones_own(tmp_path):
 
 def test_preference_pairs_share_their_prompt(tmp_path):
     folder = tiny.write(tmp_path, tiny.CHATML)
-    said = [{"role": "user", "content": "How?"}]
+    asked, well, ill = (
+        {"role": role, "content": content}
+        for role, content in (("user", "How?"), ("assistant", "Well."), ("assistant", "Ill, I fear."))
+    )
     rows = [
         {"prompt": "How?", "chosen": "Well.", "rejected": "Ill, I fear."},
-        {"prompt": said, "chosen": [{"role": "assistant", "content": "Well."}], "rejected": [{"role": "assistant", "content": "Ill, I fear."}]},
-        {"chosen": [*said, {"role": "assistant", "content": "Well."}], "rejected": [*said, {"role": "assistant", "content": "Ill, I fear."}]},
-    ]  # fmt: skip
+        {"prompt": [asked], "chosen": [well], "rejected": [ill]},
+        {"chosen": [asked, well], "rejected": [asked, ill]},
+    ]
     for row in rows:
         file = folder / "pairs.jsonl"
         file.write_text(json.dumps(row) + "\n")

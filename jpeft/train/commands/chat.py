@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="NAME=DIR", help="PEFT folder; may be repeated"
     )
+    parser.add_argument(
+        "--template", metavar="NAME", help="as data.template in training; by default the tokenizer's own"
+    )
     parser.add_argument("--system", metavar="TEXT", help="message that stands before the conversation")
     takes_rules(parser)
 
@@ -34,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
 
     from ..chat import Conversation
 
-    talk = Conversation(options.model, adapters, options.system)
+    talk = Conversation(options.model, adapters, options.system, options.template)
     chosen, turns = {**rules(options), "stop": options.stop}, 0
     for line in _lines(talk):
         with _in_one_line():

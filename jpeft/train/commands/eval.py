@@ -1,26 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jpeft eval`: loss and metrics of a model on files."""
+"""`jpeft eval`: loss and metrics of a model on files, or by a task with prompts and metrics of its own."""
 
 import argparse
 
-from .. import config
+from .. import config, testing
 from ._arguments import names_model, takes_length
 
-HELP = "loss and metrics of a model on a file"
+HELP = "loss and metrics of a model on a file, or by a task"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, and the rows."""
     names_model(parser)
-    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help=".jsonl, .json, .csv, .parquet, .txt")
-    parser.add_argument("--text", default="text", metavar="COLUMN", help="column of the text (text)")
-    parser.add_argument("--label", default="label", metavar="COLUMN", help="column of the label (label)")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help=".jsonl, .csv, .parquet, .txt ...")
+    parser.add_argument("--text", metavar="COLUMN", help="column of the text (text or sentence)")
+    parser.add_argument("--label", metavar="COLUMN", help="column of the label (label)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows at a time (32)")
     takes_length(parser)
+    testing.add_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Prints what was read, and a line for each metric."""
+    if options.task is not None:
+        testing.run(options)
+        return
+    if not options.data:
+        raise config.ConfigError("jpeft eval takes a file (--data), or a task (--task)")
     from ... import partition
     from .. import data, saved
     from ..evaluate import Evaluator

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Trains, or says what would be trained."""
+    """Trains, or says what would be trained; an interrupted run that can be resumed ends with `EXIT_CODE`."""
+    if options.overwrite and options.resume:
+        raise config.ConfigError("--resume goes on with a run and --overwrite removes it; give one of them")
     given = {
         "train.seed": options.seed,
         "out": options.out,
@@ -40,8 +42,6 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(loop.dry_run(settings))
         return
-    if options.overwrite and options.resume:
-        raise config.ConfigError("--resume goes on with a run and --overwrite removes it; give one of them")
     if options.overwrite and devices.is_main():
         folder.remove_run(settings.out)
     if options.resume and (run := folder.RunFolder(settings.out, resumes=True)).finished:

@@ -45,13 +45,16 @@ def few_examples(tables: Sequence[Table], folder: str | Path) -> Path | None:
                 (t.size, row.scores[t.main]) for t in tables for row in t.rows if row.method == method and row.scores
             ]
             points = sorted((size, score) for size, score in points if size is not None)
-            xs, means = [size for size, _ in points], [score.mean for _, score in points]
-            axes.plot(xs, means, marker=_of(MARKERS, at), ls=_of(DASHES, at), color=_of(COLOURS, at), label=method)
-            axes.fill_between(
-                xs, [s.low for _, s in points], [s.high for _, s in points], color=_of(COLOURS, at), alpha=0.12, lw=0
-            )
+            xs = np.array([size for size, _ in points]) * 1.02 ** (at - 3)  # beside each other, not on top
+            means, low, high = np.array([score for _, score in points]).T
+            axes.errorbar(
+                xs, means, yerr=[means - low, high - means], capsize=2, label=method,
+                marker=_of(MARKERS, at), ls=_of(DASHES, at), color=_of(COLOURS, at),
+            )  # fmt: skip
         axes.set_xscale("log")
-        axes.set_xlabel("training rows")
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.minorticks_off()
+        axes.set_xlabel("training rows (bars: 95 % intervals)")
         axes.set_ylabel(tables[0].main)
         _legend(axes)
         return True
@@ -160,6 +163,7 @@ def _memory(axes: Any, table: Table) -> bool:
             edgecolor="white",
         )
         left += sizes
+    axes.invert_yaxis()
     axes.set_yticks(range(len(rows)), [row.method for row in rows])
     axes.set_xlabel("MB of a compiled training step")
     axes.figure.set_figheight(1.6 + 0.34 * len(rows))
@@ -214,9 +218,7 @@ def _radar(axes: Any, table: Table) -> bool:
     axes.remove()
     polar = figure.add_subplot(projection="polar")
     angles = np.linspace(0, 2 * np.pi, len(spokes), endpoint=False)
-    ranks = (
-        np.array([np.argsort(np.argsort(np.negative(values))) for values in spokes.values()]) + 1
-    )  # [spokes, methods]
+    ranks = np.array([_ranks(values) for values in spokes.values()])  # [spokes, methods]
     for at, row in enumerate(rows):
         line = np.append(ranks[:, at], ranks[0, at])
         polar.plot(
@@ -228,12 +230,19 @@ def _radar(axes: Any, table: Table) -> bool:
             label=row.method,
         )
     polar.set_xticks(angles, list(spokes))
+    polar.tick_params(axis="x", pad=14)
     polar.set_yticks(range(1, len(rows) + 1), [""] * len(rows))
     polar.set_ylim(0, len(rows))
     figure.set_figheight(5.6)
     polar.set_title("rank on every figure: the rim is the best method, the middle the worst", fontsize=10)
     polar.legend(loc="center left", bbox_to_anchor=(1.15, 0.5), frameon=False, fontsize=9)
     return True
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    """1 for the largest value up to their number for the smallest; equal values share the mean of theirs."""
+    x = np.asarray(values)
+    return (x[None] > x[:, None]).sum(1) + ((x[None] == x[:, None]).sum(1) + 1) / 2
 
 
 def _bars(axes: Any, rows: Sequence[Row], costs: Sequence[str]) -> None:

@@ -58,7 +58,7 @@ def markdown(
         lines += [f"## {_title(table)}", "", *flags(table), ""]
         for head, rows in (scores(table, study.reference), costs(table)):
             lines += ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-            lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+            lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows] + [""]
         lines += [f"![{title}]({file.relative_to(out)})" for title, file in plots[id(table)].items()] + [""]
     if few is not None:
         lines += ["## Few examples", "", f"![few examples]({few.relative_to(out)})", ""]

@@ -6,8 +6,8 @@ examples (a crossed design; Owen 2007, "The pigeonhole bootstrap"). With one see
 vary alone, and the report says so.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,22 +39,20 @@ class Difference(NamedTuple):
     p: float
 
 
-def interval(outcomes: Sequence[Outcome], score: str, *, draws: int = DRAWS, seed: int = 0) -> Interval:
-    """The mean of a score over seeds, with a percentile interval.
+def intervals(outcomes: Sequence[Outcome], *, draws: int = DRAWS, seed: int = 0) -> dict[str, Interval]:
+    """The mean of every score over seeds, with a percentile interval.
 
     Args:
       outcomes: of each seed, on the same examples.
-      score: a key of their `scores`.
       draws, seed: of the bootstrap.
     """
-    values = [_mean(outcomes, score, *draw) for draw in _draws(outcomes, draws, seed)]
-    return Interval(_mean(outcomes, score), *_ends(values))
+    means = _means(outcomes)
+    drawn = [_means(outcomes, *draw) for draw in _draws(outcomes, draws, seed)]
+    return {score: Interval(mean, *_ends([values[score] for values in drawn])) for score, mean in means.items()}
 
 
-def difference(
-    ours: Sequence[Outcome], theirs: Sequence[Outcome], score: str, *, draws: int = DRAWS, seed: int = 0
-) -> Difference:
-    """`ours` minus `theirs`, seed by seed and example by example.
+def difference(ours: Sequence[Outcome], theirs: Sequence[Outcome], *, draws: int = DRAWS, seed: int = 0) -> Difference:
+    """The main score of `ours` minus that of `theirs`, seed by seed and example by example.
 
     Raises:
       ValueError: they were not tested with the same seeds on the same examples.
@@ -64,14 +62,14 @@ def difference(
             "a paired difference needs the same seeds and examples on both sides, got "
             f"{[len(o) for o in ours]} and {[len(o) for o in theirs]} examples by seed"
         )
-    apart = _mean(ours, score) - _mean(theirs, score)
-    values = [_mean(ours, score, *d) - _mean(theirs, score, *d) for d in _draws(ours, draws, seed)]
+    apart = _apart(ours, theirs, range(len(ours)))
+    values = [_apart(ours, theirs, seeds.tolist(), weights) for seeds, weights in _draws(ours, draws, seed)]
     rng = np.random.default_rng((seed, 1))
     as_far = 0
     for _ in range(draws):
         swap = rng.random(len(ours[0])) < 0.5
         a, b = zip(*(swapped(x, y, swap) for x, y in zip(ours, theirs, strict=True)), strict=True)
-        as_far += abs(_mean(a, score) - _mean(b, score)) >= abs(apart) - 1e-12
+        as_far += abs(_apart(a, b, range(len(a)))) >= abs(apart) - 1e-12
     return Difference(Interval(apart, *_ends(values)), (as_far + 1) / (draws + 1))
 
 
@@ -91,15 +89,18 @@ def _draws(outcomes: Sequence[Outcome], draws: int, seed: int) -> Iterator[tuple
         yield rng.integers(seeds, size=seeds), np.bincount(rng.integers(size, size=size), minlength=size).astype(float)
 
 
-def _mean(
-    outcomes: Sequence[Outcome],
-    score: str,
-    seeds: Sequence[int] | np.ndarray | None = None,
-    weights: np.ndarray | None = None,
+def _means(outcomes: Sequence[Outcome], seeds: Any = None, weights: np.ndarray | None = None) -> dict[str, float]:
+    """The mean of every score over the outcomes, or over those that were drawn, each as often as it was."""
+    chosen = range(len(outcomes)) if seeds is None else seeds.tolist()
+    found = {at: outcomes[at].scores(weights) for at in {*chosen}}
+    return {score: float(np.mean([found[at][score] for at in chosen])) for score in next(iter(found.values()))}
+
+
+def _apart(
+    ours: Sequence[Outcome], theirs: Sequence[Outcome], seeds: Iterable[int], weights: np.ndarray | None = None
 ) -> float:
-    chosen = range(len(outcomes)) if seeds is None else seeds
-    found = {int(at): outcomes[at].scores(weights)[score] for at in {*map(int, chosen)}}
-    return float(np.mean([found[int(at)] for at in chosen]))
+    """The mean over these seeds of how far the main scores are apart."""
+    return float(np.mean([ours[at].main_score(weights) - theirs[at].main_score(weights) for at in seeds]))
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import numpy as np
 from . import outcomes
 from .outcomes import Classes, Outcome
 from .runner import Done
-from .statistics import Difference, Interval, difference, holm, interval
+from .statistics import Difference, Interval, difference, holm, intervals
 from .study import BASELINES, Study
 
 
@@ -114,20 +114,20 @@ def _table(study: Study, runs: Sequence[Done], task: str, model: str, size: int 
         by_method = {"majority": [], **by_method}
         found["majority"] = [outcomes.majority(whole, np.repeat(np.arange(len(counts)), counts))]
     order = sorted(by_method, key=lambda name: BASELINES.index(name) if name in BASELINES else len(BASELINES))
-    compared = _differences(found, by_method, study.reference, whole.main)
+    compared = _differences(found, by_method, study.reference)
     rows = [_row(name, by_method[name], found[name], compared.get(name), whole.main) for name in order]
     return Table(model, task, size, whole.main, whole.more_is_better, len(whole), rows)
 
 
 def _differences(
-    found: Mapping[str, Sequence[Outcome]], results: Mapping[str, Sequence[Any]], reference: str, main: str
+    found: Mapping[str, Sequence[Outcome]], results: Mapping[str, Sequence[Any]], reference: str
 ) -> dict[str, Difference]:
     """Of every method against the reference, with p-values adjusted for their number."""
     theirs = found[reference]
     if len(theirs) < len(results[reference]):
         return {}
     out = {
-        name: difference(ours, theirs, main)
+        name: difference(ours, theirs)
         for name, ours in found.items()
         if name != reference and len(ours) == len(theirs) == len(results[name])
     }
@@ -143,7 +143,7 @@ def _row(
     if name == "majority":
         costs["calibration error"] = found[0].calibration_error
     collapsed = sum(outcome.collapsed for outcome in found) if name != "majority" else 0
-    scores = {score: interval(found, score) for score in found[0].scores()} if found else {}
+    scores = intervals(found) if found else {}
     return Row(
         name,
         len(found),

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of a study, in a process of its own: trained, tested, timed and weighed, into one JSON.
+
+`python -m jpeft.train.compare.measure FOLDER` reads FOLDER/plan.json (see `runner`) and writes FOLDER/result.json:
+
+  plan           what was done
+  eval, test     figures of merit on data.eval and on the test split
+  outcome        the answer to every test example, and `groups` what group it is of
+  parameters, training, memory, latency_ms, adapter_kb, forgetting, calibration_error, collapsed, largest_gap
+  curve          the evaluations on the way
+  failed         in the place of all these, where the loss was not finite
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ...models._files import read_json, write_text
+from .. import config as configuration
+from .. import data, folder, job, loop, saved, utilization
+from ..batches import Batches
+from ..config import Config
+from ..sections import Data
+from ..step import Cost
+from . import latency
+from .judge import judge
+from .outcomes import Outcome
+
+_VERSIONS = ("jpeft", "jax", "flax", "optax")
+
+
+def main(path: Path) -> None:
+    """Makes the run that FOLDER/plan.json describes."""
+    plan = read_json(path / "plan.json")
+    started = time.time()
+    try:
+        result = measured(plan, path)
+    except (loop.TrainingStopped, FloatingPointError) as error:
+        result = {"failed": str(error)}
+    result |= {
+        "plan": plan,
+        "seconds": round(time.time() - started, 1),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.devices()[0].platform})",
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+    }
+    write_text(path / "result.json", json.dumps(result, allow_nan=False) + "\n")
+
+
+def measured(plan: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What a run comes to.
+
+    Raises:
+      TrainingStopped, FloatingPointError: a loss or an answer is not finite.
+    """
+    out = path / "train"
+    folder.remove_run(out)
+    config = configuration.parse({**plan["config"], "out": str(out)})
+    if plan["size"] is not None:
+        config = _fewer(config, plan["size"], path / "rows.jsonl")
+    dataset = job.read_data(config)
+    if not plan["trained"]:
+        opened, found = saved.open_model(config.model.path, None), {}
+    else:
+        result = loop.train(config)
+        opened = saved.open_model(config.model.path, result.adapter)
+        found = _of_training(result, out, dataset, plan["target"])
+    if not plan["test"]:
+        return found
+    test = _batches(config, dataset, {"eval": tuple(plan["test"]), "on_bad_row": "stop"})
+    outcome = judge(opened.model, test)
+    found |= {
+        "test": outcome.scores(),
+        "outcome": outcome.saved(),
+        "collapsed": outcome.collapsed,
+        "calibration_error": outcome.calibration_error,
+        "latency_ms": latency.latencies(opened.model, dataset.train.buckets.widths[-1]),
+    }
+    if plan["group"] is not None:
+        found |= _by_group(outcome, _groups(config, plan["test"], plan["group"]))
+    if dataset.label_names is not None:
+        labels = np.array(dataset.train.examples.labels)
+        found["train_labels"] = np.bincount(labels, minlength=len(dataset.label_names)).tolist()
+    if plan["general"] is not None:
+        found["forgetting"] = _forgetting(opened, config, dataset, plan["general"])
+    return found
+
+
+def _of_training(result: loop.Result, out: Path, dataset: job.Dataset, target: float | None) -> dict[str, Any]:
+    """Parameters, rates, memory, the adapter's size and the evaluations on the way."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    curve = [
+        {"update": line["update"], "seconds": line["seconds"]}
+        | {key.removeprefix("eval_"): value for key, value in line.items() if key.startswith("eval_")}
+        for line in lines
+        if "eval_loss" in line
+    ]
+    record, cost = json.loads((out / "run.json").read_text(encoding="utf-8")), result.cost
+    files = sum(file.stat().st_size for file in result.adapter.glob("*.safetensors"))
+    mfus = [line["mfu"] for line in steps if line.get("mfu") is not None]
+    sizes = [sum(two) for two in zip(*map(dataset.train.sizes, dataset.train.buckets.epoch(0, 0)), strict=True)]
+    padded = sizes[1] / dataset.train.buckets.num_batches
+    return {
+        "eval": next((p for p in curve if p["update"] == result.standing.update), curve[-1] if curve else None),
+        "curve": curve,
+        "parameters": {key: record[key] for key in ("trainable", "changed", "base")}
+        | {"percent": 100 * record["trainable"] / record["base"]},
+        "training": {
+            "updates": dataset.num_updates,
+            "tokens_per_s": result.real_rate,
+            "padded_tokens_per_s": result.padded_rate,
+            "step_ms": 1000 * padded / result.padded_rate,
+            "gflop_step": None if cost is None else cost.flops / 1e9,
+            "mfu_percent": 100 * float(np.median(mfus)) if mfus else None,
+            "compile_s": result.clock.spent["compile"],
+            "to_target_s": _reached(curve, target),
+        },
+        "memory": {
+            "peak_mb": utilization.peak_bytes() / 2**20,
+            "program_mb": None if cost is None else (cost.arguments + cost.temporaries) / 2**20,
+            "parts_mb": None if cost is None else _parts(cost),
+        },
+        "adapter_kb": files / 2**10,
+    }
+
+
+def _parts(cost: Cost) -> dict[str, float]:
+    return {
+        "base and batch": (cost.arguments - cost.donated) / 2**20,
+        "adapter and optimizer": cost.donated / 2**20,
+        "on the way": cost.temporaries / 2**20,
+    }
+
+
+def _reached(curve: list[dict[str, Any]], target: float | None) -> float | None:
+    """Seconds from the start until an evaluation reached `target`; None where none did, or none is set."""
+    if target is None:
+        return None
+    for point in curve:
+        reached = point["accuracy"] >= target if "accuracy" in point else point["perplexity"] <= target
+        if reached:
+            return point["seconds"]
+    return None
+
+
+def _batches(config: Config, dataset: job.Dataset, changes: Mapping[str, Any]) -> Batches:
+    """Other rows, read as those of data.eval are."""
+    options: Data = dataclasses.replace(config.data, **changes)
+    rows = data.read_rows(options, config.model.task, "eval")
+    return data.batches_like(dataset.train, data.encode(rows, options, dataset.tokenizer, dataset.label_names))
+
+
+def _fewer(config: Config, size: int, file: Path) -> Config:
+    """With `size` training rows, drawn by the run's seed and written to `file`.
+
+    Raises:
+      ConfigError: there are not so many.
+    """
+    rows = [r for part in data.read_rows(config.data, config.model.task, "train") for r in part.opened.rows()]
+    if len(rows) < size:
+        raise configuration.ConfigError(f"sizes asks for {size} training rows, and there are {len(rows)}")
+    chosen = sorted(np.random.default_rng((config.train.seed, size)).permutation(len(rows))[:size])
+    write_text(file, "".join(json.dumps(rows[i].values, ensure_ascii=False) + "\n" for i in chosen))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(file)))
+
+
+def _groups(config: Config, test: list[str], column: str) -> list[str]:
+    """The group of every test example.
+
+    Raises:
+      ConfigError: a row without one.
+    """
+    options = dataclasses.replace(config.data, eval=tuple(test))
+    rows = [r for part in data.read_rows(options, config.model.task, "eval") for r in part.opened.rows()]
+    if any(column not in row.values for row in rows):
+        raise configuration.ConfigError(f"group={column!r} is no column of every test row")
+    return [str(row.values[column]) for row in rows]
+
+
+def _by_group(outcome: Outcome, groups: list[str]) -> dict[str, Any]:
+    """The scores of each group alone, and how far the best is from the worst."""
+    names = np.array(groups)
+    scores = {name: outcome.scores((names == name).astype(float)) for name in sorted(set(groups))}
+    values = [found[outcome.main] for found in scores.values()]
+    return {"by_group": scores, "groups": groups, "largest_gap": max(values) - min(values)}
+
+
+def _forgetting(opened: saved.Opened, config: Config, dataset: job.Dataset, file: str) -> dict[str, float]:
+    """Loss per token on general text: of the base as it was, and with the adapter."""
+    general = _batches(config, dataset, {
+        "eval": file, "format": "text", "columns": {}, "text": None, "longer": "split", "packing": "none",
+    })  # fmt: skip
+    before = judge(saved.open_model(config.model.path, None).model, general)
+    return {"before": before.scores()["loss"], "after": judge(opened.model, general).scores()["loss"]}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

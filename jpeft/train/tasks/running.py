@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model measured by a task: figures with intervals, and a record of all that is needed to measure it again."""
+
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from .. import config, templates, tokenizer
+from ..compare.judge import judge
+from ..compare.outcomes import Classes, Texts
+from ..data import Part, encode, make_batches
+from ..formats import find
+from ..records import Bad, DataError
+from ..saved import Opened
+from ..scoring import classes
+from ..scoring.intervals import Estimate, bootstrap
+from ..sections.data import Source
+from ..sources import Opened as Rows
+from ..sources import open_source
+from ..writer import Writer
+from .kinds import Classify, Likelihood, Row, Scored, Write
+
+_VERSIONS = ("jpeft", "jax", "jaxlib", "flax", "numpy", "tokenizers", "math-verify", "sacrebleu", "rouge-score")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a task is run.
+
+    Attributes:
+      data: a file in the place of the task's source on the hub.
+      limit: rows that are taken, the first ones; None takes all.
+      seed: of what is drawn, and of the intervals.
+      batch_size: prompts or texts at a time.
+      max_length: longest text in tokens, where texts are read; None as in training, else 128.
+      shots: rows shown with their answers in front of a prompt, the first ones of `shots_from`.
+      shots_from: a file in the place of the task's.
+      samples: texts for each prompt.
+      temperature, top_p: of what is drawn; temperature 0 takes the likeliest token.
+      max_new_tokens: of a text; None as the task says.
+      chat: whether a prompt is a user's message in the model's chat template.
+    """
+
+    data: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    batch_size: int = 8
+    max_length: int | None = None
+    shots: int = 0
+    shots_from: str | None = None
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float | None = None
+    max_new_tokens: int | None = None
+    chat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What came of it.
+
+    Attributes:
+      metrics: figures with intervals.
+      record: everything else, as plain values: data, options, versions, and what became of each row.
+    """
+
+    metrics: dict[str, Estimate]
+    record: dict[str, Any]
+
+
+def measure(name: str, task: Any, opened: Opened, settings: Settings) -> Measured:
+    """Measures a model by a task.
+
+    Raises:
+      ValueError: the model is for another kind of task, or an option is for another.
+      DataError, FileNotFoundError: the data is not there, or not right.
+    """
+    kinds = {Classify: ("SEQ_CLS",), Write: ("CAUSAL_LM", "SEQ_2_SEQ_LM"), Likelihood: ("CAUSAL_LM",)}
+    wanted = kinds[type(task)]
+    if opened.model.task not in wanted:
+        raise ValueError(
+            f"the task {name} needs a model for {' or '.join(wanted)}; this one is for {opened.model.task}"
+        )
+    if settings.samples > 1 and not settings.temperature:
+        raise ValueError("several samples of temperature 0 are all the same; give --temperature")
+    run = {Classify: _classify, Write: _write, Likelihood: _likelihood}[type(task)]
+    found = run(task, opened, settings)
+    record = {
+        "task": name,
+        "model": opened.name,
+        "settings": dataclasses.asdict(settings),
+        "versions": {"python": platform.python_version(), **{v: _version(v) for v in _VERSIONS}},
+        "devices": [str(device) for device in jax.devices()],
+        "tokenizer_sha256": opened.tokenizer.digest,
+        "published": task.published,
+        "metrics": {key: value._asdict() for key, value in found.metrics.items()},
+        **found.record,
+    }
+    return Measured(found.metrics, record)
+
+
+def _classify(task: Classify, opened: Opened, settings: Settings) -> Measured:
+    rows = _opened(task.source, settings.data, settings.limit)
+    length = settings.max_length or opened.info.max_length or 128
+    options = config.Data(train=rows.source.path, max_length=length)
+    columns = {part: name for part, name in task.columns.items() if name in rows.columns}
+    reader = find(rows.columns, "SEQ_CLS", columns, task.form, rows.source.path)
+    order = _order(task.names, opened.info.label_names or ())
+    examples = encode([Part(rows, reader)], options, opened.tokenizer, task.names)
+    batches = make_batches(
+        examples,
+        batch_size=settings.batch_size,
+        accumulation=1,
+        max_length=length,
+        num_widths=options.num_widths,
+        pad_id=opened.tokenizer.pad_id,
+    )
+    outcome = judge(opened.model, batches)
+    assert isinstance(outcome, Classes)
+    predicted = np.asarray(order)[outcome.predicted]
+    found = classes.report(outcome.truth.tolist(), predicted.tolist(), task.names, seed=settings.seed)
+    record = {
+        "data": _known(rows, len(examples)),
+        "columns": columns,
+        "max_length": length,
+        "truncated_rows": examples.truncated,
+        "by_class": found.by_class,
+        "majority": found.majority,
+        "collapsed": found.collapsed,
+        "predicted": [task.names[i] for i in predicted],
+    }
+    return Measured(found.metrics, record)
+
+
+def _write(task: Write, opened: Opened, settings: Settings) -> Measured:
+    rows = _opened(task.source, settings.data, settings.limit)
+    found = [_row(task, record.values, record.where) for record in _good(rows)]
+    shots, shown = _shots(task, settings)
+    prompts = [shots + task.prompt.format_map(row) for row in found]
+    ids = _encoded(opened, prompts, settings.chat)
+    longest = settings.max_new_tokens or task.max_new_tokens
+    texts = _written(task, opened, ids, longest, settings)
+    scored: Scored = task.score(found, texts, settings.seed)
+    limit = getattr(opened.model.config, "max_position_embeddings", None)
+    record = {
+        "data": _known(rows, len(found)),
+        "prompt": task.prompt,
+        "shots": shown,
+        "extractor": task.extractor,
+        "generation": {
+            "max_new_tokens": longest,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "samples": settings.samples,
+            "stop": task.stop,
+            "seed": settings.seed,
+        },
+        "beyond_positions": None if limit is None else sum(len(row) + longest > limit for row in ids),
+        **scored.notes,
+        "examples": [
+            {"prompt": prompt, "texts": each, **example}
+            for prompt, each, example in zip(prompts, texts, scored.examples, strict=True)
+        ],
+    }
+    return Measured(scored.metrics, record)
+
+
+def _likelihood(task: Likelihood, opened: Opened, settings: Settings) -> Measured:
+    rows = _opened(None, settings.data, settings.limit)
+    length = settings.max_length or opened.info.max_length or 128
+    options = config.Data(train=rows.source.path, max_length=length, longer="split")
+    reader = find(rows.columns, "CAUSAL_LM", {}, "text", rows.source.path)
+    examples = encode([Part(rows, reader)], options, opened.tokenizer, None)
+    batches = make_batches(
+        examples,
+        batch_size=settings.batch_size,
+        accumulation=1,
+        max_length=length,
+        num_widths=options.num_widths,
+        pad_id=opened.tokenizer.pad_id,
+    )
+    outcome = judge(opened.model, batches)
+    assert isinstance(outcome, Texts)
+    loss, tokens = outcome.loss, outcome.tokens
+    column = reader.columns["text"]
+    num_bytes = sum(len(str(record.values[column]).encode()) for record in _good(rows))
+
+    def mean(at: np.ndarray) -> float:
+        return float(loss[at].sum() / tokens[at].sum())
+
+    per_token = bootstrap(mean, len(loss), seed=settings.seed)
+    bits = loss.sum() / np.log(2) / num_bytes / per_token.value
+    metrics = {
+        "loss": per_token,
+        "perplexity": Estimate(*(float(np.exp(min(value, 700.0))) for value in per_token)),
+        "bits_per_byte": Estimate(*(float(value * bits) for value in per_token)),
+    }
+    record = {
+        "data": _known(rows, examples.rows),
+        "max_length": length,
+        "rows_of_tokens": len(loss),
+        "predicted_tokens": int(tokens.sum()),
+        "bytes": num_bytes,
+        "context": f"texts are cut into rows of {length} tokens, of which the first one is not predicted",
+    }
+    return Measured(metrics, record)
+
+
+def _opened(source: Source | None, file: str | None, limit: int | None) -> Rows:
+    """The rows of a file, or of the task's source."""
+    if file is None and source is None:
+        raise ValueError("this task has no data of its own; name a file by --data")
+    chosen = source if file is None else Source(file)
+    assert chosen is not None
+    if limit is not None:
+        if limit < 1:
+            raise ValueError(f"--limit is 1 or more, got {limit}")
+        chosen = dataclasses.replace(chosen, split=f"{chosen.split}[:{limit}]")
+    return open_source(chosen)
+
+
+def _good(rows: Rows) -> Iterator[Any]:
+    for row in rows.rows():
+        if isinstance(row, Bad):
+            raise DataError(str(row))
+        yield row
+
+
+def _known(rows: Rows, count: int) -> dict[str, Any]:
+    return {**dataclasses.asdict(rows.source), "sha256": rows.digest, "rows": count}
+
+
+def _order(names: Sequence[str], theirs: Sequence[str]) -> list[int]:
+    """The task's class for every output of a model, by name, or by number where its outputs have no names.
+
+    Raises:
+      ValueError: its names are others.
+    """
+    ours, said = [name.lower() for name in names], [name.lower() for name in theirs]
+    if sorted(said) == sorted(ours):
+        return [ours.index(name) for name in said]
+    if said in ([str(i) for i in range(len(ours))], [f"label_{i}" for i in range(len(ours))]):
+        return list(range(len(ours)))
+    raise ValueError(f"the task's classes are {', '.join(names)}; the model's are {', '.join(theirs) or 'not named'}")
+
+
+def _row(task: Write, values: Row, where: str) -> Row:
+    try:
+        row = task.row(values)
+        task.prompt.format_map(row)
+    except KeyError as error:
+        raise DataError(f"{where}: the task needs a column {error}; there are {', '.join(values)}") from None
+    return row
+
+
+def _shots(task: Write, settings: Settings) -> tuple[str, list[str]]:
+    """What stands in front of every prompt, and its parts."""
+    if not settings.shots:
+        return "", []
+    if task.answer is None:
+        raise ValueError("the rows of this task have no answer to show, so --shots is 0")
+    rows = _opened(task.shots_from, settings.shots_from, settings.shots)
+    shown = [_row(task, record.values, record.where) for record in _good(rows)]
+    if len(shown) < settings.shots:
+        raise DataError(f"{rows.source.path} has {len(shown)} rows to show, not {settings.shots}")
+    parts = [(task.prompt + task.answer).format_map(row) for row in shown]
+    return "".join(f"{part}\n\n" for part in parts), parts
+
+
+def _encoded(opened: Opened, prompts: Sequence[str], chat: bool) -> list[list[int]]:
+    words = opened.tokenizer
+    if not chat:
+        return words.encode(prompts)
+    template = templates.load(words)
+    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return [words.encode_plain(template(message, generation=True)) for message in messages]
+
+
+def _written(
+    task: Write, opened: Opened, ids: Sequence[list[int]], longest: int, settings: Settings
+) -> list[list[str]]:
+    """The texts of every prompt. Prompts of like length go together; what is drawn does not depend on the others."""
+    writer = Writer(opened.model, opened.tokenizer, tokenizer.ends(opened.base, opened.tokenizer))
+    options: dict[str, Any] = {"max_new_tokens": longest, "temperature": settings.temperature, "stop": task.stop}
+    if settings.top_p is not None:
+        options["top_p"] = settings.top_p
+    if settings.samples > 1:
+        options["num_return_sequences"] = settings.samples
+    key, texts = jax.random.key(settings.seed), [[""] * settings.samples for _ in ids]
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    for at in range(0, len(order), settings.batch_size):
+        rows = order[at : at + settings.batch_size]
+        if settings.temperature:
+            options["key"] = jax.vmap(lambda row: jax.random.fold_in(key, row))(np.asarray(rows))
+        for pieces in writer.stream([ids[row] for row in rows], **options):
+            for row, added in zip(rows, pieces, strict=True):
+                texts[row] = [text + piece for text, piece in zip(texts[row], added, strict=True)]
+    return texts
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
