@@ -44,8 +44,6 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(plan.dry_run(settings))
         return
-    if options.overwrite and options.resume:
-        raise config.ConfigError("--resume goes on with a run and --overwrite removes it; give one of them")
     if options.overwrite and devices.is_main():
         folder.remove_run(settings.out)
     if options.resume and (run := folder.RunFolder(settings.out, resumes=True)).finished:
