@@ -101,7 +101,8 @@ class Form:
         """The column of every part, or None where one is missing."""
         found = {}
         for part, names in self.needs.items():
-            column = next((name for name in ((named[part],) if part in named else names) if name in given), None)
+            wanted = (named[part],) if part in named else names
+            column = next((name for name in wanted if name in given and name not in found.values()), None)
             if column is not None:
                 found[part] = column
             elif part not in self.optional or part in named:

@@ -64,7 +64,7 @@ def questions(tmp_path_factory):
         {
             "question": " ".join(rng.choice(words, rng.integers(1, 6))),
             "contexts": [" ".join(rng.choice(words, rng.integers(1, 9))) for _ in range(2)],
-            "label": str(rng.choice(["yes", "no", "maybe"])),
+            "final_decision": str(rng.choice(["yes", "no", "maybe"])),
         }
         for _ in range(41)
     ]
@@ -88,7 +88,7 @@ def test_classes_are_transformers(capsys, classifier, questions, tmp_path):
         ids["token_type_ids"] = second_text(ids["input_ids"])
         with torch.no_grad():
             expected.append(NAMES[int(theirs(**ids).logits.argmax())])
-    truth = [row["label"] for row in rows]
+    truth = [row["final_decision"] for row in rows]
     assert len(set(expected)) > 1
     assert record["predicted"] == expected
     assert record["metrics"]["accuracy"]["value"] == pytest.approx(accuracy_score(truth, expected))
@@ -109,7 +109,7 @@ def second_text(ids):
 def test_a_collapse_is_flagged(capsys, classifier, questions, tmp_path):
     _, rows = questions
     same = tmp_path / "same.jsonl"
-    same.write_text("".join(json.dumps({**rows[0], "label": row["label"]}) + "\n" for row in rows))
+    same.write_text("".join(json.dumps({**rows[0], "final_decision": row["final_decision"]}) + "\n" for row in rows))
     code, said = run(capsys, "--task", "pubmedqa", "--model", classifier, "--data", same, "--out", tmp_path / "r.json")
     assert code == 0, said
     assert "collapsed: every row is said to be" in said

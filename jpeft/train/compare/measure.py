@@ -28,6 +28,7 @@ from .. import config as configuration
 from .. import data, folder, job, loop, saved, utilization
 from ..batches import Batches
 from ..config import Config
+from ..records import Record, Refusals
 from ..sections import Data
 from ..step import Cost
 from . import latency
@@ -165,12 +166,19 @@ def _fewer(config: Config, size: int, file: Path) -> Config:
     Raises:
       ConfigError: there are not so many.
     """
-    rows = [r for part in data.read_rows(config.data, config.model.task, "train") for r in part.opened.rows()]
+    rows = _rows(config, config.data, "train")
     if len(rows) < size:
         raise configuration.ConfigError(f"sizes asks for {size} training rows, and there are {len(rows)}")
     chosen = sorted(np.random.default_rng((config.train.seed, size)).permutation(len(rows))[:size])
     write_text(file, "".join(json.dumps(rows[i].values, ensure_ascii=False) + "\n" for i in chosen))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(file)))
+
+
+def _rows(config: Config, options: Data, split: str) -> list[Record]:
+    """The rows of a split as they are written; bad ones are met as `data.on_bad_row` says."""
+    refusals = Refusals(options.on_bad_row, options.max_bad_rows)
+    parts = data.read_rows(options, config.model.task, split)
+    return [row for part in parts for row in refusals.passing(part.opened.rows())]
 
 
 def _groups(config: Config, test: list[str], column: str) -> list[str]:
@@ -179,8 +187,7 @@ def _groups(config: Config, test: list[str], column: str) -> list[str]:
     Raises:
       ConfigError: a row without one.
     """
-    options = dataclasses.replace(config.data, eval=tuple(test))
-    rows = [r for part in data.read_rows(options, config.model.task, "eval") for r in part.opened.rows()]
+    rows = _rows(config, dataclasses.replace(config.data, eval=tuple(test), on_bad_row="stop"), "eval")
     if any(column not in row.values for row in rows):
         raise configuration.ConfigError(f"group={column!r} is no column of every test row")
     return [str(row.values[column]) for row in rows]
