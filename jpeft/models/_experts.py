@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from .._scope import current, fold_path, scope
+from .._scope import current, fold_path, platform, scope
 from ..seams import Grouped, by_expert, register
 from ._layers import gated
 
@@ -73,7 +73,7 @@ class Experts(nnx.Module):
 
 def sorts() -> bool:
     """Whether tokens are sorted by expert: where `jax.lax.ragged_dot` computes a token's own experts alone."""
-    return jax.default_backend() != "cpu"
+    return platform() != "cpu"
 
 
 class SparseMoe(nnx.Module):

@@ -22,6 +22,7 @@ examples:
   jpeft merge --adapter runs/sst2/adapter --out merged    a plain Hugging Face folder
   jpeft export --adapter runs/sst2/adapter --check vllm   what a target can hold of it
   jpeft inspect runs/sst2                                 what a folder holds, and its faults
+  jpeft plan --model llama-2-7b --batch 8 --remat full --topology v5e-8   will it fit?
   jpeft push runs/sst2/adapter my-name/sst2 --private     on the hub
 """
 

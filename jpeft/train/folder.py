@@ -39,6 +39,9 @@ from .samples import Sample
 
 _VERSIONS = ("jpeft", "jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "datasets")
 
+#: Files that grow with the run.
+_LOGS = ("metrics.jsonl", "samples.jsonl")
+
 
 class RunFolder:
     """Where one run writes; on a process that is not the main one, nothing.
@@ -58,7 +61,8 @@ class RunFolder:
         self._start = time.time()
         if writes and not resumes and os.path.lexists(self.path / "metrics.jsonl"):
             raise FileExistsError(
-                f"{self.path} holds a run already; --resume goes on with it, --overwrite replaces it, out= names another"
+                f"{self.path} holds a run already; --resume goes on with it, --overwrite replaces it, and out= names "
+                "another"
             )
 
     @property
@@ -92,6 +96,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", configuration.dump(config))
         (self.path / "metrics.jsonl").write_bytes(b"")
+        (self.path / "samples.jsonl").unlink(missing_ok=True)
         record = {
             "command": sys.argv,
             "started": _now(),
@@ -114,33 +119,32 @@ class RunFolder:
 
     def mark(self) -> dict[str, Any]:
         """Where the run stands in its own files: plain values for a checkpoint."""
-        file = self.path / "metrics.jsonl"
-        if self._writes:
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        return {"metrics": file.stat().st_size if self._writes else 0, "seconds": time.time() - self._start}
+        sizes = {}
+        for file in (self.path / name for name in _LOGS if self._writes):
+            if is_file(file):
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+                    sizes[file.name] = os.fstat(stream.fileno()).st_size
+        return {"sizes": sizes, "seconds": time.time() - self._start}
 
     def go_on(self, mark: Mapping[str, Any], update: int, stated: Sequence[str]) -> None:
-        """Cuts metrics.jsonl back to a mark, and notes in run.json that the run was resumed.
+        """Cuts metrics.jsonl and samples.jsonl back to a mark, and notes in run.json that the run was resumed.
 
         Raises:
-          CheckpointError: metrics.jsonl has lost lines that it had when the mark was made.
+          CheckpointError: a file has lost lines that it had when the mark was made.
         """
         self._start = time.time() - mark["seconds"]
         if not self._writes:
             return
-        file = self.path / "metrics.jsonl"
-        size = file.stat().st_size if is_file(file) else 0
-        if size < mark["metrics"]:
-            raise CheckpointError(
-                f"{file} has {size:,} bytes and had {mark['metrics']:,} at update {update}: lines are lost, and the "
-                "run's record could not be whole. Put the file back, or begin a new run with another out="
-            )
-        os.truncate(file, mark["metrics"])
-        samples = self.path / "samples.jsonl"
-        if is_file(samples):
-            lines = samples.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_text(samples, "".join(line for line in lines if json.loads(line)["update"] <= update))
+        for file in (self.path / name for name in _LOGS):
+            size, kept = file.stat().st_size if is_file(file) else 0, mark["sizes"].get(file.name, 0)
+            if size < kept:
+                raise CheckpointError(
+                    f"{file} has {size:,} bytes and had {kept:,} at update {update}: lines are lost, and the run's "
+                    "record could not be whole. Put the file back, or begin a new run with another out="
+                )
+            if size > kept:
+                os.truncate(file, kept)
         note = {"update": update, "at": _now(), "command": sys.argv, "changed": list(stated)}
         record = read_json(self.path / "run.json")
         self._write_record(record | {"resumed": [*record.get("resumed", []), note]})

@@ -35,7 +35,7 @@ def identity(config: Config, dataset: Dataset, parts: Parts) -> dict[str, Any]:
         "data files": list(dataset.digests.values()),
         "tokenizer": tokenizer.digest,
         "labels": list(dataset.label_names or ()),
-        "rows": len(dataset.train.examples.tokens),
+        "rows": len(dataset.train.examples.tokens),  # of a stream, those of its first window
         "batches an epoch": dataset.train.buckets.num_batches,
         "updates": dataset.num_updates,
         "base": fingerprint(parts.frozen),

@@ -50,7 +50,7 @@ class Result:
     Attributes:
       state: after the last update.
       evaluation: the last one, or None without evaluation data.
-      losses: of every update since the run began or was resumed.
+      losses: of every update that this process wrote a line of: all but those before a resume.
       real_rate, padded_rate: tokens/s over the whole run, compilation and evaluation left out.
       adapter: folder of the saved adapter.
       standing: of the evaluations, where the configuration follows a figure of theirs.
@@ -150,30 +150,31 @@ class Loop:
         self._folder.go_on(plain["folder"], step, stated)
         self._checkpoints.drop_after(step)
         say(f"resumed after update {step}" + "".join(f"\n  {line}" for line in stated))
-        return self.run(state, plain["carried"], Standing(**plain["standing"]), plain["owes"], plain["position"])
+        standing = Standing(**plain["standing"])
+        return self.run(state, plain["position"], plain["carried"], standing, owes=plain["owes"])
 
     def run(
-        self, state: State | None = None, carried: Iterable[Any] = (), standing: Standing | None = None,
-        owes: bool = False, position: Mapping[str, Any] | None = None,
+        self, state: State | None = None, position: Mapping[str, Any] | None = None, carried: Iterable[Any] = (),
+        standing: Standing | None = None, *, owes: bool = False,
     ) -> Result:  # fmt: skip
         """Trains from `state`, by default from the beginning, and saves the adapter.
 
         Args:
           state: donated.
+          position: of the next batch; None counts the state's updates from the start, which no stream can.
           carried, standing: of `Watch`.
           owes: whether the evaluation after the state's last update is still to be made.
-          position: in the data, of the next batch; None where it follows from the number of updates.
         """
         state = self._first() if state is None else state
         done, seed = int(state.updates), self._config.train.seed
         watch = Watch(self._config, self._dataset, self._parts, self._folder, self._update, done, standing, carried)
         losses: list[float] = []
         evaluation = self._evaluation(done, state, watch) if owes else None
-        position = self._dataset.feed.position(seed, done) if position is None else position
-        walk, starts = self._dataset.feed.walk(seed, position), {}
-        last = done if watch.exhausted else self._dataset.num_updates
-        with Interruption() as interruption, Prefetch(walk, then=self._placed) as feed:
-            for number, fed in zip(range(done + 1, last + 1), watch.waiting(feed), strict=False):
+        feed, last = self._dataset.feed, done if watch.exhausted else self._dataset.num_updates
+        own, starts = devices.own_rows(self._mesh, self._dataset.train.rows), {}
+        walk = feed.walk(seed, feed.position(seed, done) if position is None else position, own)
+        with Interruption() as interruption, Prefetch(walk, then=self._placed) as batches:
+            for number, fed in zip(range(done + 1, last + 1), watch.waiting(batches), strict=False):
                 state, metrics = self._update(state, self._parts.frozen, fed.arrays, self._key)
                 watch.update(metrics, fed.real, fed.padded)
                 starts[number] = fed.start
@@ -208,13 +209,13 @@ class Loop:
         return every is not None and number % every == 0 and number < self._dataset.num_updates
 
     def _checkpoint(self, number: int, state: State, watch: Watch, position: Mapping[str, Any], *, owes: bool) -> None:
-        """Begins to write all that the run is after update `number`; `position` is that of the next batch."""
+        """Begins to write all that the run is after update `number`."""
         with watch.clock.on("save"):
             plain = {
+                "position": dict(position),
                 "carried": watch.carry(),
                 "standing": dataclasses.asdict(watch.standing),
                 "owes": owes,
-                "position": dict(position),
                 "folder": self._folder.mark(),
                 "identity": self._identity,
             }

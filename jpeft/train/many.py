@@ -136,7 +136,7 @@ def begin_many(tx: Optimizer, bank: Bank, fixed: Fixed) -> State:
 
     def first(trainable: Leaves, options: Mapping[str, jax.Array], sizes: Mapping[str, jax.Array]) -> State:
         transform = _transform(tx, options, sizes)
-        return State(jax.tree.map(jnp.copy, trainable), transform.init(trainable), jnp.int32(0), jnp.bool(False))
+        return State(jax.tree.map(jnp.copy, trainable), transform.init(trainable), *fresh())
 
     return jax.jit(jax.vmap(first))(_filled(bank.trainable), fixed.options, fixed.sizes)
 

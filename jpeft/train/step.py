@@ -11,7 +11,7 @@ k * b, however unequally the labels are spread. What the methods add to the loss
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._adapt import penalty
 from .._partition import GraphDef, Leaves, combine
+from .._scope import scope
 from .._sharding import mirrored
 from .._steering import check_steered
 from .losses import Batch, Measured, Sums, cls_loss, lm_loss, qa_loss, token_cls_loss
@@ -41,6 +42,7 @@ class State(NamedTuple):
       optimizer: the optimizer's state.
       updates: updates made so far; the next batch and the dropout key follow from it.
       failed: a loss or gradient was not finite: no update has been made since, and none will be.
+      skipped: of `updates`, those left out because their loss or gradient was not finite.
       average: exponential moving average of `trainable`; None where none is kept.
     """
 
@@ -48,6 +50,7 @@ class State(NamedTuple):
     optimizer: Any
     updates: Int[Array, ""]
     failed: Bool[Array, ""]
+    skipped: Int[Array, ""]
     average: Leaves | None = None
 
     @property
@@ -75,6 +78,11 @@ class Metrics(NamedTuple):
 Update = Callable[..., tuple[State, Metrics]]
 
 
+def fresh() -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`updates`, `failed` and `skipped` before the first update."""
+    return jnp.int32(0), jnp.bool(False), jnp.int32(0)
+
+
 def begin(tx: optax.GradientTransformation, trainable: Leaves, *, average: bool = False) -> State:
     """The state before the first update. Its arrays are its own: the first update may donate them.
 
@@ -86,7 +94,7 @@ def begin(tx: optax.GradientTransformation, trainable: Leaves, *, average: bool 
     def first(trainable: Leaves) -> State:
         own = jax.tree.map(jnp.copy, trainable)
         mean = jax.tree.map(jnp.copy, trainable) if average else None
-        return State(own, tx.init(trainable), jnp.int32(0), jnp.bool(False), mean)
+        return State(own, tx.init(trainable), *fresh(), mean)
 
     places = mirrored(jax.eval_shape(first, trainable), trainable)
     return jax.jit(first, out_shardings=places)(trainable)
@@ -99,10 +107,12 @@ def make_step(
     *,
     groups: int = 1,
     ema: float | None = None,
+    max_skips: int = 0,
 ) -> "Compiled":
     """`update(state, frozen, batch, key) -> (state, metrics)`, compiled; `state` is donated.
 
-    Where the loss or the gradients' norm is not finite, the state comes back as it was, marked `failed`.
+    Where the loss or the gradients' norm is not finite, the adapter and the optimizer come back as they were: the first
+    `max_skips` times the update counts as made and `skipped`, after that the state is marked `failed`.
 
     Args:
       graphdef: of `jpeft.partition`.
@@ -111,6 +121,7 @@ def make_step(
       tx: optimizer of the trainable tree, clipping included; where a method takes part in updates, as AdaLoRA does, of
         `jpeft.optimizer(tx, model=graphdef)`, and anything else is an error.
       groups: number of devices that a batch's rows are split over.
+      max_skips: updates that may be left out.
       ema: decay of the moving average in `State.average`; None keeps none. After n updates the decay is
         `min(ema, (1 + n) / (10 + n))`, so that the first values are soon forgotten.
 
@@ -124,7 +135,10 @@ def make_step(
         def of_one(trainable: Leaves, batch: Batch, key: jax.Array | None) -> Sums | Measured:
             return sums(combine(graphdef, trainable, frozen), batch, key, groups)
 
-        return advance(of_one, tx, state, batch, key, lambda leaves: penalty(combine(graphdef, leaves, frozen)), ema)
+        def added(leaves: Leaves) -> jax.Array | None:
+            return penalty(combine(graphdef, leaves, frozen))
+
+        return advance(of_one, tx, state, batch, key, added, ema=ema, max_skips=max_skips)
 
     return Compiled(update)
 
@@ -136,7 +150,9 @@ def advance(
     batch: Batch,
     key: jax.Array | None,
     added: Callable[[Leaves], jax.Array | None],
+    *,
     ema: float | None = None,
+    max_skips: int = 0,
 ) -> tuple[State, Metrics]:
     """One update of one adapter.
 
@@ -144,6 +160,7 @@ def advance(
       sums: (trainable, micro-batch, key) -> (sum of losses, number of labels), and perhaps sums of further figures.
       tx, state, batch, key, ema: as of `make_step` and its function.
       added: trainable -> what the adapters' own leaves add to the loss, or None.
+      max_skips: as of `make_step`.
     """
     (loss, (labels, figures)), grads = _gradients(sums, state, batch, key)
     figures = {name: value / labels for name, value in figures.items()}
@@ -152,12 +169,18 @@ def advance(
         more, its_grads = jax.value_and_grad(added)(state.trainable)
         loss, grads = loss + more, jax.tree.map(jnp.add, grads, its_grads)
     norm = optax.tree.norm(grads)
-    failed = state.failed | ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+    broken = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+    failed = state.failed | (broken & (state.skipped >= max_skips))
     changes, optimizer = tx.update(grads, state.optimizer, state.trainable)
     trainable: Any = optax.apply_updates(state.trainable, changes)
-    new = State(trainable, optimizer, state.updates + 1, failed, _averaged(state, trainable, ema))
-    kept = jax.tree.map(lambda new, old: jnp.where(failed, old, new), new, state)
-    return kept._replace(failed=failed), Metrics(loss, labels, norm, figures)
+    trainable, optimizer, average = jax.tree.map(
+        lambda new, old: jnp.where(failed | broken, old, new),
+        (trainable, optimizer, _averaged(state, trainable, ema)),
+        (state.trainable, state.optimizer, state.average),
+    )
+    skipped = state.skipped + (broken & ~failed)
+    new = State(trainable, optimizer, state.updates + ~failed, failed, skipped, average)
+    return new, Metrics(loss, labels, norm, figures)
 
 
 def _averaged(state: State, trainable: Leaves, ema: float | None) -> Leaves | None:
@@ -215,11 +238,12 @@ class Compiled:
     """`update`, compiled once for each shape of batch, with the new state in the places of the old one.
 
     Attributes:
+      update: the function, not compiled.
       compile_seconds: spent on compiling so far.
     """
 
     def __init__(self, update: Update):
-        self._update = update
+        self.update = update
         self._programs: dict[Any, Any] = {}
         self.compile_seconds = 0.0
 
@@ -242,12 +266,26 @@ class Compiled:
         shapes = tuple((name, batch[name].shape) for name in sorted(batch)), None if key is None else key.shape
         if shapes not in self._programs:
             start = time.perf_counter()
-            places = jax.tree.map(lambda leaf: leaf.sharding, state)
-            options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
-            jitted = jax.jit(self._update, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
-            self._programs[shapes] = jitted.lower(state, frozen, batch, key).compile()
+            self._programs[shapes] = self.lower(state, frozen, batch, key).compile()
             self.compile_seconds += time.perf_counter() - start
         return self._programs[shapes]
+
+    def lower(self, state: State, frozen: Mapping[str, Any], batch: Batch, key: jax.Array | None) -> jax.stages.Lowered:
+        """The program before it is compiled, for the devices that the arguments lie on; shapes in places will do.
+
+        Arguments that it does not read are its arguments all the same, so that its memory is what a run takes.
+        """
+        places = jax.tree.map(lambda leaf: leaf.sharding, state)
+        target = next(iter(state.updates.sharding.device_set)).platform
+        jitted = jax.jit(
+            self.update,
+            donate_argnums=0,
+            out_shardings=(places, None),
+            compiler_options=CPU_OPTIONS if target == "cpu" else None,
+            keep_unused=True,
+        )
+        with scope(platform=target):
+            return jitted.lower(state, frozen, batch, key)
 
 
 def _cost(program: Any) -> Cost | None:

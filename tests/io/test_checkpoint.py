@@ -159,7 +159,7 @@ def test_no_good_step_is_an_error_and_none_at_all_is_not(folder, tmp_path):
     assert Checkpoints(tmp_path / "none").newest() == (None, {})
     for step in steps(folder):
         (folder / str(step) / MANIFEST).write_text("{}")
-    with pytest.raises(CheckpointError, match="no step in .* can be restored:\n  1/MANIFEST.json is damaged"):
+    with pytest.raises(CheckpointError, match=r"no step in .* can be restored:\n  1/MANIFEST.json is damaged"):
         Checkpoints(folder).newest()
 
 
@@ -172,8 +172,8 @@ def test_a_full_disk_leaves_the_older_step_and_says_what_is_needed(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, before[1]))
     try:
+        checkpoints.save(2, {"x": noise + 1}, {})
         with pytest.raises(OSError, match=r"checkpoint 2 was not written: it needs 4\d\d,\d\d\d bytes") as caught:
-            checkpoints.save(2, {"x": noise + 1}, {})
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

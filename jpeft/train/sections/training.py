@@ -48,11 +48,11 @@ class Train:
     neftune: float = 0.0
     log_every: int = 10
     eval_every: int | None = None
+    save_every: int | None = 500
+    keep: int = 2
     objective: Literal["likelihood", "dpo"] = "likelihood"
     samples: int | tuple[str, ...] = 0
     sample_tokens: int = 64
-    save_every: int | None = 500
-    keep: int = 2
     best: str | None = None
     patience: int | None = None
 

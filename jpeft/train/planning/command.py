@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jpeft plan`: its arguments, and what it prints. JAX is imported when a plan is made."""
+
+import argparse
+import json
+from typing import Any
+
+from .. import _yaml
+from ..config import ConfigError
+from . import devices
+from .request import Request
+
+_EXAMPLES = """
+examples:
+  jpeft plan --model llama-2-7b --batch 8 --seq 512 --remat full --topology v5e-8
+  jpeft plan --model llama-3-70b --quantize nf4 --topology v5p:2x4x4 --batch 32 --seq 2048 --remat full
+  jpeft plan --model runs/base --method prefix_tuning --set num_tokens=32 --device a100 --no-compile
+"""
+
+
+def add_arguments(plan: argparse.ArgumentParser) -> None:
+    """What is planned."""
+    plan.epilog = _EXAMPLES
+    plan.add_argument("--model", required=True, metavar="NAME", help="a preset, a Hugging Face folder or a config.json")
+    plan.add_argument("--method", default="lora", metavar="KIND", help="one of jpeft.METHODS (lora)")
+    plan.add_argument("--rank", type=int, metavar="R", help="of the method")
+    plan.add_argument("--targets", metavar="NAMES", help="of the method: all-linear, or names with commas")
+    plan.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="another option of the method")
+    plan.add_argument("--task", default="CAUSAL_LM", choices=("CAUSAL_LM", "SEQ_CLS"), help="(CAUSAL_LM)")
+    plan.add_argument("--batch", type=int, default=None, metavar="ROWS", help="over all devices (one each)")
+    plan.add_argument("--seq", type=int, default=512, metavar="TOKENS", help="of a row (512)")
+    plan.add_argument("--accumulation", type=int, default=1, metavar="N", help="micro-batches an update (1)")
+    plan.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="(bfloat16)")
+    plan.add_argument(
+        "--remat", default="none", choices=("none", "dots", "full", "names", "offload"), help="what layers keep (none)"
+    )
+    plan.add_argument("--quantize", choices=("nf4", "nf4_double", "int8"), help="of the base's linear layers")
+    plan.add_argument("--mesh", metavar="AXES", help="such as fsdp=4,tensor=2 (fsdp over all devices)")
+    where = plan.add_mutually_exclusive_group()
+    where.add_argument("--topology", metavar="SLICE", help="TPUs: v5e:2x4, or v5e-8 as Google names it")
+    where.add_argument("--device", default="cpu", metavar="KIND", help=f"{', '.join(devices.CHIPS)} (cpu)")
+    plan.add_argument("--devices", type=int, default=1, metavar="N", help="how many of --device (1)")
+    plan.add_argument("--generate", type=int, default=0, metavar="TOKENS", help="count a cache of so many tokens a row")
+    plan.add_argument("--share", type=float, default=0.4, metavar="X", help="of the peak that products reach (0.4)")
+    plan.add_argument("--no-compile", action="store_true", help="by shape alone")
+    plan.add_argument("--effort", default="O0", choices=("O0", "O1", "full"), help="of the compiler (O0, the quickest)")
+    plan.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints a plan.
+
+    Raises:
+      ValueError, OSError: what is asked cannot be planned.
+    """
+    request = request_of(options)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # a plan runs nothing, and takes no accelerator from anyone
+    if request.machine.chip.platform == "cpu" and request.machine.count > 1:
+        jax.config.update("jax_num_cpu_devices", request.machine.count)
+    from . import advice, compiling, report
+    from .estimate import estimate
+
+    found = estimate(request)
+    program = None
+    if not options.no_compile and request.machine.chip.platform != "cuda":
+        effort = None if options.effort == "full" or request.machine.chip.platform == "cpu" else options.effort
+        program = compiling.compiled(request, effort=effort)
+    has = request.machine.chip.memory
+    needed = found.memory.total if program is None else program.total
+    other = advice.changes(request) if has is not None and needed > has else []
+    if options.json:
+        print(json.dumps(report.values(found, program, other), indent=2))
+    else:
+        print(report.lines(found, program, other))
+
+
+def request_of(options: argparse.Namespace) -> Request:
+    """What the arguments ask.
+
+    Raises:
+      ConfigError, ValueError: an argument has a value that cannot be.
+    """
+    if options.topology:
+        if options.devices != 1:
+            raise ConfigError("--topology says how many devices there are; leave --devices out")
+        machine = devices.topology(options.topology)
+    else:
+        machine = devices.machine(options.device, options.devices)
+    return Request(
+        model=options.model,
+        method=_method(options),
+        machine=machine,
+        mesh=options.mesh,
+        task=options.task,
+        batch=machine.count if options.batch is None else options.batch,
+        seq=options.seq,
+        accumulation=options.accumulation,
+        dtype=options.dtype,
+        remat=options.remat,
+        quantize=options.quantize,
+        generate=options.generate,
+        share=options.share,
+    )
+
+
+def _method(options: argparse.Namespace) -> dict[str, Any]:
+    method: dict[str, Any] = {"kind": options.method}
+    if options.rank is not None:
+        method["rank"] = options.rank
+    if options.targets is not None:
+        names = options.targets.split(",")
+        method["targets"] = names if len(names) > 1 or names[0] != "all-linear" else names[0]
+    for option in options.set:
+        name, equals, value = option.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set takes OPTION=VALUE, got {option!r}")
+        method[name] = _yaml.read(value)
+    return method

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory, FLOPs and time of a step by shape.
+
+What stays is counted exactly: weights, adapters, the optimizer's state, by the shapes of their parts on one device. So
+is what autodiff keeps of the forward pass, which is read off the traced derivative. What comes and goes within a layer
+and within the head is a formula (`_working`), the only place where a compiler's choices are guessed.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..._partition import combine, partition
+from ..._quantized import QuantizedKernel
+from ..._scope import scope
+from ..._summary import summary
+from .._head import CHUNK_LOGITS
+from ..losses import SUMS
+from ..step import make_step
+from .devices import Chip, Machine
+from .request import Request
+from .subject import Subject, adapted, batch, device_bytes, subject
+from .trace import kept, product_flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, of a step's parts at its fullest.
+
+    Attributes:
+      weights: the frozen base, codes and scales where it is quantized.
+      adapters: what is trained.
+      optimizer: the optimizer's state.
+      gradients: of what is trained.
+      activations: what all layers keep for the backward pass.
+      working: what one layer and the head need while they run: its own arrays, gathered weights, logits.
+      cache: keys and values for generation, which is no part of the step's total.
+    """
+
+    weights: int
+    adapters: int
+    optimizer: int
+    gradients: int
+    activations: int
+    working: int
+    cache: int = 0
+
+    @property
+    def total(self) -> int:
+        """Of the step."""
+        return sum(dataclasses.astuple(self)) - self.cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A step by shape.
+
+    Attributes:
+      memory: of one device.
+      base, trainable: parameters.
+      flops: products and sums of the step's matrix products, on all devices.
+      convention: the same by the rule that papers use: 4 N a token where the base is frozen, 6 N where all is trained.
+    """
+
+    request: Request
+    memory: Memory
+    base: int
+    trainable: int
+    flops: float
+    convention: float
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the step's memory is there; None where nobody said how much is."""
+        has = self.request.machine.chip.memory
+        return None if has is None else self.memory.total <= has
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a step: products at `share` of the peak, or reading the base's weights, whichever takes longer."""
+        chip, count = self.request.machine.chip, self.request.machine.count
+        if chip.flops is None or chip.bandwidth is None:
+            return None
+        passes = 3 if self.request.remat == "full" else 2
+        read = passes * self.request.accumulation * self.memory.weights / chip.bandwidth
+        return max(self.flops / (count * chip.flops * self.request.share), read)
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second, on all devices."""
+        return None if self.seconds is None else self.request.tokens / self.seconds
+
+
+def estimate(request: Request, found: Subject | None = None) -> Estimate:
+    """What a step takes, by shape.
+
+    Raises:
+      ValueError: as `subject`.
+    """
+    found = subject(request) if found is None else found
+    counts = summary(found.model)
+    full = request.method["kind"] == "full"
+    with scope(platform=request.machine.chip.platform):
+        step = make_step(found.graphdef, SUMS[request.task], found.tx)
+        flops = product_flops(lambda *given: step.update(*given, None), found.state, found.frozen, batch(request))
+    return Estimate(
+        request=request,
+        memory=memory(found),
+        base=counts.base,
+        trainable=counts.trainable,
+        flops=flops,
+        convention=(6.0 if full else 4.0) * counts.base * request.tokens,
+    )
+
+
+def memory(found: Subject) -> Memory:
+    """The parts of a step's memory on one device."""
+    request = found.request
+    trainable = device_bytes(found.state.trainable)
+    saved = _kept(found, request)
+    bare = saved if request.remat == "none" else _kept(found, request.but(remat="none"))
+    one_layer = max((_bytes(part) // n for n, part in _stacked(bare, _layers(found.model))), default=0)
+    return Memory(
+        weights=device_bytes(found.frozen),
+        adapters=trainable,
+        optimizer=device_bytes(found.state.optimizer),
+        gradients=trainable * (1 if request.accumulation == 1 else 2),
+        activations=_bytes(saved),
+        working=_working(found, one_layer),
+        cache=_cache(found),
+    )
+
+
+def _working(found: Subject, one_layer: int) -> int:
+    """What a layer needs beside what it keeps, and the head: compilers lay no loop's memory over another's.
+
+    A layer computes `one_layer` bytes anew where it is rematerialised. Of its weights the two largest are whole along
+    `fsdp` at a time, one in use and the next on its way; of quantized ones, one is there in float32.
+    """
+    leaves = {**found.frozen, **found.state.trainable}
+    split = found.mesh.shape["fsdp"]
+    kernels = [device_bytes(leaves[path]) * split // count for count, paths in _layers(found.model) for path in paths]
+    gathered = sum(sorted(kernels)[-2:]) if split > 1 else 0
+    recomputed = one_layer if found.request.remat != "none" else 0
+    return recomputed + gathered + _decoded(found) + _head(found)
+
+
+def _decoded(found: Subject) -> int:
+    """The largest quantized kernel of a layer in float32."""
+    kernels = [module for _, module in nnx.iter_modules(found.model) if isinstance(module, QuantizedKernel)]
+    return max((4 * math.prod(k.shape[len(k.lead) :]) for k in kernels), default=0) // found.mesh.shape["tensor"]
+
+
+def _head(found: Subject) -> int:
+    """Logits of a chunk in float32 with their derivative, the same in the base's dtype, and the head's own weights."""
+    request, vocab = found.request, getattr(found.model.config, "vocab_size", 0)
+    if request.task != "CAUSAL_LM":
+        return 0
+    rows = request.batch // found.ways * request.seq
+    logits = min(rows * vocab, CHUNK_LOGITS // found.ways)
+    return logits * 10 // found.mesh.shape["tensor"]
+
+
+def _kept(found: Subject, request: Request) -> list[jax.ShapeDtypeStruct]:
+    """What one device keeps of a forward pass over its rows."""
+    platform = request.machine.chip.platform
+    one = Machine(Chip(platform, platform, None, None, None, ""), 1)
+    arrays = _traced(request.but(machine=one, mesh=None, batch=request.batch // found.ways, generate=0, share=1.0))
+    tensor, width = found.mesh.shape["tensor"], getattr(found.model.config, "hidden_size", 0)
+    return [x if x.shape and x.shape[-1] == width else _split(x, tensor) for x in arrays]
+
+
+@functools.lru_cache(maxsize=256)
+def _traced(request: Request) -> list[jax.ShapeDtypeStruct]:
+    """What is kept of a forward pass on one device; the same on every chip of a platform."""
+    graphdef, trainable, frozen = partition(adapted(request))
+    shapes = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batch(request).items()}
+
+    def loss(trainable: Any, frozen: Any, batch: Any) -> Any:
+        return SUMS[request.task](combine(graphdef, trainable, frozen), batch, None, 1)[0]
+
+    with scope(platform=request.machine.chip.platform):
+        return kept(loss, trainable, frozen, shapes)
+
+
+def _split(x: jax.ShapeDtypeStruct, tensor: int) -> jax.ShapeDtypeStruct:
+    """An array with the largest axis that divides over the devices along `tensor` split over them."""
+    axes = [i for i, n in enumerate(x.shape) if n % tensor == 0 and n >= tensor]
+    if tensor == 1 or not axes:
+        return x
+    axis = max(axes, key=lambda i: x.shape[i])
+    return jax.ShapeDtypeStruct((*x.shape[:axis], x.shape[axis] // tensor, *x.shape[axis + 1 :]), x.dtype)
+
+
+def _layers(model: Any) -> list[tuple[int, list[str]]]:
+    """(number of layers, paths of the leaves) of every stack."""
+    found = []
+    for path, module in nnx.iter_modules(model):
+        size = getattr(module, "stack_size", None)
+        if size is not None:
+            _, flat = nnx.graph.flatten(module)
+            found.append((size, ["/".join(map(str, (*path, *leaf))) for leaf in flat.paths]))
+    return found
+
+
+def _stacked(
+    arrays: list[jax.ShapeDtypeStruct], layers: list[tuple[int, list[str]]]
+) -> list[tuple[int, list[jax.ShapeDtypeStruct]]]:
+    """(number of layers, what they keep) of every stack."""
+    return [(count, [x for x in arrays if x.ndim > 1 and x.shape[0] == count]) for count, _ in layers]
+
+
+def _cache(found: Subject) -> int:
+    """Keys and values of all rows, on one device: rows are split over `data` and `fsdp`, heads over `tensor`."""
+    request, tensor = found.request, found.mesh.shape["tensor"]
+    if not request.generate:
+        return 0
+    made = nnx.eval_shape(lambda model: model.cache(request.batch // found.ways, request.generate), found.model)
+    heads = getattr(found.model.config, "num_key_value_heads", 1)
+    return _bytes(jax.tree.leaves(made.kv)) // (tensor if heads % tensor == 0 else 1)
+
+
+def _bytes(arrays: Any) -> int:
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)

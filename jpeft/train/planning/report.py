@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan in lines, and as plain values."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from .advice import Change
+from .compiling import Program
+from .devices import GIB
+from .estimate import Estimate
+from .request import Request
+
+_PARTS = {
+    "weights": "base weights",
+    "adapters": "trained leaves",
+    "optimizer": "optimizer state",
+    "gradients": "gradients",
+    "activations": "kept for backward",
+    "working": "working memory",
+}
+
+
+def lines(found: Estimate, program: Program | None, advice: Sequence[Change] = ()) -> str:
+    """What is asked, what it takes by shape and compiled, and what to change."""
+    out = [_asked(found.request), "", *_memory(found, program), "", *_work(found)]
+    if program is not None:
+        out += _compiled(program)
+    if advice:
+        out += ["", "it does not fit; what each change would make of it:"]
+        out += [f"  {_verdict(change.then):<14} {_gib(change.then.memory.total)}  {change.what}" for change in advice]
+    return "\n".join(out)
+
+
+def values(found: Estimate, program: Program | None, advice: Sequence[Change] = ()) -> dict[str, Any]:
+    """The same for a program: bytes, FLOPs, seconds."""
+    out: dict[str, Any] = {
+        "request": dataclasses.asdict(found.request) | {"machine": str(found.request.machine)},
+        "by_shape": dataclasses.asdict(found.memory) | {"total": found.memory.total},
+        "parameters": found.base,
+        "trainable": found.trainable,
+        "flops": found.flops,
+        "flops_by_convention": found.convention,
+        "seconds": found.seconds,
+        "tokens_per_second": found.rate,
+        "fits": found.fits,
+    }
+    if program is not None:
+        figures = dataclasses.asdict(program) | {"total": program.total}
+        out["compiled"] = {name: value for name, value in figures.items() if name != "text"}
+    if advice:
+        out["changes"] = [{"what": c.what, "total": c.then.memory.total, "fits": c.then.fits} for c in advice]
+    return out
+
+
+def _asked(request: Request) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in request.method.items() if name != "kind")
+    base = request.dtype if request.quantize is None else f"{request.quantize} and {request.dtype}"
+    method = request.method["kind"] + (f" ({options})" if options else "")
+    times = "" if request.accumulation == 1 else f" x {request.accumulation}"
+    return (
+        f"{request.model} in {base}, {method}, remat {request.remat}\n"
+        f"{request.batch} rows{times} of {request.seq} tokens on {request.machine}, mesh {request.axes}"
+    )
+
+
+def _memory(found: Estimate, program: Program | None) -> list[str]:
+    has = found.request.machine.chip.memory
+    out = [f"{'a device':<20}{'by shape':>12}" + (f"{'compiled':>14}" if program else "")]
+    out += [f"{said:<20}{_gib(getattr(found.memory, part))}" for part, said in _PARTS.items()]
+    total = f"{'total':<20}{_gib(found.memory.total)}"
+    if program is not None:
+        apart = 100 * (found.memory.total / program.total - 1)
+        total += f"{_gib(program.total):>14}   ({apart:+.1f} %)"
+    out.append(total)
+    if has is not None:
+        needed = found.memory.total if program is None else program.total
+        room = f"{(has - needed) / GIB:.2f} GiB left" if needed <= has else f"{(needed - has) / GIB:.2f} GiB too much"
+        out.append(f"{'it has':<20}{_gib(has)}   {room}")
+    if found.memory.cache:
+        out.append(f"{'cache, to generate':<20}{_gib(found.memory.cache)}   (beside weights, not beside a step)")
+    return out
+
+
+def _work(found: Estimate) -> list[str]:
+    request = found.request
+    share = 100 * found.trainable / found.base
+    out = [
+        f"trainable   {found.trainable:,} of {found.base:,} parameters ({share:.4f} %)",
+        f"FLOPs       {found.flops / 1e12:,.2f} T a step in matrix products; {found.convention / 1e12:,.2f} T by the "
+        f"convention of {'6' if request.method['kind'] == 'full' else '4'} N a token",
+    ]
+    chip = request.machine.chip
+    if found.seconds is None or found.rate is None or chip.flops is None:
+        return [*out, f"time        no figure: {chip.source}"]
+    return [
+        *out,
+        f"time        {found.seconds:.3f} s a step, {found.rate:,.0f} tokens/s, if products reach "
+        f"{request.share:.0%} of {chip.flops / 1e12:,.0f} TFLOP/s a device (communication not counted)",
+        f"            {chip.source}",
+    ]
+
+
+def _compiled(program: Program) -> list[str]:
+    if program.needed is not None:
+        return ["compiled    refused by the compiler: the program needs more memory than there is"]
+    out = [
+        f"compiled    arguments {_gib(program.arguments).strip()}, temporary {_gib(program.temporary).strip()}, code "
+        f"{_gib(program.code).strip()}; in {program.seconds:.1f} s"
+    ]
+    if program.collectives:
+        kinds = (f"{count} {kind} ({size / 2**20:,.1f} MiB)" for kind, (count, size) in program.collectives.items())
+        out.append(f"collectives {', '.join(kinds)}; of a loop's body once")
+    return out
+
+
+def _verdict(found: Estimate) -> str:
+    return {True: "fits", False: "does not fit", None: ""}[found.fits]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:>8.2f} GiB"

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plan is asked for. This file imports no JAX."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from .devices import Machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A training step on a machine.
+
+    Attributes:
+      model: a preset's name, a Hugging Face folder, or a config.json.
+      method: `{"kind": ..., **its options}`, as in a run's configuration.
+      machine: the devices.
+      mesh: such as `"fsdp=4,tensor=2"`; None is `fsdp` over all of them.
+      task: `CAUSAL_LM` or `SEQ_CLS`.
+      batch: rows of one micro-batch, over all devices.
+      seq: tokens of a row.
+      accumulation: micro-batches of an update.
+      dtype: of the base.
+      remat: what a layer keeps for the backward pass.
+      quantize: a scheme of `jpeft.quantize`, or None.
+      generate: tokens of a row, prompt included, that a cache of keys and values is to hold; 0 for none.
+      share: of a chip's peak that products are expected to reach.
+    """
+
+    model: str
+    method: Mapping[str, Any]
+    machine: Machine
+    mesh: str | None = None
+    task: str = "CAUSAL_LM"
+    batch: int = 1
+    seq: int = 512
+    accumulation: int = 1
+    dtype: str = "bfloat16"
+    remat: str = "none"
+    quantize: str | None = None
+    generate: int = 0
+    share: float = 0.4
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "seq", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.generate < 0:
+            raise ValueError(f"generate must be 0 or more, got {self.generate}")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is the part of the peak that is reached, in (0, 1]; got {self.share}")
+
+    def __hash__(self) -> int:
+        return hash(repr(self))  # the options of a method may be lists
+
+    @property
+    def axes(self) -> str:
+        """The mesh, written out."""
+        return self.mesh or ("fsdp=-1" if self.machine.count > 1 else "fsdp=1")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an update."""
+        return self.batch * self.seq * self.accumulation
+
+    def but(self, **changes: Any) -> "Request":
+        """This with something else."""
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapted model, the optimizer's state and a batch, as shapes in their places on a mesh."""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ... import models
+from ..._adapt import adapt
+from ..._mesh import AXES, BATCH_AXES, mesh, sizes, written
+from ..._partition import GraphDef, partition
+from ..._quantize import quantize
+from ..._sharding import mirrored, shardings
+from ...methods import METHODS
+from ...models._checkpoint import read_config
+from ...models._hub import model_folder
+from ..config import nearest
+from ..optim import make_optimizer
+from ..sections import Optimizer
+from ..step import State
+from .request import Request
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What a step works on.
+
+    Attributes:
+      request: what was asked.
+      model: the adapted model of shapes.
+      graphdef, frozen, state, batch: arguments of the step, in their places.
+      tx: the optimizer.
+      mesh: of real or of described devices; or the axes alone.
+    """
+
+    request: Request
+    model: Any
+    graphdef: GraphDef
+    frozen: Shapes
+    state: State
+    batch: Shapes
+    tx: Any
+    mesh: Mesh | AbstractMesh
+
+    @property
+    def ways(self) -> int:
+        """In how many parts the rows are split."""
+        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def subject(request: Request, devices: Any = None) -> Subject:
+    """The step's arguments for a request, on `devices`, or without any on a mesh of axes alone.
+
+    Raises:
+      ValueError, FileNotFoundError, CheckpointError: the model, the method or the mesh is not right.
+    """
+    model = adapted(request)
+    graphdef, trainable, frozen = partition(model)
+    if not trainable:
+        raise ValueError(f"method {dict(request.method)} trains nothing of {request.model}")
+    grid = make_mesh(request, devices)
+    places = shardings({**trainable, **frozen}, grid)
+    trainable, frozen = _placed(trainable, places), _placed(frozen, places)
+    tx = make_optimizer(Optimizer(), 1000)
+    state = jax.eval_shape(lambda t: State(t, tx.init(t), jnp.int32(0), jnp.bool(False)), trainable)
+    state = _placed(state, mirrored(state, trainable))
+    found = Subject(request, model, graphdef, frozen, state, {}, tx, grid)
+    if request.batch % found.ways:
+        raise ValueError(
+            f"a batch of {request.batch} rows does not divide by the {found.ways} devices along data and fsdp of a "
+            f"mesh of {written(grid.shape)}; take a multiple of {found.ways}, or more of the devices along tensor"
+        )
+    return dataclasses.replace(found, batch=batch(request, NamedSharding(grid, P(None, BATCH_AXES))))
+
+
+def adapted(request: Request) -> Any:
+    """The adapted model with shapes in the place of arrays."""
+    return _shapes(request.model, _method(request.method), request.task, request.dtype, request.remat, request.quantize)
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(name: str, method: Any, task: str, dtype: str, remat: str, scheme: str | None) -> Any:
+    config, key = _config(name), jax.random.key(0)
+
+    def make() -> Any:
+        base = models.build(config, task, key=key, dtype=jnp.dtype(dtype), remat=remat)
+        return adapt(base if scheme is None else quantize(base, scheme), method, key=key)
+
+    return nnx.eval_shape(make)
+
+
+def make_mesh(request: Request, devices: Any = None) -> Mesh | AbstractMesh:
+    """The request's mesh of `devices`, or of axes alone.
+
+    Raises:
+      ValueError: it does not fit the machine.
+    """
+    count = sizes(request.axes, request.machine.count)
+    if devices is None:
+        return AbstractMesh(tuple(count.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return mesh(count, devices)
+
+
+def batch(request: Request, place: Any = None) -> Shapes:
+    """A batch's arrays `[accumulation, rows, ...]`."""
+    shape = (request.accumulation, request.batch, request.seq)
+    labels = shape if request.task == "CAUSAL_LM" else shape[:2]
+    made = {"input_ids": shape, "attention_mask": shape, "labels": labels}
+    return {name: jax.ShapeDtypeStruct(size, jnp.int32, sharding=place) for name, size in made.items()}
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of placed shapes on one device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * _width(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _width(leaf: Any) -> int:
+    return 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+
+
+def _placed(shapes: Any, places: Any) -> Any:
+    def put(leaf: Any, place: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    if isinstance(shapes, dict):
+        return {path: put(leaf, places[path]) for path, leaf in shapes.items()}
+    return jax.tree.map(put, shapes, places)
+
+
+def _config(name: str) -> Any:
+    """A preset, or what a config.json says."""
+    known, path = models.presets(), Path(name)
+    if name in known:
+        return known[name]
+    if path.is_file():
+        return json.loads(path.read_text())
+    if path.is_dir() or path.parent != Path("."):
+        return dict(read_config(model_folder(name)))
+    raise ValueError(f"{name!r} is no preset, folder or config.json; {nearest(name, [*known])}")
+
+
+def _method(options: Mapping[str, Any]) -> Any:
+    options = dict(options)
+    kind = options.pop("kind")
+    if kind not in METHODS:
+        raise ValueError(f"unknown method {kind!r}; {nearest(kind, [*METHODS])}")
+    chosen: Any = METHODS[kind]
+    known = [field.name for field in dataclasses.fields(chosen)]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{kind} has no option {name!r}; {nearest(name, known)}")
+    return chosen(**options)

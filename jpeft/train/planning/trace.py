@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a traced function computes, and what its derivative keeps, by shape: nothing is compiled or run."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def product_flops(fn: Callable[..., Any], *arguments: Any) -> float:
+    """Products and sums of all matrix products of `fn`, two for each pair of factors; elementwise work is left out.
+
+    A loop's body counts as often as it runs (one of unknown length, as `while_loop`, once), of a branch the largest.
+    XLA's own count (`cost_analysis`) takes a loop's body once, whatever its length.
+    """
+    return _flops(jax.make_jaxpr(fn)(*arguments).jaxpr)
+
+
+def kept(fn: Callable[..., Any], *arguments: Any) -> list[jax.ShapeDtypeStruct]:
+    """The arrays that the derivative of a scalar `fn` with respect to its first argument keeps from the forward pass.
+
+    What is one of the arguments is left out: it is there anyway. So is what is another one over again, as the same
+    array in the same other dtype, of which the compiler makes one.
+    """
+
+    def residuals(first: Any, *rest: Any) -> Any:
+        return jax.tree.leaves(jax.vjp(lambda x: fn(x, *rest), first)[1])
+
+    jaxpr = jax.make_jaxpr(residuals)(*arguments).jaxpr
+    given = {id(variable) for variable in (*jaxpr.invars, *jaxpr.constvars)}
+    made = {id(out): (equation, i) for equation in jaxpr.eqns for i, out in enumerate(equation.outvars)}
+    found = {_origin(v, made): v for v in jaxpr.outvars if not isinstance(v, core.Literal) and id(v) not in given}
+    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in found.values()]
+
+
+def _origin(variable: Any, made: dict[int, tuple[Any, int]]) -> tuple[Any, ...]:
+    """What a variable is a copy of, in another dtype or shape, and which; through a scan, what its body's is."""
+    equation, index = made.get(id(variable), (None, 0))
+    if equation is None or isinstance(variable, core.Literal):
+        return (id(variable),)
+    if equation.primitive.name in _COPIES:
+        return (*_origin(equation.invars[0], made), str(variable.aval))
+    if equation.primitive.name == "scan":
+        body = equation.params["jaxpr"].jaxpr
+        inside = {id(out): (inner, i) for inner in body.eqns for i, out in enumerate(inner.outvars)}
+        return (id(equation), index if index < equation.params["num_carry"] else _origin(body.outvars[index], inside))
+    return (id(variable),)
+
+
+def products(jaxpr: core.Jaxpr) -> Iterator[tuple[Any, int]]:
+    """Every matrix product of a program, and how often it runs; of a conditional those of all branches."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in _PRODUCTS:
+            yield equation, 1
+        for inner in _inner(equation):
+            yield from ((product, n * _times(equation)) for product, n in products(inner))
+
+
+def _flops(jaxpr: core.Jaxpr) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in _PRODUCTS:
+            total += _PRODUCTS[name](equation)
+        inner = [_flops(found) for found in _inner(equation)]
+        total += (max(inner, default=0.0) if name == "cond" else sum(inner)) * _times(equation)
+    return total
+
+
+def _inner(equation: Any) -> Iterator[core.Jaxpr]:
+    """The programs inside of an equation; of a custom derivative, that of the function."""
+    for name, value in equation.params.items():
+        for found in value if isinstance(value, (tuple, list)) else (value,):
+            found = getattr(found, "jaxpr", found)
+            if hasattr(found, "eqns") and not name.startswith(("jvp", "fwd", "bwd")):
+                yield found
+
+
+def _times(equation: Any) -> int:
+    return equation.params["length"] if equation.primitive.name == "scan" else 1
+
+
+def _dot(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+def _ragged(equation: Any) -> float:
+    left, right = (v.aval.shape for v in equation.invars[:2])
+    return 2.0 * math.prod(left) * right[-1]
+
+
+def _convolution(equation: Any) -> float:
+    layout = equation.params["dimension_numbers"].rhs_spec  # (out, in, *space)
+    kernel = equation.invars[1].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[axis] for axis in layout[1:])
+
+
+#: What gives the array that it was given, written otherwise.
+_COPIES = ("convert_element_type", "reshape", "copy", "squeeze", "expand_dims")
+
+_PRODUCTS: dict[str, Callable[[Any], float]] = {
+    "dot_general": _dot,
+    "ragged_dot": _ragged,
+    "ragged_dot_general": _ragged,
+    "conv_general_dilated": _convolution,
+}

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kills runs at chosen and at random moments, resumes them, and compares them with runs left alone, bit by bit.
+
+  make resume                                     # python tests/resume_lane.py; writes docs/results/resume.md
+  python tests/resume_lane.py --only lora --kills 2
+
+Every process is forked from this one before JAX has started anything, so that none waits for imports. A child is armed
+with one moment, and kills itself there: no clean-up of any kind runs.
+"""
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+UPDATES, EPOCH = 24, 10  # updates of a run, and of an epoch
+TIMES = {"seconds", "tokens_per_s", "padded_tokens_per_s", "mfu", "data_wait", "peak_memory_mb"}
+#: Where a child is killed; the number is which update, save or evaluation it is.
+MOMENTS = ("in the step", "in the save", "before the rename", "in evaluation", "at an epoch's edge", "at a random time")
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.1},
+    "dora": {"kind": "dora", "rank": 4, "alpha": 8, "dropout": 0.1},
+    "prefix": {"kind": "prefix_tuning", "num_tokens": 3, "projection": True, "hidden_size": 8},
+    "adalora": {"kind": "adalora", "init_rank": 4, "target_rank": 2, "total_steps": UPDATES, "tinit": 4, "tfinal": 6},
+    "bottleneck": {"kind": "pfeiffer"},
+}
+#: What the runs differ in beside the method; each also has dropout, a schedule with warm-up and a best adapter.
+SHAPES: dict[str, dict[str, Any]] = {
+    "packing": {"data": {"packing": "best_fit"}, "train": {"batch_size": 4}},
+    "accumulation": {"data": {"num_widths": 2}, "train": {"batch_size": 4, "accumulation": 4}},
+}
+
+
+def configuration(folder: Path, method: str, shape: str) -> dict[str, Any]:
+    """A run on the tiny Llama in `folder`."""
+    data = {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "max_length": 24}
+    return {
+        "model": {"path": str(folder / "llama"), "task": "CAUSAL_LM"},
+        "data": data | SHAPES[shape]["data"],
+        "method": METHODS[method],
+        "optimizer": {"lr": 1e-2, "schedule": "cosine", "warmup": 0.2},
+        "train": {"max_steps": UPDATES, "log_every": 5, "eval_every": 6, "save_every": 4, "best": "loss"}
+        | SHAPES[shape]["train"],
+    }
+
+
+def prepare(folder: Path) -> None:
+    """Writes the model, the tokenizer and the data; run in a child."""
+    import jax
+
+    import jpeft
+
+    small: Any = runpy.run_path(str(ROOT / "tests" / "train" / "conftest.py"))
+    (folder / "llama").mkdir(parents=True)
+    jpeft.models.save(jpeft.models.build(small["LLAMA"], key=jax.random.key(0)), folder / "llama")
+    small["_write_tokenizer"](folder / "llama", ends=False)
+    for name, count, seed in (("train", 150, 0), ("eval", 30, 1)):
+        rows = [json.dumps(row) + "\n" for row in small["_sentences"](count, seed)]
+        (folder / f"{name}.jsonl").write_text("".join(rows))
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def counted(owner: Any, name: str, number: int, *, after: bool) -> None:
+    """Kills the process at the `number`-th call of a method, before it or after it."""
+    real, calls = getattr(owner, name), iter(range(1, 10**6))
+
+    def armed(*args: Any, **kwargs: Any) -> Any:
+        last = next(calls) == number
+        if last and not after:
+            kill()
+        out = real(*args, **kwargs)
+        if last:
+            kill()
+        return out
+
+    setattr(owner, name, armed)
+
+
+def delayed(seconds: float) -> None:
+    """Kills the process from a thread, whatever it is at then."""
+    timer = threading.Timer(seconds, kill)
+    timer.daemon = True
+    timer.start()
+
+
+def arm(moment: str, number: float) -> None:
+    """Sets the one kill of this process."""
+    from jpeft.io import checkpoint
+    from jpeft.train import evaluate, watch
+
+    match moment:
+        case "in the step" | "at an epoch's edge":
+            counted(watch.Watch, "update", int(number), after=True)
+        case "in the save":
+            saved, whole = checkpoint.Checkpoints.save, int(number)
+            calls = iter(range(1, 10**6))
+
+            def save(self: Any, *args: Any) -> None:
+                saved(self, *args)
+                if next(calls) == whole:
+                    delayed(0.1 * (number - whole))
+
+            checkpoint.Checkpoints.save = save
+        case "before the rename":
+            counted(checkpoint, "seal", int(number), after=True)
+        case "in evaluation":
+            started = evaluate.Evaluator.__init__
+
+            def begun(self: Any, *args: Any) -> None:
+                started(self, *args)
+                counted(self, "_compute", int(number), after=True)
+
+            evaluate.Evaluator.__init__ = begun
+        case "at a random time":
+            delayed(number)
+
+
+def train(tree: dict[str, Any], moment: str | None, number: float, log: str) -> None:
+    """What a child does: the run, or as much of it as it lives for."""
+    import jax
+
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY), stream)
+    jax.config.update("jax_compilation_cache_dir", str(Path(tree["model"]["path"]).parent / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    from jpeft.train import config, loop
+
+    if moment is not None:
+        arm(moment, number)
+    loop.train(config.parse(tree), resume=True)
+
+
+def child(target: Callable[..., None], *args: Any) -> int:
+    """The exit code of a forked process; negative is a signal."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=args)
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def figures(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without times."""
+    read = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in read]
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    """All weights that a run left: its adapter and its best."""
+    return {str(f.relative_to(out)): f.read_bytes() for f in sorted(out.glob("*/*.safetensors"))}
+
+
+def chosen(rng: random.Random, moment: str, done: int, seconds: float) -> float:
+    """Which update, file, save, evaluation or second of the next process is its last."""
+    left = UPDATES - done
+    match moment:
+        case "in the step":
+            return rng.randint(1, max(left - 1, 1))
+        case "at an epoch's edge":
+            return max(-(-(done + 1) // EPOCH) * EPOCH - done, 1)
+        case "in the save":
+            return rng.randint(1, 2) + rng.random()
+        case "before the rename":
+            return rng.randint(1, 2)
+        case "in evaluation":
+            return rng.randint(1, 12)
+    return rng.uniform(0.3, 0.9) * seconds
+
+
+def newest(out: Path) -> int:
+    folder = out / "checkpoints"
+    return max((int(p.name) for p in folder.glob("*") if p.name.isdecimal()), default=0)
+
+
+def case(folder: Path, method: str, shape: str, kills: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Runs one configuration whole, then killed and resumed; a row for each kill."""
+    tree = configuration(folder, method, shape)
+    whole, parts = (folder / f"{method}_{shape}_{name}" for name in ("whole", "parts"))
+    log = str(folder / f"{method}_{shape}.log")
+    code, start = child(train, tree | {"out": str(whole)}, None, 0, log), time.time()
+    if code:
+        raise RuntimeError(f"{method}, {shape}: the run left alone ended with {code}:\n{Path(log).read_text()[-3000:]}")
+    seconds = 6.0
+    rows: list[dict[str, Any]] = []
+    for index in range(10 * kills):
+        moment = MOMENTS[(index + rng.randrange(2)) % len(MOMENTS)]
+        done = newest(parts)
+        number = chosen(rng, moment, done, seconds)
+        start = time.time()
+        code = child(train, tree | {"out": str(parts)}, moment, number, log)
+        if code == -signal.SIGKILL:
+            rows.append({"method": method, "shape": shape, "moment": moment, "from": done, "then": newest(parts)})
+        elif code:
+            raise RuntimeError(f"{method}, {shape}, killed {moment}: {code}:\n{Path(log).read_text()[-3000:]}")
+        if code == 0 or len(rows) == kills:
+            if code and child(train, tree | {"out": str(parts)}, None, 0, log):
+                raise RuntimeError(f"{method}, {shape}: not resumed:\n{Path(log).read_text()[-3000:]}")
+            same = figures(whole) == figures(parts) and weights(whole) == weights(parts) and bool(weights(parts))
+            for row in rows:
+                row.setdefault("same", same)
+            if len(rows) == kills:
+                break
+            shutil.rmtree(parts)
+        seconds = max(time.time() - start, 2.0)
+    shutil.rmtree(whole)
+    shutil.rmtree(parts, ignore_errors=True)
+    return rows
+
+
+def page(rows: list[dict[str, Any]], seconds: float) -> str:
+    """docs/results/resume.md."""
+    import jax
+
+    same = sum(row["same"] for row in rows)
+    out = [
+        "# Killed and resumed\n",
+        f"Written by `make resume` (`tests/resume_lane.py`). A tiny Llama is trained for {UPDATES} updates with dropout, "
+        "a cosine schedule with warm-up, an evaluation every 6 updates, the best adapter kept and a checkpoint every 4 "
+        "updates. Processes are killed by SIGKILL and started again with `--resume` until the run is through. It counts as the same where every line of metrics.jsonl (all losses, gradient norms, learning "
+        "rates, evaluations; times left out) and every byte of adapter/ and best/ equal those of a run that was never "
+        "stopped.\n",
+        f"**{same} of {len(rows)} kills: the same run, bit for bit.** jax {jax.__version__}, CPU, {seconds:.0f} s.\n",
+        "| method | with | " + " | ".join(MOMENTS) + " | same |",
+        "|---|---|" + "---|" * (len(MOMENTS) + 1),
+    ]
+    for method, shape in dict.fromkeys((row["method"], row["shape"]) for row in rows):
+        own = [row for row in rows if (row["method"], row["shape"]) == (method, shape)]
+        counts = [str(sum(row["moment"] == moment for row in own) or "") for moment in MOMENTS]
+        out.append(f"| {method} | {shape} | {' | '.join(counts)} | {sum(r['same'] for r in own)} of {len(own)} |")
+    return "\n".join(out) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=METHODS, help="one method, and no page")
+    parser.add_argument("--kills", type=int, default=5, help="of each of the 10 configurations")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for module in "jpeft.train.loop orbax.checkpoint transformers tokenizers datasets pydantic yaml matplotlib".split():
+        importlib.import_module(module)  # before the forks
+    rng, rows, start = random.Random(options.seed), [], time.time()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if child(prepare, folder):
+            raise RuntimeError("the model and the data could not be written")
+        for method in [options.only] if options.only else METHODS:
+            for shape in SHAPES:
+                begun = time.time()
+                found = case(folder, method, shape, options.kills, rng)
+                rows += found
+                same = sum(row["same"] for row in found)
+                if not options.only:
+                    (ROOT / "docs" / "results" / "resume.md").write_text(page(rows, time.time() - start))
+                print(f"{method}, {shape}: {same} of {len(found)} the same ({time.time() - begun:.0f} s)", flush=True)
+    if not all(row["same"] for row in rows):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jpeft plan`: what a step takes by shape, against the same step compiled and against published figures."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend import core
+
+import jpeft
+from jpeft.train.cli import main
+from jpeft.train.losses import SUMS
+from jpeft.train.planning import advice, compiling, devices, report, table, trace
+from jpeft.train.planning.devices import GIB
+from jpeft.train.planning.estimate import estimate, memory
+from jpeft.train.planning.request import Request
+from jpeft.train.planning.subject import adapted, subject
+from jpeft.train.step import make_step
+
+#: Total by shape against the compiled step's, relative: what is guessed of a compiler's own working memory.
+CLOSE = 0.10
+
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+}
+LORA = {"kind": "lora", "rank": 16, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+FULL = {"kind": "full"}
+PREFIX = {"kind": "prefix_tuning", "num_tokens": 20}
+
+
+@pytest.fixture(scope="module", name="small")
+def _small(tmp_path_factory):
+    """A config.json; no weights are needed."""
+    file = tmp_path_factory.mktemp("model") / "config.json"
+    file.write_text(json.dumps(CONFIG))
+    return str(file)
+
+
+def request_of(model, method=LORA, where="cpu", count=1, **options):
+    machine = devices.topology(where) if ":" in where or "-" in where else devices.machine(where, count)
+    return Request(model, method, machine, **{"batch": 4, "seq": 256, "dtype": "float32", **options})
+
+
+# ------------------------------------------------------------------------------------------- memory, against compilers
+
+CASES = {
+    "lora": (LORA, "none", 1, None),
+    "lora, full remat": (LORA, "full", 1, None),
+    "lora, dots": (LORA, "dots", 1, None),
+    "full": (FULL, "none", 1, None),
+    "prefix": (PREFIX, "none", 1, None),
+    "lora, fsdp": (LORA, "none", 4, "fsdp=4"),
+    "lora, fsdp and tensor": (LORA, "none", 4, "fsdp=2,tensor=2"),
+}
+_FAST = ("lora", "lora, fsdp and tensor")
+
+
+@pytest.mark.parametrize("case", [c if c in _FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+def test_memory_by_shape_is_the_compiled_programs(small, case, optimised):
+    method, remat, count, mesh = CASES[case]
+    asked = request_of(small, method, count=count, mesh=mesh, remat=remat, batch=4 * min(count, 2))
+    found, program = memory(subject(asked)), compiling.compiled(asked)
+    assert abs(found.total / program.total - 1) < CLOSE, (found, program)
+    parts = found.weights + found.adapters + found.optimizer
+    batch = 3 * asked.batch * asked.seq * 4 // subject(asked).ways
+    assert abs(program.arguments - parts - batch) < 100, "what stays is counted exactly, but for padding of scalars"
+
+
+def test_the_parts_of_a_step_have_the_bytes_of_their_shapes(small):
+    """By hand: parameters of a Llama, float32, and AdamW's two moments of what LoRA trains."""
+    layer = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 688 + 2 * 256
+    base = 6 * layer + 2 * 2048 * 256 + 256
+    lora = 6 * 16 * (2 * (256 + 256) + 2 * (256 + 128))
+    found = memory(subject(request_of(small)))
+    assert (found.weights, found.adapters, found.gradients) == (4 * base, 4 * lora, 4 * lora)
+    assert 0 <= found.optimizer - 8 * lora < 100  # counts
+    halves = memory(subject(request_of(small, count=2, batch=2)))
+    assert halves.weights < 0.51 * found.weights
+    codes = memory(subject(request_of(small, quantize="nf4")))
+    kernels = 6 * (layer - 2 * 256)
+    assert codes.weights == 4 * (base - kernels) + kernels // 2 + kernels // 64 * 4
+
+
+def test_a_cache_is_counted(small):
+    found = memory(subject(request_of(small, dtype="bfloat16", generate=100)))
+    assert found.cache == 2 * 6 * 4 * 100 * 4 * 32 * 2
+    assert found.total == memory(subject(request_of(small, dtype="bfloat16"))).total
+
+
+# -------------------------------------------------------------------------------------------------- products and FLOPs
+
+
+def test_flops_are_those_of_the_formula(small):
+    """2 N forward and 2 N for the gradient of what each product reads; the head and the first layer's input differ."""
+    one = estimate(request_of(small, seq=64))
+    kernels = 6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 688) + 2048 * 256
+    tokens = 4 * 64
+    by_hand = 4.0 * tokens * kernels
+    assert 0.98 < one.flops / by_hand < 1.15  # and attention, and the adapters' own
+    assert one.convention == 4.0 * one.base * tokens
+    full = estimate(request_of(small, FULL, seq=64))
+    assert 1.4 < full.flops / one.flops < 1.55  # 6 N
+    assert full.convention == 6.0 * full.base * tokens
+    remat = estimate(request_of(small, seq=64, remat="full"))
+    assert 1.3 < remat.flops / one.flops < 1.55  # the layers run once more: 6 N
+
+
+def test_a_loops_products_count_as_often_as_it_runs():
+    def loop(x, w):
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=7)[0]
+
+    x, w = jax.ShapeDtypeStruct((3, 5), jnp.float32), jax.ShapeDtypeStruct((5, 5), jnp.float32)
+    assert trace.product_flops(loop, x, w) == 7 * 2 * 3 * 5 * 5
+    assert trace.product_flops(lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), x, w) == 300
+    image, kernel = jax.ShapeDtypeStruct((2, 3, 8, 8), jnp.float32), jax.ShapeDtypeStruct((4, 3, 2, 2), jnp.float32)
+    convolved = trace.product_flops(lambda x, k: jax.lax.conv(x, k, (2, 2), "VALID"), image, kernel)
+    assert convolved == 2 * (2 * 4 * 4 * 4) * (3 * 2 * 2)
+
+
+def test_what_a_derivative_keeps():
+    w = jax.ShapeDtypeStruct((5, 4), jnp.float32)
+    x = jax.ShapeDtypeStruct((3, 5), jnp.float32)
+    found = trace.kept(lambda w, x: jnp.tanh(x @ w).sum(), w, x)
+    assert sorted(f.shape for f in found) == [(3, 4)]  # tanh's slope; x is an argument
+
+
+def test_no_frozen_kernel_has_a_gradients_product(small):
+    """Neither in the program as traced, nor in the one compiled: no product gives an array of a frozen kernel's shape."""
+    model = subject(request_of(small, seq=32))
+    shapes = {leaf.shape[-2:] for path, leaf in model.frozen.items() if path.endswith("kernel")}
+    shapes |= {shape[::-1] for shape in shapes}
+    trained = gradient_products(model, shapes)
+    assert not trained
+    everything = gradient_products(subject(request_of(small, FULL, seq=32)), shapes)
+    assert len(everything) >= 7, "the same search finds those of a full fine-tuning"
+    text = compiling.compiled(request_of(small, seq=32)).text
+    products = [line for line in text.splitlines() if " dot(" in line or "__onednn" in line or "custom-call(" in line]
+    assert products
+    for d_in, d_out in shapes:
+        assert not [line for line in products if f"f32[{d_in},{d_out}]" in line.partition(" = ")[2].split(" ")[0]]
+
+
+def gradient_products(model, shapes):
+    """The products of a step that contract rows and positions and give one of `shapes`."""
+    step = make_step(model.graphdef, SUMS["CAUSAL_LM"], model.tx)
+    jaxpr = jax.make_jaxpr(lambda *given: step.update(*given, None))(model.state, model.frozen, model.batch).jaxpr
+    assert isinstance(jaxpr, core.Jaxpr)
+    return [p for p, _ in trace.products(jaxpr) if p.outvars[0].aval.shape in shapes]
+
+
+# ------------------------------------------------------------------------------------------------- what was published
+
+
+def test_the_published_table_of_a_7b():
+    """LoRA about 16.3 GB at 4 x 512, full fine-tuning about 100 GB, both without a word on activations."""
+    lora = memory(subject(Request("llama-2-7b", LORA, devices.machine("a100", 1), batch=4, seq=512, remat="full")))
+    full = memory(subject(Request("llama-2-7b", FULL, devices.machine("a100", 1), batch=4, seq=512, remat="full")))
+    assert 14.0 < lora.total / 1e9 < 16.3
+    assert 100 < full.total / 1e9 < 150
+
+
+# -------------------------------------------------------------------------------------------------- machines by name
+
+
+@pytest.mark.parametrize(
+    "name, grid, count",
+    [
+        ("v5e-8", "v5e:2x4", 8),
+        ("v5e-256", "v5e:16x16", 256),
+        ("v5p-8", "v5p:2x2x1", 4),
+        ("v5p-64", "v5p:2x4x4", 32),
+        ("v6e:2x4", "v6e:2x4", 8),
+        ("tpu7x:2x2x1", "tpu7x:2x2x1", 8),
+    ],
+)
+def test_a_slice_has_its_devices(name, grid, count):
+    found = devices.topology(name)
+    assert (found.topology, found.count) == (grid, count)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("", "a topology is a family and a grid"),
+        ("v5x:2x4", "unknown TPU 'v5x' in 'v5x:2x4'; did you mean v5"),
+        ("v5e-7", "there is no slice v5e-7; there are v5e-1, v5e-4, v5e-8"),
+        ("v5p-9", "there is no slice v5p-9; there are v5p-8"),
+        ("v5p:2x4", "a slice of v5p is a grid of 3 sides"),
+    ],
+)
+def test_a_slice_that_is_none_is_refused(name, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        devices.topology(name)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"model": "llama-2-7"}, "is no preset, folder or config.json; did you mean llama-2-7b"),
+        ({"method": {"kind": "lorra"}}, "unknown method 'lorra'; did you mean lora"),
+        ({"method": {"kind": "lora", "rnk": 8}}, "lora has no option 'rnk'; did you mean rank"),
+        ({"mesh": "fsdp=3"}, "takes 3 devices; there are 4"),
+        ({"batch": 6}, "a batch of 6 rows does not divide by the 4 devices"),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused(small, options, message):
+    asked = {"model": small, "method": LORA, "count": 4, **options}
+    with pytest.raises(ValueError, match=message):
+        subject(request_of(asked.pop("model"), asked.pop("method"), **asked))
+
+
+@pytest.mark.parametrize("options", [{"batch": 0}, {"share": 0.0}, {"generate": -1}])
+def test_a_number_that_cannot_be_is_refused(options):
+    with pytest.raises(ValueError, match="must be|is the part"):
+        request_of("llama-2-7b", **options)
+
+
+# ------------------------------------------------------------------------------------------------------------- advice
+
+
+def test_where_it_does_not_fit_each_change_says_what_it_leads_to(small):
+    tight = devices.Machine(devices.Chip("tight", "cuda", 0.09 * GIB, 1e12, 1e11, "made up"), 1)
+    asked = request_of(small).but(machine=tight)
+    assert estimate(asked).fits is False
+    found = advice.changes(asked)
+    by_name = {change.what: change.then for change in found}
+    assert set(by_name) >= {"--remat full", "--batch 2 --accumulation 2", "--dtype bfloat16", "--quantize nf4"}
+    assert by_name["--remat full"].memory.total == memory(subject(asked.but(remat="full"))).total
+    fits = [bool(change.then.fits) for change in found]
+    assert fits == sorted(fits, reverse=True)
+    assert fits[0]
+    assert "it does not fit" in report.lines(estimate(asked), None, found)
+
+
+def test_where_no_change_alone_is_enough_several_are_tried(small):
+    tight = devices.Machine(devices.Chip("tight", "cuda", 0.02 * GIB, 1e12, 1e11, "made up"), 1)
+    found = advice.changes(request_of(small).but(machine=tight))
+    assert found[0].then.fits
+    assert "--remat full" in found[0].what
+
+
+def test_a_table_names_the_largest_batch(small):
+    tight = devices.Machine(devices.Chip("tight", "cuda", 0.1 * GIB, 1e12, 1e11, "made up"), 1)
+    cell = table.cell(request_of(small, remat="full").but(machine=tight), (64, 256), at=256, compiling=False)
+    has = tight.chip.memory
+    for length, rows in cell.rows.items():
+        at = request_of(small, remat="full", seq=length).but(machine=tight)
+        assert memory(subject(at.but(batch=rows))).total <= has
+        assert rows == table.MOST_ROWS or memory(subject(at.but(batch=2 * rows))).total > has
+    assert cell.rows[64] >= cell.rows[256] > 0
+    assert table.line(cell).endswith("| not compiled |")
+
+
+# -------------------------------------------------------------------------------------------------------- the program
+
+
+def test_the_command_prints_a_plan(small, capsys):
+    main(["plan", "--model", small, "--rank", "4", "--batch", "2", "--seq", "32", "--device", "h100", "--no-compile"])
+    out = capsys.readouterr().out
+    assert "lora (rank=4)" in out
+    assert "2 rows of 32 tokens on 1 x h100" in out
+    assert "tokens/s, if products reach 40% of 989 TFLOP/s" in out
+    main(["plan", "--model", small, "--targets", "all-linear", "--seq", "32", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["trainable"]
+        == jpeft.summary(adapted(request_of(small, {"kind": "lora", "targets": "all-linear"}))).trainable
+    )
+    assert found["compiled"]["total"] > found["by_shape"]["weights"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--topology", "v5e-8", "--devices", "4"], "--topology says how many devices there are"),
+        (["--set", "rank"], "--set takes OPTION=VALUE, got 'rank'"),
+        (["--device", "h1000"], "unknown device 'h1000'; did you mean h100"),
+    ],
+)
+def test_a_wrong_call_is_one_line(small, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", "--model", small, *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_collectives_are_read_off_a_program():
+    text = """
+      %a = bf16[8,512]{1,0:T(8,128)} all-gather(%p), dimensions={0}
+      %b = (f32[4]{0}, f32[4]{0}) all-reduce-start(%x, %y), to_apply=%add
+      %c = u8[64]{0} all-gather(%q), dimensions={0}
+    """
+    assert compiling.collectives(text) == {"all-gather": (2, 8 * 512 * 2 + 64), "all-reduce": (1, 32)}

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that was stopped and goes on is the run that was not: every loss, every line, every byte of the adapter."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jpeft.io.checkpoint import steps
+from jpeft.models import CheckpointError
+from jpeft.train import cli, config, identity, interruption, loop, watch
+
+TIMES = {"seconds", "tokens_per_s", "padded_tokens_per_s", "mfu", "data_wait", "peak_memory_mb"}
+
+
+def lines(out):
+    """The run's figures, without times."""
+    read = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in read]
+
+
+@pytest.fixture(name="at")
+def _at(monkeypatch):
+    """`at[n] = action`: done once, right after update n was given to the device."""
+    actions, update = {}, watch.Watch.update
+
+    def then(self, *args):
+        update(self, *args)
+        self.made = getattr(self, "made", self._bar_start) + 1
+        actions.pop(self.made, lambda: None)()
+
+    start = watch.Watch.__init__
+
+    def begun(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        self._bar_start = args[5]
+
+    monkeypatch.setattr(watch.Watch, "__init__", begun)
+    monkeypatch.setattr(watch.Watch, "update", then)
+    return actions
+
+
+class Crash(Exception):
+    """The process ends here, as far as the run can tell."""
+
+
+def crash():
+    raise Crash
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_that_was_stopped_twice_is_the_run_that_was_not(classify, tmp_path, at, capsys):
+    """By SIGTERM where an evaluation is due, then by a crash between two checkpoints and two lines."""
+    overrides = ["train.max_steps=9", "train.epochs=null", "train.batch_size=8", "train.accumulation=2",
+                 "train.eval_every=4", "train.log_every=3", "train.save_every=5", "train.best=loss",
+                 "data.num_widths=1"]  # fmt: skip
+    whole = config.parse(config.overridden(classify, [*overrides, f"out={tmp_path / 'whole'}"]))
+    parts = config.parse(config.overridden(classify, [*overrides, f"out={tmp_path / 'parts'}"]))
+    loop.train(whole)
+    at[4] = terminate
+    with pytest.raises(interruption.Interrupted, match="after update 4"):
+        loop.train(parts, resume=True)
+    assert steps(tmp_path / "parts" / "checkpoints") == [4]
+    at[7] = crash
+    with pytest.raises(Crash):
+        loop.train(parts, resume=True)
+    result = loop.train(parts, resume=True)
+    assert "resumed after update 5" in capsys.readouterr().out
+    assert len(result.losses) == 5  # with that of update 5, which had no line yet
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    for name in ("adapter", "best"):
+        one, other = (tmp_path / run / name / "adapter_model.safetensors" for run in ("whole", "parts"))
+        assert one.read_bytes() == other.read_bytes()
+    record = json.loads((tmp_path / "parts" / "run.json").read_text())
+    assert [note["update"] for note in record["resumed"]] == [4, 5]
+    with pytest.raises(FileExistsError, match="holds a finished run"):
+        loop.train(parts, resume=True)
+
+
+def test_what_makes_it_another_run_is_refused_by_name(classify, tmp_path, at):
+    settings = ["train.max_steps=3", "train.epochs=null", "data.eval=[]"]
+    at[2] = terminate
+    with pytest.raises(interruption.Interrupted):
+        loop.train(config.parse(config.overridden(classify, settings)))
+    other = [*settings, "train.seed=7", "train.batch_size=8", "train.log_every=3"]
+    with pytest.raises(CheckpointError, match="would be another one") as caught:
+        loop.train(config.parse(config.overridden(classify, other)), resume=True)
+    assert "train.seed: 0 in the checkpoint, 7 now" in str(caught.value)
+    assert "train.batch_size: 16 in the checkpoint, 8 now" in str(caught.value)
+    assert "batches an epoch: 10 in the checkpoint, 19 now" in str(caught.value)
+    with pytest.raises(FileExistsError, match="--resume goes on with it"):
+        loop.train(config.parse(config.overridden(classify, settings)))
+
+
+def test_the_exit_code_of_an_interrupted_run(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        f"{{model: {{path: m, task: CAUSAL_LM}}, data: {{train: t.jsonl}}, train: {{epochs: 1}}, out: {tmp_path}/o}}"
+    )
+
+    def interrupted(*_, **__):
+        raise interruption.Interrupted("after update 4")
+
+    monkeypatch.setattr(loop, "train", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", str(file), "--resume"])
+    assert ended.value.code == interruption.EXIT_CODE == 75
+    assert "after update 4" in capsys.readouterr().err
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    before = signal.getsignal(signal.SIGTERM)
+    with interruption.Interruption() as asked:
+        assert not asked.after(1)
+        terminate()
+        assert asked.after(2)
+        assert not codes
+        terminate()
+        assert codes == [128 + signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_differences_are_refused_stated_or_free():
+    saved = {"train.seed": 0, "mesh": None, "version.jax": "1", "out": "a", "data files": ["x"], "gone": 1}
+    assert identity.compare(saved, saved | {"out": "b"}) == []
+    assert identity.compare(saved, saved | {"mesh": "data=2", "version.jax": "2"}) == [
+        "mesh: None in the checkpoint, data=2 now",
+        "version.jax: 1 in the checkpoint, 2 now",
+    ]
+    for name in ("train.seed", "data files", "gone"):
+        with pytest.raises(CheckpointError, match=rf"{name}: .* in the checkpoint, \(nothing\) now"):
+            identity.compare(saved, {key: value for key, value in saved.items() if key != name})
+
+
+def test_a_base_is_known_by_its_values_types_and_names():
+    base = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.arange(4, dtype=jnp.int8), "h": jnp.ones(3, jnp.bfloat16)}
+    own = identity.fingerprint(base)
+    assert own == identity.fingerprint(dict(reversed(base.items())))
+    mesh = jax.sharding.Mesh(jax.devices()[:2], "x")
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    moved = jax.tree.map(
+        lambda x: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())), base
+    )
+    assert identity.fingerprint(moved | {"a": jax.device_put(base["a"], split)}) == own
+    changed = [
+        {"a": base["a"].at[1, 1].set(4.0000005)},
+        {"a": base["a"][:, ::-1]},
+        {"a": base["a"].reshape(3, 2)},
+        {"b": base["b"].at[0].set(1)},
+        {"h": jnp.ones(3, jnp.float16)},
+    ]
+    assert all(identity.fingerprint(base | change) != own for change in changed)

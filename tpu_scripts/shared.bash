@@ -1,0 +1,92 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0
+# What the scripts have in common; each sources it. Strict mode, errors, quoting, and commands that a dry run only shows.
+set -euo pipefail
+
+dry_run=false
+slices=1
+
+fail() {
+  echo "${0##*/}: $1" >&2
+  exit 2
+}
+
+# wrong MESSAGE: an error of the call, with the usage.
+wrong() {
+  usage >&2
+  fail "$1"
+}
+
+# The words of "$@" as one line of POSIX shell; plain words stay bare.
+quoted() {
+  local word line="" plain='^[A-Za-z0-9_./:=@%+,-]+$' quote="'" escaped="'\\''"
+  for word in "$@"; do
+    [[ $word =~ $plain ]] || word="'${word//$quote/$escaped}'"
+    line+="${line:+ }$word"
+  done
+  printf '%s' "$line"
+}
+
+# Runs a command; a dry run prints it, quoted so that it can be pasted into a shell, and runs nothing.
+do_or_show() {
+  if $dry_run; then
+    quoted "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+# value_of OPTION [VALUE]: the value, which must be there.
+value_of() {
+  (($# > 1)) && [[ -n $2 && $2 != --* ]] || wrong "$1 needs a value"
+  printf '%s' "$2"
+}
+
+# number_of OPTION [VALUE]: a whole number of at least 1.
+number_of() {
+  local value
+  value=$(value_of "$@") || exit 2
+  [[ $value =~ ^[1-9][0-9]*$ ]] || wrong "$1 takes a whole number of at least 1, got $value"
+  printf '%s' "$value"
+}
+
+# place NAME ZONE PROJECT ...: sets tpu, zone, project and where.
+place() {
+  (($# >= 3)) || wrong "needs TPU_NAME, ZONE and PROJECT; got $# of them"
+  tpu=$1 zone=$2 project=$3
+  local value
+  for value in "$tpu" "$zone" "$project"; do
+    [[ -n $value ]] || fail "TPU_NAME, ZONE and PROJECT must not be empty"
+    [[ $value != -* ]] || fail "$value stands where a TPU name, a zone or a project belongs"
+  done
+  where=("--zone=$zone" "--project=$project")
+}
+
+need_gcloud() {
+  $dry_run || command -v gcloud >/dev/null || fail "gcloud is not on PATH: install the Google Cloud CLI, or use --dry-run"
+}
+
+# The TPU VMs of a name: itself, or with several slices those that Google makes of it.
+nodes() {
+  local slice
+  if ((slices == 1)); then
+    printf '%s\n' "$tpu"
+  else
+    for ((slice = 0; slice < slices; slice++)); do printf '%s\n' "$tpu-$slice"; done
+  fi
+}
+
+# on NODE WORKER LINE: one line of shell on a worker, or on `all` of a TPU VM.
+on() {
+  do_or_show gcloud compute tpus tpu-vm ssh "$1" "${where[@]}" "--worker=$2" "--command=$3"
+}
+
+# The state of the queued resource, as Google writes it (ACTIVE, SUSPENDED, ...); nothing where there is none.
+state() {
+  gcloud compute tpus queued-resources describe "$tpu" "${where[@]}" '--format=value(state.state)' 2>/dev/null || true
+}
+
+# Where a worker keeps a job: its log, its process and, once it has ended, its exit status.
+# shellcheck disable=SC2016,SC2034 # the workers' shell expands it; the scripts that source this use it
+job='$HOME/jpeft-job'
