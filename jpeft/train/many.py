@@ -23,7 +23,7 @@ from .._adapt import penalty
 from .._bank import Bank
 from .._partition import Leaves, combine
 from .losses import Batch, Sums
-from .step import Compiled, Metrics, State, advance
+from .step import Compiled, Metrics, State, advance, fresh
 
 _LOG = logging.getLogger("jpeft")
 

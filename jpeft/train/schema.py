@@ -52,9 +52,8 @@ def _said(annotation: Any) -> str:
         return f"list of {' or '.join(dict.fromkeys(_said(part) for part in parts if part is not Ellipsis))}"
     if typing.get_origin(annotation) is dict:
         return "mapping"
-    return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}.get(
-        annotation.__name__, annotation.__name__
-    )
+    words = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
+    return words.get(annotation.__name__, str(annotation.__name__))
 
 
 def sections() -> list[type]:
