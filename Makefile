@@ -11,7 +11,7 @@ PARALLEL := -n $(WORKERS) --dist worksteal
 TESTS ?= tests
 SPEC := pyproject.toml constraints.txt
 
-.PHONY: help demo test typed slow conformance lint format bench wheel clean
+.PHONY: help demo test typed slow conformance resume lint format bench wheel clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -30,6 +30,9 @@ slow: $(VENV)/.test  ## the slow tests: training, several processes, the built w
 
 conformance: $(VENV)/.test  ## every method on every family against PEFT, both ways; writes docs/conformance.md
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python tests/conformance.py
+
+resume: $(VENV)/.test  ## kills runs at random moments, resumes and compares them; writes docs/results/resume.md
+	PYTHONPATH=$(CURDIR) $(BIN)/python tests/resume_lane.py
 
 lint: $(VENV)/.dev  ## ruff and pyright over the whole tree
 	$(BIN)/ruff check .

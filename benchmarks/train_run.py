@@ -138,7 +138,7 @@ def run_trainer(case: str, folder: pathlib.Path) -> dict[str, Any]:
         path, kind = folder / "llama", transformers.AutoModelForCausalLM
         base, task, targets = kind.from_pretrained(path), "CAUSAL_LM", ["q_proj", "v_proj"]
     model = get_peft_model(base, LoraConfig(task_type=task, r=8, lora_alpha=16, target_modules=targets))
-    rows = [{"ids": ids, "labels": labels} for ids, labels in json.loads((folder / "tokens.json").read_text())]
+    rows: Any = [{"ids": ids, "labels": labels} for ids, labels in json.loads((folder / "tokens.json").read_text())]
     seen = {"real": 0, "padded": 0}
     times: list[float] = []
     at_first: list[int] = []

@@ -152,6 +152,14 @@ def test_a_loop_of_shell_goes_on_where_it_was(folder):
     assert "jpeft[train] jax[tpu]" in (folder / "pip.log").read_text()
 
 
+def test_a_command_that_was_interrupted_is_started_again(folder):
+    line = "[ -e again ] && exit 0; touch again; exit 75"
+    done = run("resume.sh", "--create", " ".join(TYPE), "--poll", "1", *WHERE, line)
+    assert done.stderr.splitlines()[-1] == "resume.sh: done"
+    assert sum("setsid" in call[-1] for call in cloud.calls(folder)) == 2
+    assert made(folder) == 1
+
+
 def test_a_command_that_fails_ends_the_watch(folder):
     options = ("--create", " ".join(TYPE), "--poll", "1")
     done = run("resume.sh", *options, *WHERE, "exit $SLURM_PROCID", check=False)

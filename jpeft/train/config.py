@@ -242,7 +242,7 @@ def _conflicts(config: Config) -> list[str]:
         f"optimizer.lora_plus_ratio is for method.kind=lora, got {', '.join(map(repr, kinds))}": (
             config.optimizer.lora_plus_ratio != 1 and "lora" not in kinds
         ),
-        "train.label_smoothing and train.z_loss are for likelihood; dpo has preference.label_smoothing": (
+        "train.label_smoothing and train.z_loss are for train.objective=likelihood, and not for dpo": (
             train.objective == "dpo" and (train.label_smoothing > 0 or train.z_loss > 0)
         ),
         "train.neftune needs train.dropout=true: its noise is drawn from the same key": (

@@ -116,6 +116,10 @@ def _check_plan(method: Any, num_updates: int) -> None:
         )
 
 
+def _max_skips(config: Config) -> int:
+    return config.train.max_skips if config.train.on_nan == "skip" else 0
+
+
 class Loop:
     """One run, from a state to its end."""
 
@@ -123,7 +127,9 @@ class Loop:
         self._config, self._dataset, self._parts, self._mesh, self._folder = config, dataset, parts, mesh, folder
         self._tx = optimizer(make_optimizer(config.optimizer, dataset.num_updates), model=parts.graphdef)
         (sums, measure), groups = objective(config), devices.num_groups(mesh)
-        self._update = make_step(parts.graphdef, sums, self._tx, groups=groups, ema=config.train.ema)
+        self._update = make_step(
+            parts.graphdef, sums, self._tx, groups=groups, ema=config.train.ema, max_skips=_max_skips(config)
+        )
         self._evaluate = Evaluator(parts.graphdef, measure, mesh)
         self._key = job.dropout_key(config)
         self._checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
@@ -258,7 +264,8 @@ class Loop:
         folder = self._folder.save_failure(_mesh.gather(state), batch)
         raise TrainingStopped(
             f"update {done + 1}: loss {loss}, gradient norm {norm}. The update was not made; its batch and the state "
-            f"before it lie in {folder}. A lower optimizer.lr or model.dtype=float32 may help"
+            f"before it lie in {folder}; `jpeft replay {folder}` computes it once more. A lower optimizer.lr or "
+            "model.dtype=float32 may help, or train.on_nan=skip"
         )
 
     def _finish(self, state: State, evaluation: Evaluation | None, standing: Standing) -> None:

@@ -80,7 +80,8 @@ _STROKES = (
 def _loss(logged: list[Any], evaluated: list[Any], folder: Path) -> Path:
     last = [entry["update"] for entry in logged]
     updates = np.concatenate([np.arange(n - len(e["losses"]), n) + 1 for n, e in zip(last, logged, strict=True)])
-    losses = np.concatenate([entry["losses"] for entry in logged])
+    losses = np.array([loss for entry in logged for loss in entry["losses"]], np.float64)  # NaN of what was skipped
+    updates, losses = updates[np.isfinite(losses)], losses[np.isfinite(losses)]
     with _figure(folder / "loss.png", "update", "loss (nats a label)") as axes:
         axes.plot(updates, losses, color="0.75", linewidth=0.8, label="training, each update")
         axes.plot(updates, _smooth(losses), color="black", linewidth=1.6, label="training, running mean")

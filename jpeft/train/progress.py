@@ -58,7 +58,7 @@ class Bar:
 def figures(entry: Mapping[str, Any]) -> list[str]:
     """A log line's figures as short texts, the most wanted first."""
     said = [
-        f"loss {entry['loss']:.4f}",
+        "loss skipped" if entry["loss"] is None else f"loss {entry['loss']:.4f}",
         f"lr {entry['lr']:.1e}",
         f"{entry['tokens_per_s']:,.0f} tokens/s",
         f"({entry['padded_tokens_per_s']:,.0f} padded)",

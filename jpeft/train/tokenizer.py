@@ -80,6 +80,8 @@ def load(folder: str | Path) -> Tokenizer:
       FileNotFoundError: there is none.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder; name a Hugging Face model folder")
     backend = _backend(folder)
     backend.no_truncation()
     backend.no_padding()

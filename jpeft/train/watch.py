@@ -119,10 +119,10 @@ class Watch:
             entry = {
                 "update": number,
                 "epoch": self._dataset.epochs(number),
-                "loss": float(losses @ labels / labels.sum()),
-                "losses": losses.tolist(),
-                **{name: float([figures[name] for figures in others] @ labels / labels.sum()) for name in others[0]},
-                "grad_norm": float(norms[-1]),
+                "loss": _mean(losses, labels),
+                "losses": [_finite(loss) for loss in losses],
+                **{name: _mean(np.array([figures[name] for figures in others]), labels) for name in others[0]},
+                "grad_norm": _finite(norms[-1]),
                 "lr": float(np.asarray(self._rate(number - 1))),
                 **self._lap_figures(),
             }
@@ -223,6 +223,19 @@ class _Lap:
 
     def waited(self) -> float:
         return self._clock.spent["data"] - self._data
+
+
+def _finite(value: float) -> float | None:
+    """A number as JSON has it; None for that of an update that was skipped."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _mean(values: np.ndarray, weights: np.ndarray) -> float | None:
+    """Over the updates that were made; None if all were skipped."""
+    if np.isfinite(values).all():
+        return float(values @ weights / weights.sum())
+    made = np.isfinite(values)
+    return float(values[made] @ weights[made] / weights[made].sum()) if made.any() else None
 
 
 def _rounded(share: float) -> float:

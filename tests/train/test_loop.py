@@ -4,12 +4,14 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jpeft
 from jpeft._quantized import QuantizedKernel
-from jpeft.train import config, data, devices, evaluate, folder, job, loop, plan, saved
+from jpeft.train import config, data, devices, evaluate, folder, job, loop, plan, replay, saved, step
 
 
 def run(tree, *overrides):
@@ -128,11 +130,13 @@ def test_a_run_stops_before_the_update_that_is_not_finite(classify, tmp_path, mo
     """A NaN in the middle of a run, with the log line many updates later."""
     whole = run(classify, "train.epochs=null", "train.max_steps=4", "optimizer.schedule=constant")
     sums = loop.SUMS["SEQ_CLS"]
-    count = iter(range(1000))
+    count, fifth = iter(range(1000)), []
 
     def poisoned(batches, batch):
         arrays = collate(batches, batch)
-        if next(count) == 4:  # the fifth update's
+        if next(count) == 4:  # the fifth update's, whenever it is made
+            fifth.append(batch.rows.tobytes())
+        if batch.rows.tobytes() in fifth:
             arrays["input_ids"][0, 0, 0] = 10_000  # a token that the model does not have: NaN
         return arrays
 
@@ -147,8 +151,32 @@ def test_a_run_stops_before_the_update_that_is_not_finite(classify, tmp_path, mo
     for path, value in whole.state.trainable.items():
         np.testing.assert_array_equal(state[f".trainable['{path}']"], value)
     assert batch["input_ids"].shape[:2] == (1, 16)
+    again = replay.replay(failure)
+    assert not np.isfinite(again.loss)
+    assert int(again.labels) == 16
     assert not (tmp_path / "bad" / "adapter").exists()
     assert sums is loop.SUMS["SEQ_CLS"]
+
+
+def test_updates_that_are_not_finite_can_be_skipped_up_to_a_number():
+    def sums(trainable, batch, key):
+        return (trainable["x"] * batch["labels"]).sum(), jnp.float32(1)
+
+    tx = optax.adam(0.1)
+    good, bad = ({"labels": jnp.full((1, 2), value)} for value in (1.0, jnp.nan))
+    state, states = step.begin(tx, {"x": jnp.ones(2)}), []
+    for batch in (good, bad, good, bad, bad, good):
+        state, metrics = step.advance(sums, tx, state, batch, None, lambda _: None, max_skips=2)
+        assert np.isfinite(metrics.loss) == np.isfinite(batch["labels"]).all()
+        states.append(state)
+    assert [int(s.updates) for s in states] == [1, 2, 3, 4, 4, 4]
+    assert [int(s.skipped) for s in states] == [0, 1, 1, 2, 2, 2]
+    assert [bool(s.failed) for s in states] == [False] * 4 + [True] * 2
+    plain = step.begin(tx, {"x": jnp.ones(2)})
+    for _ in range(2):
+        plain, _ = step.advance(sums, tx, plain, good, None, lambda _: None)
+    for one, other in zip(jax.tree.leaves(plain[:2]), jax.tree.leaves(state[:2]), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_run_folder_holds_what_is_needed_to_repeat_it(classify, reviews):

@@ -6,7 +6,6 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.extend import core
 
 import jpeft
 from jpeft.train.cli import main
@@ -48,7 +47,7 @@ def _small(tmp_path_factory):
 
 def request_of(model, method=LORA, where="cpu", count=1, **options):
     machine = devices.topology(where) if ":" in where or "-" in where else devices.machine(where, count)
-    return Request(model, method, machine, **{"batch": 4, "seq": 256, "dtype": "float32", **options})
+    return Request(model, method, machine, **{"batch": 4, "seq": 64, "dtype": "float32", **options})
 
 
 # ------------------------------------------------------------------------------------------- memory, against compilers
@@ -62,13 +61,12 @@ CASES = {
     "lora, fsdp": (LORA, "none", 4, "fsdp=4"),
     "lora, fsdp and tensor": (LORA, "none", 4, "fsdp=2,tensor=2"),
 }
-_FAST = ("lora", "lora, fsdp and tensor")
 
 
-@pytest.mark.parametrize("case", [c if c in _FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.parametrize("case", [c if c == "lora" else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_memory_by_shape_is_the_compiled_programs(small, case, optimised):
     method, remat, count, mesh = CASES[case]
-    asked = request_of(small, method, count=count, mesh=mesh, remat=remat, batch=4 * min(count, 2))
+    asked = request_of(small, method, count=count, mesh=mesh, remat=remat, batch=4 * min(count, 2), seq=256)
     found, program = memory(subject(asked)), compiling.compiled(asked)
     assert abs(found.total / program.total - 1) < CLOSE, (found, program)
     parts = found.weights + found.adapters + found.optimizer
@@ -109,7 +107,7 @@ def test_flops_are_those_of_the_formula(small):
     assert 0.98 < one.flops / by_hand < 1.15  # and attention, and the adapters' own
     assert one.convention == 4.0 * one.base * tokens
     full = estimate(request_of(small, FULL, seq=64))
-    assert 1.4 < full.flops / one.flops < 1.55  # 6 N
+    assert 0.98 < full.flops / (1.5 * by_hand) < 1.15  # 6 N
     assert full.convention == 6.0 * full.base * tokens
     remat = estimate(request_of(small, seq=64, remat="full"))
     assert 1.3 < remat.flops / one.flops < 1.55  # the layers run once more: 6 N
@@ -130,20 +128,21 @@ def test_a_loops_products_count_as_often_as_it_runs():
 def test_what_a_derivative_keeps():
     w = jax.ShapeDtypeStruct((5, 4), jnp.float32)
     x = jax.ShapeDtypeStruct((3, 5), jnp.float32)
-    found = trace.kept(lambda w, x: jnp.tanh(x @ w).sum(), w, x)
-    assert sorted(f.shape for f in found) == [(3, 4)]  # tanh's slope; x is an argument
+    found = trace.kept(lambda w, x: jnp.sin(x @ w).sum(), w, x)
+    assert sorted(f.shape for f in found) == [(3, 4)]  # the cosine; x is an argument
 
 
 def test_no_frozen_kernel_has_a_gradients_product(small):
-    """Neither in the program as traced, nor in the one compiled: no product gives an array of a frozen kernel's shape."""
-    model = subject(request_of(small, seq=32))
+    """Neither as traced nor as compiled does a product give an array of a frozen kernel's shape."""
+    odd = {"batch": 3, "seq": 33}  # 99 tokens, which no kernel has as a side
+    model = subject(request_of(small, **odd))
     shapes = {leaf.shape[-2:] for path, leaf in model.frozen.items() if path.endswith("kernel")}
     shapes |= {shape[::-1] for shape in shapes}
     trained = gradient_products(model, shapes)
     assert not trained
-    everything = gradient_products(subject(request_of(small, FULL, seq=32)), shapes)
+    everything = gradient_products(subject(request_of(small, FULL, **odd)), shapes)
     assert len(everything) >= 7, "the same search finds those of a full fine-tuning"
-    text = compiling.compiled(request_of(small, seq=32)).text
+    text = compiling.compiled(request_of(small, **odd)).text
     products = [line for line in text.splitlines() if " dot(" in line or "__onednn" in line or "custom-call(" in line]
     assert products
     for d_in, d_out in shapes:
@@ -154,13 +153,13 @@ def gradient_products(model, shapes):
     """The products of a step that contract rows and positions and give one of `shapes`."""
     step = make_step(model.graphdef, SUMS["CAUSAL_LM"], model.tx)
     jaxpr = jax.make_jaxpr(lambda *given: step.update(*given, None))(model.state, model.frozen, model.batch).jaxpr
-    assert isinstance(jaxpr, core.Jaxpr)
     return [p for p, _ in trace.products(jaxpr) if p.outvars[0].aval.shape in shapes]
 
 
 # ------------------------------------------------------------------------------------------------- what was published
 
 
+@pytest.mark.slow
 def test_the_published_table_of_a_7b():
     """LoRA about 16.3 GB at 4 x 512, full fine-tuning about 100 GB, both without a word on activations."""
     lora = memory(subject(Request("llama-2-7b", LORA, devices.machine("a100", 1), batch=4, seq=512, remat="full")))
@@ -221,16 +220,17 @@ def test_a_request_that_cannot_be_is_refused(small, options, message):
 
 @pytest.mark.parametrize("options", [{"batch": 0}, {"share": 0.0}, {"generate": -1}])
 def test_a_number_that_cannot_be_is_refused(options):
-    with pytest.raises(ValueError, match="must be|is the part"):
+    with pytest.raises(ValueError, match=r"must be|is the part"):
         request_of("llama-2-7b", **options)
 
 
 # ------------------------------------------------------------------------------------------------------------- advice
 
 
+@pytest.mark.slow
 def test_where_it_does_not_fit_each_change_says_what_it_leads_to(small):
     tight = devices.Machine(devices.Chip("tight", "cuda", 0.09 * GIB, 1e12, 1e11, "made up"), 1)
-    asked = request_of(small).but(machine=tight)
+    asked = request_of(small, seq=256).but(machine=tight)
     assert estimate(asked).fits is False
     found = advice.changes(asked)
     by_name = {change.what: change.then for change in found}
@@ -242,23 +242,29 @@ def test_where_it_does_not_fit_each_change_says_what_it_leads_to(small):
     assert "it does not fit" in report.lines(estimate(asked), None, found)
 
 
+@pytest.mark.slow
 def test_where_no_change_alone_is_enough_several_are_tried(small):
     tight = devices.Machine(devices.Chip("tight", "cuda", 0.02 * GIB, 1e12, 1e11, "made up"), 1)
-    found = advice.changes(request_of(small).but(machine=tight))
+    found = advice.changes(request_of(small, seq=256).but(machine=tight))
     assert found[0].then.fits
     assert "--remat full" in found[0].what
 
 
-def test_a_table_names_the_largest_batch(small):
-    tight = devices.Machine(devices.Chip("tight", "cuda", 0.1 * GIB, 1e12, 1e11, "made up"), 1)
-    cell = table.cell(request_of(small, remat="full").but(machine=tight), (64, 256), at=256, compiling=False)
-    has = tight.chip.memory
-    for length, rows in cell.rows.items():
-        at = request_of(small, remat="full", seq=length).but(machine=tight)
-        assert memory(subject(at.but(batch=rows))).total <= has
-        assert rows == table.MOST_ROWS or memory(subject(at.but(batch=2 * rows))).total > has
-    assert cell.rows[64] >= cell.rows[256] > 0
-    assert table.line(cell).endswith("| not compiled |")
+@pytest.mark.slow
+def test_a_table_names_the_most_rows(small):
+    has = 0.1 * GIB
+    tight = devices.Machine(devices.Chip("tight", "cuda", has, 1e12, 1e11, "made up"), 1)
+    asked = request_of(small, remat="full").but(machine=tight)
+    rows = table.most_rows(asked, (64, 256))
+    for length, most in rows.items():
+        at = asked.but(seq=length)
+        assert memory(subject(at.but(batch=most))).total <= has
+        assert most == table.MOST_ROWS or memory(subject(at.but(batch=2 * most))).total > has
+    assert rows[64] >= rows[256] > 0
+    none = asked.but(machine=devices.Machine(devices.Chip("none", "cuda", 1.0, 1e12, 1e11, "made up"), 1))
+    assert table.most_rows(none, (64,)) == {64: 0}
+    with pytest.raises(ValueError, match="nobody said how much memory cpu has"):
+        table.most_rows(request_of(small), (64,))
 
 
 # -------------------------------------------------------------------------------------------------------- the program

@@ -7,6 +7,7 @@ import signal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jpeft.io.checkpoint import steps
@@ -81,6 +82,28 @@ def test_a_run_that_was_stopped_twice_is_the_run_that_was_not(classify, tmp_path
     assert [note["update"] for note in record["resumed"]] == [4, 5]
     with pytest.raises(FileExistsError, match="holds a finished run"):
         loop.train(parts, resume=True)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_mesh(generate, tmp_path, at):
+    """One device, then eight, then one again: equal up to the order in which float32 sums are taken."""
+    overrides = ["train.max_steps=6", "train.epochs=null", "train.log_every=1", "data.num_widths=1", "data.eval=[]"]
+    whole, one, eight = (
+        config.parse(config.overridden(generate, [*overrides, f"out={tmp_path / out}", f"mesh={mesh}"]))
+        for out, mesh in (("whole", "null"), ("parts", "null"), ("parts", "'data=2,fsdp=2,tensor=2'"))
+    )
+    loop.train(whole)
+    for update, settings in ((2, one), (4, eight)):
+        at[update] = terminate
+        with pytest.raises(interruption.Interrupted, match=f"after update {update}"):
+            loop.train(settings, resume=True)
+    loop.train(one, resume=True)
+    losses = [[line["loss"] for line in lines(tmp_path / run)] for run in ("whole", "parts")]
+    assert len(losses[1]) == 6
+    assert losses[0][:2] == losses[1][:2]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0, atol=1e-5)
+    record = json.loads((tmp_path / "parts" / "run.json").read_text())
+    assert [len(note["changed"]) for note in record["resumed"]] == [1, 1]
 
 
 def test_what_makes_it_another_run_is_refused_by_name(classify, tmp_path, at):

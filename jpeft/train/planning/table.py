@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fits of a model and a method on a machine: the largest batch at each length, and one of them compiled."""
+"""What fits of a model and a method on a machine: the most rows at each length."""
 
-import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from .compiling import Program, compiled
-from .devices import GIB
 from .estimate import memory
 from .request import Request
 from .subject import make_mesh, subject
@@ -15,67 +12,33 @@ from .subject import make_mesh, subject
 MOST_ROWS = 64
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """What fits.
+def most_rows(request: Request, lengths: Sequence[int]) -> dict[int, int]:
+    """Length of a row -> how many rows, over all devices, fit by shape: a power of two on each device, or 0.
 
-    Attributes:
-      request: what was compiled: the most rows at its length, by shape, then halved until the compiler agreed.
-      rows: length -> rows of a device by shape; 0 where not even one fits.
-      by_shape: bytes on a device of `request`'s step.
-      program: the compiled step; None where it was not compiled.
+    The request's own batch and length are left aside. Beyond `MOST_ROWS` on a device nothing is tried.
+
+    Raises:
+      ValueError: nobody said how much memory the machine has.
     """
-
-    request: Request
-    rows: dict[int, int]
-    by_shape: int
-    program: Program | None
+    ways = rows_at_least(request)
+    return {length: ways * _most(request, ways, length) for length in lengths}
 
 
-def cell(request: Request, lengths: Sequence[int], at: int, effort: str | None = "O0", compiling: bool = True) -> Cell:
-    """What of a request fits; its batch and length are left aside.
-
-    Args:
-      request: model, method, machine and mesh.
-      lengths: of a row.
-      at: the length of which the largest batch is compiled, or one row where none fits.
-      effort, compiling: of the compiler, and whether it is asked.
-    """
-    ways = _ways(request)
-    rows = {length: _most(request, ways, length) for length in lengths}
-    asked = request.but(batch=ways * max(1, rows[at]), seq=at)
-    program = None
-    for chosen in _halved(asked, ways) if compiling else ():
-        asked, program = chosen, compiled(chosen, effort=effort, read=False)
-        if program.needed is None:
-            break
-    return Cell(asked, rows, memory(subject(asked)).total, program)
-
-
-def line(found: Cell) -> str:
-    """The cell as a row of a Markdown table, without its first columns."""
-    request, program = found.request, found.program
-    rows = " | ".join(str(n * _ways(request)) if n else "–" for n in found.rows.values())
-    asked = f"{request.batch} x {request.seq}"
-    if program is None:
-        return f"{rows} | {asked} | {found.by_shape / GIB:.2f} | not compiled |"
-    said = f"{program.total / GIB:.2f}" + ("" if program.needed is None else ", refused")
-    return f"{rows} | {asked} | {found.by_shape / GIB:.2f} | {said} |"
-
-
-def _ways(request: Request) -> int:
+def rows_at_least(request: Request) -> int:
+    """One row for each device along `data` and `fsdp`: the fewest that a request's mesh can take."""
     shape = make_mesh(request).shape
     return shape["data"] * shape["fsdp"]
 
 
 def _most(request: Request, ways: int, length: int) -> int:
-    """The largest power of two of rows a device that fits by shape; memory grows with rows as a straight line."""
+    """The largest power of two of rows a device that fits; memory grows with rows as a straight line."""
 
     def needs(rows: int) -> int:
         return memory(subject(request.but(batch=ways * rows, seq=length))).total
 
     has = request.machine.chip.memory
-    assert has is not None
+    if has is None:
+        raise ValueError(f"nobody said how much memory {request.machine.chip.name} has, so anything fits")
     one, two = needs(1), needs(2)
     if one > has:
         return 0
@@ -83,11 +46,3 @@ def _most(request: Request, ways: int, length: int) -> int:
     while needs(rows) > has:
         rows //= 2
     return rows
-
-
-def _halved(request: Request, ways: int) -> Iterator[Request]:
-    """The request, then with half its rows, down to one of a device."""
-    batch = request.batch
-    while batch >= ways:
-        yield request.but(batch=batch)
-        batch //= 2

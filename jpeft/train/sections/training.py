@@ -32,6 +32,8 @@ class Train:
       objective: `likelihood` of the labels, or `dpo`: preferences between two answers (see the section `preference`).
       samples: what the model writes after every evaluation: prompts, or how many examples of data.eval to begin.
       sample_tokens: how many tokens of each.
+      on_nan: where a loss or gradient is not finite, `stop` before the update, or `skip` it and go on.
+      max_skips: updates that `skip` leaves out at most; one more stops.
       patience: evaluations without a gain in `best` after which training ends early; None goes on to the end.
     """
 
@@ -50,6 +52,8 @@ class Train:
     eval_every: int | None = None
     save_every: int | None = 500
     keep: int = 2
+    on_nan: Literal["stop", "skip"] = "stop"
+    max_skips: int = 10
     objective: Literal["likelihood", "dpo"] = "likelihood"
     samples: int | tuple[str, ...] = 0
     sample_tokens: int = 64
@@ -68,6 +72,7 @@ class Train:
                 "train.eval_every": self.eval_every,
                 "train.save_every": self.save_every,
                 "train.keep": self.keep,
+                "train.max_skips": self.max_skips,
                 "train.patience": self.patience,
                 "train.sample_tokens": self.sample_tokens,
             }
