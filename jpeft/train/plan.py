@@ -4,7 +4,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from .._masks import optimizer
 from .._partition import partition
@@ -14,7 +13,7 @@ from .config import Config
 from .devices import num_groups
 from .objective import objective
 from .optim import make_optimizer
-from .step import Compiled, State, make_step
+from .step import Compiled, first_state, make_step
 
 
 def dry_run(config: Config) -> str:
@@ -46,12 +45,8 @@ def _compiled(config: Config, dataset: job.Dataset, model: Any) -> Compiled:
     tx = optimizer(make_optimizer(config.optimizer, dataset.num_updates), model=graphdef)
     update = make_step(graphdef, objective(config)[0], tx, groups=num_groups(None), ema=config.train.ema)
 
-    def first(leaves: Any) -> State:
-        average = None if config.train.ema is None else leaves
-        return State(leaves, tx.init(leaves), jnp.int32(0), jnp.bool(False), average)
-
-    key = job.dropout_key(config)
-    update.compiled(jax.eval_shape(first, trainable), frozen, _widest(dataset), key)
+    state = jax.eval_shape(lambda leaves: first_state(tx, leaves, average=config.train.ema is not None), trainable)
+    update.compiled(state, frozen, _widest(dataset), job.dropout_key(config))
     return update
 
 

@@ -26,12 +26,42 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
+def markdown() -> str:
+    """Every section as a table of keys, types, defaults and meanings."""
+    return "\n".join(_table(kind) for kind in sections())
+
+
+def _table(kind: type) -> str:
+    told, lines = meanings(kind), [f"### {kind.__name__}", "", "| key | values | default | |", "|---|---|---|---|"]
+    for field in dataclasses.fields(kind):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        default = "" if required or field.default is dataclasses.MISSING else f"`{field.default!r}`"
+        cells = f"`{field.name}`", _said(field.type), default or ("required" if required else ""), told[field.name]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _said(annotation: Any) -> str:
+    """An annotation in words."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return ", ".join(f"`{part}`" for part in parts)
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return " or ".join(dict.fromkeys("null" if part is type(None) else _said(part) for part in parts))
+    if typing.get_origin(annotation) is tuple:
+        return f"list of {' or '.join(dict.fromkeys(_said(part) for part in parts if part is not Ellipsis))}"
+    if typing.get_origin(annotation) is dict:
+        return "mapping"
+    words = {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}
+    return words.get(annotation.__name__, str(annotation.__name__))
+
+
 def sections() -> list[type]:
     """The dataclasses that a configuration is made of, itself first."""
     found: list[type] = [Config]
     for kind in found:
         for field in dataclasses.fields(kind):
-            found += [inner for inner in _dataclasses(field.type) if inner not in found]
+            found += dict.fromkeys(inner for inner in _dataclasses(field.type) if inner not in found)
     return found
 
 

@@ -83,6 +83,13 @@ def fresh() -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.int32(0), jnp.bool(False), jnp.int32(0)
 
 
+def first_state(tx: optax.GradientTransformation, trainable: Leaves, *, average: bool = False) -> State:
+    """As `begin`, wherever the arrays may lie: for `jax.eval_shape`."""
+    own = jax.tree.map(jnp.copy, trainable)
+    mean = jax.tree.map(jnp.copy, trainable) if average else None
+    return State(own, tx.init(trainable), *fresh(), mean)
+
+
 def begin(tx: optax.GradientTransformation, trainable: Leaves, *, average: bool = False) -> State:
     """The state before the first update. Its arrays are its own: the first update may donate them.
 
@@ -92,9 +99,7 @@ def begin(tx: optax.GradientTransformation, trainable: Leaves, *, average: bool 
     """
 
     def first(trainable: Leaves) -> State:
-        own = jax.tree.map(jnp.copy, trainable)
-        mean = jax.tree.map(jnp.copy, trainable) if average else None
-        return State(own, tx.init(trainable), *fresh(), mean)
+        return first_state(tx, trainable, average=average)
 
     places = mirrored(jax.eval_shape(first, trainable), trainable)
     return jax.jit(first, out_shardings=places)(trainable)

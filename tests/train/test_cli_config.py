@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -87,3 +88,10 @@ def test_the_plan_compiles_the_step_and_writes_nothing(capsys, tmp_path, tree, r
     for said in ("trainable", "10 updates", "compiled in", "memory ", "MiB: base, adapter", "An estimate"):
         assert said in out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_page_has_the_tables_of_this_schema():
+    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page.partition("<!-- written by: jpeft config schema --markdown -->\n\n")[2].strip() == (
+        schema.markdown().strip()
+    ), "write it anew: jpeft config schema --markdown"

@@ -15,7 +15,8 @@ HELP = "the schema of a configuration, one in full, its faults, and recipes"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to do."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("schema", help="JSON Schema of a configuration, every key with its meaning")
+    schema = actions.add_parser("schema", help="JSON Schema of a configuration, every key with its meaning")
+    schema.add_argument("--markdown", action="store_true", help="as the tables of docs/configuration.md")
     names_config(actions.add_parser("show", help="the configuration with every key written out"))
     names_config(actions.add_parser("validate", help="all that is wrong with it; exit with 1 where anything is"))
     recipes = actions.add_parser("recipes", help="list the recipes, or copy one to a file of your own")
@@ -32,10 +33,10 @@ def run(options: argparse.Namespace) -> None:
     {"schema": _schema, "show": _show, "validate": _validate, "recipes": _recipes}[options.action](options)
 
 
-def _schema(_: argparse.Namespace) -> None:
-    from ..schema import json_schema
+def _schema(options: argparse.Namespace) -> None:
+    from .. import schema
 
-    print(json.dumps(json_schema(), indent=2))
+    print(schema.markdown() if options.markdown else json.dumps(schema.json_schema(), indent=2))
 
 
 def _show(options: argparse.Namespace) -> None:
