@@ -38,6 +38,7 @@ class Scope:
       groups: how many of the running rows, which are sorted, belong to each expert, `[experts]`; None where each expert
         has rows of its own.
       platform: what the program is compiled for (`cpu`, `cuda`, `tpu`); None where that is JAX's default backend.
+      noise: NEFTune's alpha; 0 is none.
     """
 
     key: Any = None
@@ -50,6 +51,7 @@ class Scope:
     step: bool = False
     groups: Any = None
     platform: str | None = None
+    noise: float = 0.0
 
 
 _SCOPE: contextvars.ContextVar[Scope] = contextvars.ContextVar("jpeft_scope", default=Scope())  # noqa: B039 (frozen)

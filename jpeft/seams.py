@@ -15,6 +15,7 @@ import jax
 from flax import nnx
 
 from ._grouped import Grouped, by_expert
+from ._neftune import noised
 from ._projections import (
     Convolution,
     Dims,
@@ -111,7 +112,7 @@ class InputEmbedding(nnx.Module):
         self.d_model, self.block, self.causal, self.max_positions = d_model, block, causal, max_positions
 
     def __call__(self, e: jax.Array, positions: Any, mask: Any, segments: Any) -> tuple[jax.Array, Any, Any, Any]:
-        return split_embedded(e), positions, mask, segments
+        return split_embedded(noised(e, mask, segments, self.block)), positions, mask, segments
 
 
 #: The segment of a virtual token for all examples of a packed row: all see it, and it sees itself and its like.

@@ -7,7 +7,8 @@ logits live only while its loss is computed, and its gradient is computed beside
 
     d loss / d logits = softmax(logits) - onehot(target),
 
-so nothing is computed twice: the head costs what it costs in the plain formula.
+so nothing is computed twice: the head costs what it costs in the plain formula. `Terms` adds label smoothing and the
+z-loss, whose gradients come from the same softmax.
 """
 
 import functools
@@ -33,6 +34,23 @@ CHUNK_LOGITS = 2**24
 Head = Callable[[Any], Any]
 
 
+class Terms(NamedTuple):
+    """What is added to -log p(target), in training.
+
+    Attributes:
+      smoothing: label smoothing (Szegedy et al. 2016): the target's share of 1 is less by this, which is spread evenly
+        over all classes.
+      z: z-loss (de Brébisson & Vincent 2016; PaLM): times the square of log sum exp of the logits, which it keeps near
+        0.
+    """
+
+    smoothing: float = 0.0
+    z: float = 0.0
+
+
+PLAIN = Terms()
+
+
 class _Chunked(NamedTuple):
     """A head as a function of (hidden, chunk index, everything that it reads)."""
 
@@ -40,9 +58,9 @@ class _Chunked(NamedTuple):
     reads: tuple[Any, ...]
 
 
-def nll(logits: Float[Array, "*rows vocab"], targets: Int[Array, "*rows"]) -> Float[Array, ""]:
+def nll(logits: Float[Array, "*rows vocab"], targets: Int[Array, "*rows"], terms: Terms = PLAIN) -> Float[Array, ""]:
     """Sum of -log softmax(logits)[target] over the targets that are not `IGNORED`, in float32 or wider."""
-    return _nll_and_slope(logits, targets)[0]
+    return _nll_and_slope(logits, targets, terms)[0]
 
 
 def log_probs(logits: Float[Array, "*rows vocab"], targets: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
@@ -59,6 +77,7 @@ def head_nll(
     key: jax.Array | None = None,
     *,
     groups: int = 1,
+    terms: Terms = PLAIN,
     chunk_logits: int = CHUNK_LOGITS,
 ) -> Float[Array, ""]:
     """`nll(head(hidden), targets)` with at most about `chunk_logits` logits in memory.
@@ -71,11 +90,12 @@ def head_nll(
       key: opens the scope's key for the head, another one in each chunk.
       groups: parts of the batch whose positions are put in order apart: as many as there are devices that the batch
         is split over, so that no position moves to another device.
+      terms: what is added to each position's loss.
       chunk_logits: memory against the number of chunks.
     """
     hidden, targets, size = _grouped(head, hidden, targets, groups, chunk_logits)
     chunked = _closed(head, hidden[:, :size], key)
-    return _chunked_nll(chunked.call, size, hidden, targets, chunked.reads)
+    return _chunked_nll(chunked.call, size, terms, hidden, targets, chunked.reads)
 
 
 def head_log_probs(
@@ -128,18 +148,23 @@ def _closed(head: Head, hidden: jax.Array, key: jax.Array | None) -> _Chunked:
     return _Chunked(lambda h, index, reads: core.eval_jaxpr(jaxpr.jaxpr, reads, h, index)[0], tuple(jaxpr.consts))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _chunked_nll(
-    head: Callable[..., jax.Array], size: int, hidden: jax.Array, targets: jax.Array, reads: tuple[Any, ...]
+    head: Callable[..., jax.Array],
+    size: int,
+    terms: Terms,
+    hidden: jax.Array,
+    targets: jax.Array,
+    reads: tuple[Any, ...],
 ) -> jax.Array:
     def loss(chunk: tuple[Any, ...]) -> jax.Array:
         index, h, t = chunk
-        return _unless_empty(t, lambda: nll(head(h, index, reads), t))
+        return _unless_empty(t, lambda: nll(head(h, index, reads), t, terms))
 
     return jax.lax.map(loss, _chunks(size, hidden, targets, _order(targets))).sum()
 
 
-def _forward(head: Any, size: int, hidden: Any, targets: Any, reads: Any) -> tuple[jax.Array, Any]:
+def _forward(head: Any, size: int, terms: Terms, hidden: Any, targets: Any, reads: Any) -> tuple[jax.Array, Any]:
     """The loss, and its derivatives with respect to those inputs that are being differentiated."""
     wanted = [x.perturbed for x in (hidden, *reads)]
     hidden, targets, reads = hidden.value, targets.value, [x.value for x in reads]
@@ -152,7 +177,7 @@ def _forward(head: Any, size: int, hidden: Any, targets: Any, reads: Any) -> tup
 
         inputs = [h, *reads]
         out, pull = jax.vjp(logits, *_pick(wanted, inputs))
-        loss, slope = _nll_and_slope(out, t)
+        loss, slope = _nll_and_slope(out, t, terms)
         return loss, list(pull(slope.astype(out.dtype)))
 
     def body(sums: Any, chunk: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -169,8 +194,8 @@ def _forward(head: Any, size: int, hidden: Any, targets: Any, reads: Any) -> tup
     return losses.sum(), (d_hidden, _join(wanted[1:], d_reads, [None] * len(reads)))
 
 
-def _backward(head: Any, size: int, saved: Any, slope: Any) -> tuple[Any, None, Any]:
-    del head, size
+def _backward(head: Any, size: int, terms: Terms, saved: Any, slope: Any) -> tuple[Any, None, Any]:
+    del head, size, terms
     if isinstance(slope, SymbolicZero):
         saved = jax.tree.map(jnp.zeros_like, saved)
     else:
@@ -181,14 +206,20 @@ def _backward(head: Any, size: int, saved: Any, slope: Any) -> tuple[Any, None, 
 _chunked_nll.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _nll_and_slope(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _nll_and_slope(logits: jax.Array, targets: jax.Array, terms: Terms) -> tuple[jax.Array, jax.Array]:
     """The sum of losses, and its derivative with respect to `logits`."""
     logits = logits.astype(wide(logits.dtype))
     counts = (targets != IGNORED)[..., None]
     lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)
-    onehot = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
-    return jnp.where(counts, lse - chosen, 0.0).sum(), jnp.where(counts, jnp.exp(logits - lse) - onehot, 0.0)
+    p, onehot = jnp.exp(logits - lse), jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
+    loss, slope = lse - chosen, p - onehot
+    if terms.smoothing:
+        loss = loss + terms.smoothing * (chosen - logits.mean(axis=-1, keepdims=True))
+        slope = slope + terms.smoothing * (onehot - 1 / logits.shape[-1])
+    if terms.z:
+        loss, slope = loss + terms.z * lse**2, slope + 2 * terms.z * lse * p
+    return jnp.where(counts, loss, 0.0).sum(), jnp.where(counts, slope, 0.0)
 
 
 def _order(targets: jax.Array) -> jax.Array:

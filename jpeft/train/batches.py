@@ -7,7 +7,7 @@ Which rows make a batch is a `Buckets` (each row alone, padded to one of few wid
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,8 +54,15 @@ class Batches:
     pad_id: int
     beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
-    def walk(self, seed: int, position: Mapping[str, Any] | None = None) -> Iterator[Fed]:
+    def walk(
+        self, seed: int, position: Mapping[str, Any] | None = None, own: Collection[int] | None = None
+    ) -> Iterator[Fed]:
         """Batches without end: those of every epoch, from a position on.
+
+        Args:
+          seed: of the order.
+          position: None is the beginning.
+          own: as of `collate`.
 
         Raises:
           DataError: the position is of another seed, or none of this data.
@@ -67,20 +74,29 @@ class Batches:
                 last = at + 1 == len(order)
                 start = {"seed": seed, "epoch": epoch, "index": at}
                 after = {"seed": seed, "epoch": epoch + last, "index": 0 if last else at + 1}
-                yield Fed(start, after, self.collate(order[at]), *self.sizes(order[at]))
+                yield Fed(start, after, self.collate(order[at], own), *self.sizes(order[at]))
             epoch, index = epoch + 1, 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch, both of every pair."""
+        return self.buckets.batch_rows * self.examples.per_example // self.accumulation
 
     def position(self, seed: int, updates: int) -> dict[str, Any]:
         """Where a training stands after so many updates."""
         epoch, index = divmod(updates, self.buckets.num_batches)
         return {"seed": seed, "epoch": epoch, "index": index}
 
-    def collate(self, batch: Batch) -> dict[str, np.ndarray]:
+    def collate(self, batch: Batch, own: Collection[int] | None = None) -> dict[str, np.ndarray]:
         """`input_ids`, `attention_mask` `[accumulation, rows, width]` and `labels`; missing rows weigh nothing.
 
         With them `token_type_ids` where a row has two texts, and of packed rows `segment_ids` (from 1; padding has the
         last one's, which it may look at) and `positions` (from 0 in every example). Of preference pairs the rows are
         chosen and rejected in turn.
+
+        Args:
+          batch: which rows.
+          own: rows of a micro-batch that this process feeds; of the others only the shape is made. None is all.
         """
         examples, each = self.examples, self.examples.per_example
         rows = self.buckets.batch_rows * each
@@ -88,6 +104,8 @@ class Batches:
         arrays |= {name: np.zeros(rows, values.dtype) for name, values in self.beside.items()}
         for at, members in enumerate(batch.rows):
             for k in range(each):
+                if own is not None and (at * each + k) % (rows // self.accumulation) not in own:
+                    continue
                 chosen = [member * each + k for member in np.atleast_1d(members)]
                 _put(arrays, at * each + k, chosen, examples)
                 for name, values in self.beside.items():
@@ -147,10 +165,8 @@ def batches_like(train: Batches, examples: Examples) -> Batches:
     They are never packed: each is to be told from the others. Beside packed rows they have up to 4 widths of their own.
     """
     rows, longest = train.buckets.batch_rows // train.accumulation, int(examples.lengths.max())
-    if isinstance(train.buckets, Packs):
-        widths = choose_widths(examples.lengths, 4, longest)
-    else:
-        widths = train.buckets.widths
+    packed = isinstance(train.buckets, Packs)
+    widths = choose_widths(examples.lengths, 4, longest) if packed else train.buckets.widths
     widths += () if longest <= widths[-1] else choose_widths([longest], 1, longest)
     return Batches(examples, Buckets(examples.lengths, widths, rows), 1, train.pad_id)
 

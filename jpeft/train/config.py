@@ -237,6 +237,15 @@ def _conflicts(config: Config) -> list[str]:
         f"optimizer.lora_plus_ratio is for method.kind=lora, got {', '.join(map(repr, kinds))}": (
             config.optimizer.lora_plus_ratio != 1 and "lora" not in kinds
         ),
+        "train.label_smoothing and train.z_loss are for likelihood; dpo has preference.label_smoothing": (
+            train.objective == "dpo" and (train.label_smoothing > 0 or train.z_loss > 0)
+        ),
+        "train.neftune needs train.dropout=true: its noise is drawn from the same key": (
+            train.neftune > 0 and not train.dropout
+        ),
+        "train.ema is not for method.kind=adalora, whose ranks an average would bring back": (
+            train.ema is not None and "adalora" in kinds
+        ),
     }
     return [message for message, broken in rules.items() if broken]
 
@@ -282,15 +291,16 @@ def _expanded(tree: Mapping[str, Any]) -> dict[str, Any]:
     for section, keys in (("model", ("path",)), ("data", ("train", "eval"))):
         if isinstance(tree.get(section), dict):
             values = tree[section]
-            tree[section] = values | {key: _path(values[key]) for key in keys if key in values}
-    return tree | {"out": _path(tree["out"])} if "out" in tree else tree
+            tree[section] = values | {key: expanded_path(values[key]) for key in keys if key in values}
+    return tree | {"out": expanded_path(tree["out"])} if "out" in tree else tree
 
 
-def _path(value: Any) -> Any:
+def expanded_path(value: Any) -> Any:
+    """With `$NAME` and `~` replaced in a path, in several, and in what has a `path`; other values as they are."""
     if isinstance(value, dict) and "path" in value:
-        return value | {"path": _path(value["path"])}
+        return value | {"path": expanded_path(value["path"])}
     if isinstance(value, (list, tuple)):
-        return [_path(item) for item in value]
+        return [expanded_path(item) for item in value]
     if not isinstance(value, str):
         return value
     value = os.path.expanduser(os.path.expandvars(value))

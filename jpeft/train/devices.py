@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .._mesh import BATCH_AXES
+from .._mesh import BATCH_AXES, local_rows
 
 
 def start_processes(spec: str | None) -> None:
@@ -48,10 +48,15 @@ def whole(mesh: Mesh | None) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, P())
 
 
+def own_rows(mesh: Mesh | None, num_rows: int) -> frozenset[int] | None:
+    """Which rows of a batch this process has to make; None is all of them."""
+    return None if mesh is None or jax.process_count() == 1 else frozenset(local_rows(mesh, num_rows).tolist())
+
+
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
     """A batch of arrays `[accumulation, rows, ...]` on its devices, rows split over `data` and `fsdp`.
 
-    Every process has the whole batch and gives its own devices' rows of it.
+    Every process has the whole batch, or at least its own devices' rows of it (`own_rows`), which it gives.
     """
     if mesh is None:
         return jax.device_put(dict(batch))

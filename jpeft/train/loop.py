@@ -7,7 +7,7 @@ is one `step.State`, from which the next batch and dropout key follow; so whatev
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,10 +29,8 @@ from .evaluate import Evaluation, Evaluator
 from .folder import RunFolder, replaced
 from .identity import compare, identity
 from .interruption import Interrupted, Interruption
-from .losses import SUMS
-from .measures import MEASURES, Measure, measured_by
+from .objective import objective
 from .optim import make_optimizer
-from .preference import PreferenceSums
 from .prefetch import Prefetch
 from .progress import say
 from .saved import Info, save_adapter
@@ -118,14 +116,6 @@ def _check_plan(method: Any, num_updates: int) -> None:
         )
 
 
-def objective(config: Config) -> tuple[Callable[..., Any], Measure]:
-    """What is trained, as `make_step` takes it, and what is measured."""
-    if config.train.objective == "likelihood":
-        return SUMS[config.model.task], MEASURES[config.model.task]
-    sums = PreferenceSums(config.preference)
-    return sums, measured_by(sums)
-
-
 def _max_skips(config: Config) -> int:
     return config.train.max_skips if config.train.on_nan == "skip" else 0
 
@@ -136,9 +126,9 @@ class Loop:
     def __init__(self, config: Config, dataset: job.Dataset, parts: job.Parts, mesh: Any, folder: RunFolder):
         self._config, self._dataset, self._parts, self._mesh, self._folder = config, dataset, parts, mesh, folder
         self._tx = optimizer(make_optimizer(config.optimizer, dataset.num_updates), model=parts.graphdef)
-        sums, measure = objective(config)
+        (sums, measure), groups = objective(config), devices.num_groups(mesh)
         self._update = make_step(
-            parts.graphdef, sums, self._tx, groups=devices.num_groups(mesh), max_skips=_max_skips(config)
+            parts.graphdef, sums, self._tx, groups=groups, ema=config.train.ema, max_skips=_max_skips(config)
         )
         self._evaluate = Evaluator(parts.graphdef, measure, mesh)
         self._key = job.dropout_key(config)
@@ -161,7 +151,7 @@ class Loop:
         if step is None:
             say("there is no checkpoint to go on from: the run begins")
             return self.begin()
-        state, plain = self._checkpoints.restore(step, like=begin(self._tx, self._parts.trainable))
+        state, plain = self._checkpoints.restore(step, like=self._first())
         stated = compare(plain["identity"], self._identity)
         self._folder.go_on(plain["folder"], step, stated)
         self._checkpoints.drop_after(step)
@@ -181,13 +171,14 @@ class Loop:
           carried, standing: of `Watch`.
           owes: whether the evaluation after the state's last update is still to be made.
         """
-        state = begin(self._tx, self._parts.trainable) if state is None else state
+        state = self._first() if state is None else state
         done, seed = int(state.updates), self._config.train.seed
         watch = Watch(self._config, self._dataset, self._parts, self._folder, self._update, done, standing, carried)
         losses: list[float] = []
         evaluation = self._evaluation(done, state, watch) if owes else None
         feed, last = self._dataset.feed, done if watch.exhausted else self._dataset.num_updates
-        walk, starts = feed.walk(seed, feed.position(seed, done) if position is None else position), {}
+        own, starts = devices.own_rows(self._mesh, self._dataset.train.rows), {}
+        walk = feed.walk(seed, feed.position(seed, done) if position is None else position, own)
         with Interruption() as interruption, Prefetch(walk, then=self._placed) as batches:
             for number, fed in zip(range(done + 1, last + 1), watch.waiting(batches), strict=False):
                 state, metrics = self._update(state, self._parts.frozen, fed.arrays, self._key)
@@ -215,6 +206,9 @@ class Loop:
             self._finish(state, evaluation, watch.standing)
         told = watch.standing, watch.clock, self._update.cost
         return Result(state, evaluation, losses, *rates, self._folder.adapter, *told)
+
+    def _first(self) -> State:
+        return begin(self._tx, self._parts.trainable, average=self._config.train.ema is not None)
 
     def _saves_at(self, number: int) -> bool:
         every = self._config.train.save_every
@@ -248,8 +242,8 @@ class Loop:
         """Evaluates, and keeps a copy of the adapter where it is the best so far."""
         assert self._dataset.eval is not None
         with watch.clock.on("evaluation"):
-            evaluation = self._evaluate(state.trainable, self._parts.frozen, self._dataset.eval)
-        watch.evaluated(number, evaluation, lambda: combine(self._parts.graphdef, state.trainable, self._parts.frozen))
+            evaluation = self._evaluate(state.served, self._parts.frozen, self._dataset.eval)
+        watch.evaluated(number, evaluation, lambda: combine(self._parts.graphdef, state.served, self._parts.frozen))
         if watch.improved:
             with watch.clock.on("save"):
                 self._save(state, evaluation, self._folder.best)
@@ -287,7 +281,7 @@ class Loop:
 
     def _save(self, state: State, evaluation: Evaluation | None, folder: Path) -> None:
         """Writes an adapter into `folder`, in the place of what was there, whole or not at all."""
-        trainable = _mesh.gather(state.trainable)  # by all processes
+        trainable = _mesh.gather(state.served)  # by all processes
         if not devices.is_main():
             return
         trainable = jax.tree.map(jnp.asarray, trainable)

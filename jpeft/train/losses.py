@@ -26,7 +26,7 @@ from jax import core
 from jaxtyping import Array, Bool, Float, Int
 
 from .._scope import current, dropout_key, scope
-from ._head import IGNORED, head_log_probs, head_nll, log_probs, nll
+from ._head import IGNORED, PLAIN, Terms, head_log_probs, head_nll, log_probs, nll
 
 Batch = Mapping[str, Any]
 Sums = tuple[Float[Array, ""], Float[Array, ""]]
@@ -87,15 +87,15 @@ def seq2seq_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Floa
     return _mean(seq2seq_sums, model, batch, key)
 
 
-def lm_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Sums:
-    """Sum of `lm_loss`'s terms, and their number; `groups` as in `head_nll`."""
+def lm_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1, *, terms: Terms = PLAIN) -> Sums:
+    """Sum of `lm_loss`'s terms, and their number; `groups` and `terms` as in `head_nll`, `terms` in all of these."""
     targets = next_tokens(batch)
     prompt = _prompt(targets, batch) if current().prompt is None else current().prompt
     with scope(prompt=prompt):
         if not hasattr(model, "hidden"):
-            return nll(logits_of(model, batch, key), targets), _count(targets)
+            return nll(logits_of(model, batch, key), targets, terms), _count(targets)
         hidden = model.hidden(*_inputs(batch), **_extras(batch), key=key)
-        return head_nll(model.logits, hidden, targets, key, groups=groups), _count(targets)
+        return head_nll(model.logits, hidden, targets, key, groups=groups, terms=terms), _count(targets)
 
 
 def lm_log_probs(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Float[Array, " batch"]:
@@ -115,30 +115,32 @@ def lm_log_probs(model: Any, batch: Batch, key: jax.Array | None = None, groups:
         return head_log_probs(model.logits, hidden, targets, key, groups=groups).sum(axis=1)
 
 
-def cls_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Sums:
+def cls_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1, *, terms: Terms = PLAIN) -> Sums:
     """Sum of `cls_loss`'s or `token_cls_loss`'s terms, and their number."""
     del groups  # few classes: all logits are computed
     logits = logits_of(model, batch, key)
     if logits.shape[-1] < 2:
         raise ValueError(f"classification needs at least 2 labels; the model's head gives {logits.shape[-1]}")
-    return nll(logits, batch["labels"]), _count(batch["labels"])
+    return nll(logits, batch["labels"], terms), _count(batch["labels"])
 
 
-def qa_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Sums:
+def qa_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1, *, terms: Terms = PLAIN) -> Sums:
     """Sum of `qa_loss`'s terms, and their number."""
     del groups
     logits = jnp.swapaxes(logits_of(model, batch, key), 1, 2)  # [batch, 2, seq]
-    return nll(logits, batch["labels"]), _count(batch["labels"])
+    return nll(logits, batch["labels"], terms), _count(batch["labels"])
 
 
-def seq2seq_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1) -> Sums:
+def seq2seq_sums(
+    model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1, *, terms: Terms = PLAIN
+) -> Sums:
     """Sum of `seq2seq_loss`'s terms, and their number; `groups` as in `head_nll`."""
     labels = batch["labels"]
     inputs = {name: batch[name] for name in ("decoder_input_ids", "decoder_attention_mask") if name in batch}
     if "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = model.decoder_inputs(labels)
     hidden = model.hidden(*_inputs(batch), **_extras(batch), **inputs, key=key)
-    return head_nll(model.logits, hidden, labels, key, groups=groups), _count(labels)
+    return head_nll(model.logits, hidden, labels, key, groups=groups, terms=terms), _count(labels)
 
 
 #: The sums of every task, by PEFT's name of it.

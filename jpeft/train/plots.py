@@ -108,7 +108,7 @@ def _throughput(logged: list[Any], folder: Path) -> Path:
             updates, [e["padded_tokens_per_s"] for e in logged], color="0.5", linestyle="--", label="with padding"
         )
         axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * max(entry["padded_tokens_per_s"] for entry in logged))
         axes.legend(frameon=False, loc="lower right")
     return folder / "throughput.png"
 
@@ -121,10 +121,11 @@ def _evaluation(evaluated: list[Any], folder: Path) -> Path:
         for axes, name in zip(np.atleast_1d(panels), names, strict=True):
             values = [entry[name] for entry in evaluated]
             axes.plot(updates, values, **_STROKES[0], markersize=4)
-            best = int((np.argmin if name[5:] in LOWER_IS_BETTER else np.argmax)(values))
+            low = name[5:] in LOWER_IS_BETTER
+            best = int((np.argmin if low else np.argmax)(values))
             axes.annotate(
-                f"{values[best]:.4g}", (updates[best], values[best]), xytext=(0, 7), textcoords="offset points",
-                ha="center", fontsize=9,
+                f"{values[best]:.4g}", (updates[best], values[best]), xytext=(0, -15 if low else 7),
+                textcoords="offset points", ha="center", fontsize=9,
             )  # fmt: skip
             axes.margins(x=0.08, y=0.18)
     return folder / "evaluation.png"

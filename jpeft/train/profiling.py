@@ -60,8 +60,8 @@ class Profile:
                 "was compiled; train longer, or lower logging.profile"
             )
         return (
-            f"trace of {self._updates} updates: {self._folder}; open it with `xprof {self._folder}` (pip install xprof)"
-            " in a browser, or its trace.json.gz at https://ui.perfetto.dev"
+            f"trace of {self._updates} updates: {self._folder}; open it by `xprof --port 8791 {self._folder}` (pip "
+            "install xprof), or its trace.json.gz at https://ui.perfetto.dev"
         )
 
     def _end(self, last: Any) -> None:

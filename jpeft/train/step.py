@@ -43,6 +43,7 @@ class State(NamedTuple):
       updates: updates made so far; the next batch and the dropout key follow from it.
       failed: a loss or gradient was not finite: no update has been made since, and none will be.
       skipped: of `updates`, those left out because their loss or gradient was not finite.
+      average: exponential moving average of `trainable`; None where none is kept.
     """
 
     trainable: Leaves
@@ -50,6 +51,12 @@ class State(NamedTuple):
     updates: Int[Array, ""]
     failed: Bool[Array, ""]
     skipped: Int[Array, ""]
+    average: Leaves | None = None
+
+    @property
+    def served(self) -> Leaves:
+        """What is evaluated and saved: the average where one is kept, else the leaves themselves."""
+        return self.trainable if self.average is None else self.average
 
 
 class Metrics(NamedTuple):
@@ -76,11 +83,18 @@ def fresh() -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.int32(0), jnp.bool(False), jnp.int32(0)
 
 
-def begin(tx: optax.GradientTransformation, trainable: Leaves) -> State:
-    """The state before the first update. Its arrays are its own: the first update may donate them."""
+def begin(tx: optax.GradientTransformation, trainable: Leaves, *, average: bool = False) -> State:
+    """The state before the first update. Its arrays are its own: the first update may donate them.
+
+    Args:
+      tx, trainable: as of `make_step`.
+      average: keep a moving average, for a step with `ema`.
+    """
 
     def first(trainable: Leaves) -> State:
-        return State(jax.tree.map(jnp.copy, trainable), tx.init(trainable), *fresh())
+        own = jax.tree.map(jnp.copy, trainable)
+        mean = jax.tree.map(jnp.copy, trainable) if average else None
+        return State(own, tx.init(trainable), *fresh(), mean)
 
     places = mirrored(jax.eval_shape(first, trainable), trainable)
     return jax.jit(first, out_shardings=places)(trainable)
@@ -92,6 +106,7 @@ def make_step(
     tx: optax.GradientTransformation,
     *,
     groups: int = 1,
+    ema: float | None = None,
     max_skips: int = 0,
 ) -> "Compiled":
     """`update(state, frozen, batch, key) -> (state, metrics)`, compiled; `state` is donated.
@@ -107,6 +122,8 @@ def make_step(
         `jpeft.optimizer(tx, model=graphdef)`, and anything else is an error.
       groups: number of devices that a batch's rows are split over.
       max_skips: updates that may be left out.
+      ema: decay of the moving average in `State.average`; None keeps none. After n updates the decay is
+        `min(ema, (1 + n) / (10 + n))`, so that the first values are soon forgotten.
 
     The function's arguments: `frozen` of `jpeft.partition`; `batch` with arrays `[accumulation, rows, ...]`; `key`
     turns dropout on, another one in each update and micro-batch, and may be None.
@@ -118,9 +135,10 @@ def make_step(
         def of_one(trainable: Leaves, batch: Batch, key: jax.Array | None) -> Sums | Measured:
             return sums(combine(graphdef, trainable, frozen), batch, key, groups)
 
-        return advance(
-            of_one, tx, state, batch, key, lambda leaves: penalty(combine(graphdef, leaves, frozen)), max_skips
-        )
+        def added(leaves: Leaves) -> jax.Array | None:
+            return penalty(combine(graphdef, leaves, frozen))
+
+        return advance(of_one, tx, state, batch, key, added, ema=ema, max_skips=max_skips)
 
     return Compiled(update)
 
@@ -132,13 +150,15 @@ def advance(
     batch: Batch,
     key: jax.Array | None,
     added: Callable[[Leaves], jax.Array | None],
+    *,
+    ema: float | None = None,
     max_skips: int = 0,
 ) -> tuple[State, Metrics]:
     """One update of one adapter.
 
     Args:
       sums: (trainable, micro-batch, key) -> (sum of losses, number of labels), and perhaps sums of further figures.
-      tx, state, batch, key: as of `make_step`'s function.
+      tx, state, batch, key, ema: as of `make_step` and its function.
       added: trainable -> what the adapters' own leaves add to the loss, or None.
       max_skips: as of `make_step`.
     """
@@ -153,14 +173,29 @@ def advance(
     failed = state.failed | (broken & (state.skipped >= max_skips))
     changes, optimizer = tx.update(grads, state.optimizer, state.trainable)
     trainable: Any = optax.apply_updates(state.trainable, changes)
-    trainable, optimizer = jax.tree.map(
+    trainable, optimizer, average = jax.tree.map(
         lambda new, old: jnp.where(failed | broken, old, new),
-        (trainable, optimizer),
-        (state.trainable, state.optimizer),
+        (trainable, optimizer, _averaged(state, trainable, ema)),
+        (state.trainable, state.optimizer, state.average),
     )
-    updates = state.updates + ~failed
     skipped = state.skipped + (broken & ~failed)
-    return State(trainable, optimizer, updates, failed, skipped), Metrics(loss, labels, norm, figures)
+    new = State(trainable, optimizer, state.updates + ~failed, failed, skipped, average)
+    return new, Metrics(loss, labels, norm, figures)
+
+
+def _averaged(state: State, trainable: Leaves, ema: float | None) -> Leaves | None:
+    """The average after an update that made the leaves `trainable`."""
+    if (ema is None) != (state.average is None):
+        raise ValueError(
+            f"the step's ema is {ema}, and the state has {'no' if ema else 'an'} average; begin(average=...)"
+        )
+    if ema is None or state.average is None:
+        return None
+    done = state.updates + 1
+    rate = jnp.minimum(ema, (1.0 + done) / (10.0 + done))
+    return jax.tree.map(
+        lambda mean, leaf: (rate * mean + (1 - rate) * leaf).astype(leaf.dtype), state.average, trainable
+    )
 
 
 def _gradients(sums: Callable[..., Sums | Measured], state: State, batch: Batch, key: jax.Array | None) -> Any:

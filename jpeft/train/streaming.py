@@ -6,7 +6,7 @@ rows taken from every source before its window, and the batch within it: to go o
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from .batches import Batches, Fed
@@ -68,8 +68,10 @@ class Streamed:
     encoder: Encoder
     first: Batches
 
-    def walk(self, seed: int, position: Mapping[str, Any] | None = None) -> Iterator[Fed]:
-        """Batches without end, from a position on.
+    def walk(
+        self, seed: int, position: Mapping[str, Any] | None = None, own: Collection[int] | None = None
+    ) -> Iterator[Fed]:
+        """Batches without end, from a position on; `own` as of `Batches.collate`.
 
         Raises:
           DataError: the position is of another seed, or none of this data; a bad row; a window without a row.
@@ -96,7 +98,7 @@ class Streamed:
             for at in range(start["index"], len(order)):
                 here = start | {"index": at}
                 following = after if at + 1 == len(order) else start | {"index": at + 1}
-                yield Fed(here, following, batches.collate(order[at]), *batches.sizes(order[at]))
+                yield Fed(here, following, batches.collate(order[at], own), *batches.sizes(order[at]))
             start = after
 
     def position(self, seed: int, updates: int) -> dict[str, Any]:

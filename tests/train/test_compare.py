@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from jpeft.train import config
+from jpeft.train import cli, config
 from jpeft.train.compare import measure, report, runner, study, table
 
 METHODS = {
@@ -156,6 +156,20 @@ def test_another_study_in_the_folder_is_refused(tree, tmp_path):
     (tmp_path / "full" / "diary.txt").touch()
     with pytest.raises(config.ConfigError, match="holds something that is no study"):
         runner.conduct(with_(tree, out=str(tmp_path / "full")), lambda _: None, fake(tmp_path))
+
+
+def test_the_command(tree, tmp_path, capsys):
+    file = tmp_path / "study.yaml"
+    file.write_text(json.dumps(tree))
+    cli.main(["compare", str(file), "--dry-run", "seeds=[0, 1]"])
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "reviews/tiny/bitfit/seed 0",
+        "reviews/tiny/bitfit/seed 1",
+        "4 runs",
+    ]
+    with pytest.raises(SystemExit):
+        cli.main(["compare", str(file), "--report"])
+    assert "seed 0 is not made yet; without --report the study makes it" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- what is measured

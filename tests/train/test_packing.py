@@ -109,6 +109,17 @@ def test_a_packed_batch_holds_its_examples_and_tells_them_apart():
     assert sorted(seen) == [*range(8)]
 
 
+@pytest.mark.parametrize("kind", ["none", "best_fit"])
+def test_a_process_makes_its_own_rows_alone(kind):
+    walked = walk(examples(np.random.default_rng(0).integers(3, 40, 30)), kind, batch_size=4, accumulation=2)
+    whole, (one, two) = next(walked.walk(0)), (next(walked.walk(0, None, own)) for own in ({0, 3}, {1, 2}))
+    assert walked.rows == 4
+    for name, array in whole.arrays.items():
+        assert (one.arrays[name][:, [0, 3]] == array[:, [0, 3]]).all()
+        assert (two.arrays[name][:, [1, 2]] == array[:, [1, 2]]).all()
+    assert (one.arrays["labels"][:, [1, 2]] == IGNORED).all()
+
+
 def test_what_is_evaluated_beside_packed_rows_is_padded():
     train, held = walk(examples([9, 30, 7]), "best_fit"), examples([5, 6, 50, 7])
     made_like = made.batches_like(train, held)

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", metavar="AXES", help="mesh: such as data=2,fsdp=2,tensor=2")
     parser.add_argument("--distributed", metavar="WHERE", help="host:port,num_processes,process_id; or auto")
     parser.add_argument("--dry-run", action="store_true", help="read the data, count, and stop")
+    parser.add_argument("--profile", action="store_true", help="trace a few updates: logging.profile=3")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
 
@@ -26,7 +27,12 @@ def run(options: argparse.Namespace) -> None:
     """Trains, or says what would be trained; an interrupted run that can be resumed ends with `EXIT_CODE`."""
     if options.overwrite and options.resume:
         raise config.ConfigError("--resume goes on with a run and --overwrite removes it; give one of them")
-    given = {"train.seed": options.seed, "out": options.out, "mesh": options.mesh and f'"{options.mesh}"'}
+    given = {
+        "train.seed": options.seed,
+        "out": options.out,
+        "mesh": options.mesh and f'"{options.mesh}"',
+        "logging.profile": "3" if options.profile else None,
+    }
     settings = config.load(
         options.config, options.overrides + [f"{key}={value}" for key, value in given.items() if value is not None]
     )

@@ -41,21 +41,33 @@ class Done:
     result: dict[str, Any]
 
 
-def conduct(study: Study, say: Callable[[str], None] = print, command: Sequence[str] = COMMAND) -> list[Done]:
+def conduct(
+    study: Study, say: Callable[[str], None] = print, command: Sequence[str] = COMMAND, *, only_made: bool = False
+) -> list[Done]:
     """Makes all runs that are not made yet, and gives the final ones with their results.
+
+    Args:
+      study: what is compared.
+      say: is told of every run that is made.
+      command: a run's process.
+      only_made: makes none.
 
     Raises:
       ConfigError: the folder holds another study.
-      RunFailed: a run's process ended without a result.
+      RunFailed: a run's process ended without a result; or a run is not made, and `only_made`.
     """
     out = Path(study.out)
     _begin(study, out)
-    trials = [_made(study, run, out, say, command) for run in studies.trials(study)]
+
+    def made(run: Run) -> Done:
+        return _made(study, run, out, say, () if only_made else command)
+
+    trials = [made(run) for run in studies.trials(study)]
     chosen = choose(trials)
     if chosen:
         lines = {" / ".join(key): values for key, values in chosen.items()}
         write_text(out / "chosen.json", json.dumps(lines, indent=2) + "\n")
-    return [_made(study, run, out, say, command) for run in studies.finals(study, chosen)]
+    return [made(run) for run in studies.finals(study, chosen)]
 
 
 def choose(trials: Sequence[Done]) -> dict[Key, Mapping[str, Any]]:
@@ -107,6 +119,8 @@ def _made(study: Study, run: Run, out: Path, say: Callable[[str], None], command
     known = _known(folder, plan)
     if known is not None:
         return Done(run, known)
+    if not command:
+        raise RunFailed(f"{folder} is not made yet; without --report the study makes it")
     say(f"run: {run.folder}")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "plan.json", json.dumps(plan, indent=2) + "\n")

@@ -158,7 +158,7 @@ def parse(tree: Mapping[str, Any]) -> Study:
     Raises:
       ConfigError: what is wrong, one line each.
     """
-    study = configuration.validated(Study, tree)
+    study = configuration.validated(Study, _expanded(tree))
     wrong = _conflicts(study)
     for run in () if wrong else itertools.chain(trials(study), finals(study, {})):
         try:
@@ -261,6 +261,20 @@ def _nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
     for key in reversed(keys):
         value = {key: value}
     return value
+
+
+def _expanded(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """With `$NAME` and `~` replaced in what a study itself reads and writes; training configurations do their own."""
+    expand, tasks = configuration.expanded_path, tree.get("tasks")
+    out = dict(tree) | ({"out": expand(tree["out"])} if "out" in tree else {})
+    if isinstance(tasks, Mapping):
+        out["tasks"] = {
+            name: {key: expand(value) if key in ("test", "general") else value for key, value in task.items()}
+            if isinstance(task, Mapping)
+            else task
+            for name, task in tasks.items()
+        }
+    return out
 
 
 def _conflicts(study: Study) -> list[str]:

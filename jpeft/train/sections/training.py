@@ -4,7 +4,7 @@
 import dataclasses
 from typing import ClassVar, Literal
 
-from ._checks import FORBID, at_least_one
+from ._checks import FORBID, at_least_one, shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +17,10 @@ class Train:
       accumulation: batches per update.
       seed: of the order, the adapter's start and dropout; the same seed gives the same run.
       dropout: whether dropout, the model's own and the method's, is on in training.
+      ema: decay of a moving average of what is trained, which is evaluated and saved in its place; None keeps none.
+      label_smoothing: share of a target's probability that is spread over all classes, in training.
+      z_loss: in training, times the square of log sum exp of the logits.
+      neftune: alpha of NEFTune's noise on the embedded tokens, in training; 0 is none.
       log_every: updates between two lines of metrics.jsonl.
       eval_every: updates between two evaluations; None is once an epoch.
       save_every: updates between two checkpoints, from which `--resume` goes on exactly; None saves only when the run
@@ -39,6 +43,10 @@ class Train:
     accumulation: int = 1
     seed: int = 0
     dropout: bool = True
+    ema: float | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    neftune: float = 0.0
     log_every: int = 10
     eval_every: int | None = None
     save_every: int | None = 500
@@ -53,7 +61,7 @@ class Train:
 
     def wrong(self) -> list[str]:
         """What cannot be, a line each."""
-        return at_least_one(
+        counts = at_least_one(
             {
                 "train.epochs": self.epochs,
                 "train.max_steps": self.max_steps,
@@ -68,3 +76,7 @@ class Train:
                 "train.sample_tokens": self.sample_tokens,
             }
         )
+        part = shares({"train.ema": self.ema or 0.0, "train.label_smoothing": self.label_smoothing})
+        least = {"train.z_loss": self.z_loss, "train.neftune": self.neftune}
+        part += [f"{key} must not be negative, got {value}" for key, value in least.items() if not value >= 0]
+        return counts + part
