@@ -230,9 +230,10 @@ def page(rows: list[dict[str, Any]], seconds: float) -> str:
     same = sum(row["same"] for row in rows)
     out = [
         "# Killed and resumed\n",
-        f"Written by `make resume` (`tests/resume_lane.py`). A tiny Llama is trained for {UPDATES} updates with dropout, "
-        "a cosine schedule with warm-up, an evaluation every 6 updates, the best adapter kept and a checkpoint every 4 "
-        "updates. Processes are killed by SIGKILL and started again with `--resume` until the run is through. It counts "
+        f"Written by `make resume` (`tests/resume_lane.py`). A tiny Llama is trained for {UPDATES} updates with "
+        "dropout, a cosine schedule with warm-up, an evaluation every 6 updates, the best adapter kept and a "
+        "checkpoint every 4 updates. Processes are killed by SIGKILL and started again with `--resume` until the run "
+        "is through. It counts "
         "as the same where every line of metrics.jsonl (all losses, gradient norms, learning rates, evaluations; times "
         "left out) and every byte of adapter/ and best/ equal those of a run that was never stopped.\n",
         f"**{same} of {len(rows)} kills: the same run, bit for bit.** jax {jax.__version__}, CPU, {seconds:.0f} s.\n",

@@ -127,6 +127,10 @@ class Checkpoints:
             for old in steps(self.folder)[: -self._keep]:
                 shutil.rmtree(self.folder / str(old))
 
+    def plain(self, step: int) -> dict[str, Any]:
+        """The plain values of a step."""
+        return self._described(step)["plain"]
+
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """The state of a step, placed as `like` is, and its plain values.
 
@@ -136,7 +140,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         place = self.folder / str(step)
-        described = json.loads((place / "plain" / "metadata").read_bytes())
+        described = self._described(step)
         wrong = _differences(described["leaves"], _described(like))
         if wrong:
             raise CheckpointError(f"step {step} in {self.folder} is of another training:\n  " + "\n  ".join(wrong[:20]))
@@ -145,6 +149,9 @@ class Checkpoints:
             found = reader.restore(place / "state", wanted)
         leaves, structure = jax.tree.flatten(like)
         return jax.tree.unflatten(structure, [found.get(_key(i), x) for i, x in enumerate(leaves)]), described["plain"]
+
+    def _described(self, step: int) -> dict[str, Any]:
+        return json.loads((self.folder / str(step) / "plain" / "metadata").read_bytes())
 
     def close(self) -> None:
         """Waits, and ends orbax's threads."""

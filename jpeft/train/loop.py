@@ -151,8 +151,8 @@ class Loop:
         if step is None:
             say("there is no checkpoint to go on from: the run begins")
             return self.begin()
+        stated = compare(self._checkpoints.plain(step)["identity"], self._identity)  # before leaves that do not fit
         state, plain = self._checkpoints.restore(step, like=self._first())
-        stated = compare(plain["identity"], self._identity)
         self._folder.go_on(plain["folder"], step, stated)
         self._checkpoints.drop_after(step)
         say(f"resumed after update {step}" + "".join(f"\n  {line}" for line in stated))

@@ -18,7 +18,7 @@ from ..models import CheckpointError
 from ..models._files import is_file, read_json
 from . import config as configuration
 from . import devices, job
-from .loop import objective
+from .objective import objective
 from .optim import make_optimizer
 from .step import Metrics, State, begin, make_step
 
@@ -41,10 +41,10 @@ def replay(folder: str | Path, overrides: Sequence[str] = ()) -> Metrics:
     record = read_json(run / "run.json")
     parts = job.build(config, None if record["label_names"] is None else tuple(record["label_names"]), None)
     tx = optimizer(make_optimizer(config.optimizer, record["updates"]), model=parts.graphdef)
-    state = _state(folder / "state.npz", begin(tx, parts.trainable))
+    state = _state(folder / "state.npz", begin(tx, parts.trainable, average=config.train.ema is not None))
     with np.load(folder / "batch.npz") as arrays:
         batch = devices.place(dict(arrays), None)
-    update = make_step(parts.graphdef, objective(config)[0], tx)
+    update = make_step(parts.graphdef, objective(config)[0], tx, ema=config.train.ema)
     _, metrics = update(state._replace(failed=jnp.bool(False)), parts.frozen, batch, job.dropout_key(config))
     return metrics
 
