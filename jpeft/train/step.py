@@ -10,6 +10,7 @@ all of them and divided once by the number of labels that count, so k micro-batc
 k * b, however unequally the labels are spread. What the methods add to the loss (`jpeft.penalty`) is added once.
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -91,13 +92,22 @@ def begin(tx: optax.GradientTransformation, trainable: Leaves, *, average: bool 
       average: keep a moving average, for a step with `ema`.
     """
 
-    def first(trainable: Leaves) -> State:
-        own = jax.tree.map(jnp.copy, trainable)
-        mean = jax.tree.map(jnp.copy, trainable) if average else None
-        return State(own, tx.init(trainable), *fresh(), mean)
-
+    first = functools.partial(_first, tx, average)
     places = mirrored(jax.eval_shape(first, trainable), trainable)
     return jax.jit(first, out_shardings=places)(trainable)
+
+
+def begin_shapes(tx: optax.GradientTransformation, trainable: Mapping[str, Any], *, average: bool = False) -> State:
+    """`begin`'s state as shapes in their places, of shapes in theirs."""
+    state = jax.eval_shape(functools.partial(_first, tx, average), trainable)
+    places = mirrored(state, trainable)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, places)
+
+
+def _first(tx: optax.GradientTransformation, average: bool, trainable: Leaves) -> State:
+    own = jax.tree.map(jnp.copy, trainable)
+    mean = jax.tree.map(jnp.copy, trainable) if average else None
+    return State(own, tx.init(trainable), *fresh(), mean)
 
 
 def make_step(
