@@ -88,11 +88,11 @@ def shown(entries: list[dict[str, Any]]) -> str:
     ]
     for entry in entries:
         rows = [f"{n:,}" if n else "none" for n in entry["rows"].values()]
-        figure = "by shape only"
+        step = ["", "", "not compiled"]
         if "compiled" in entry:
             figure = f"{entry['compiled']:.2f}" + ("" if entry["fits"] else " (refused)")
-        step = f"{entry['batch']} x {COMPILED}", f"{entry['by_shape']:.2f}"
-        lines.append("| " + " | ".join([*entry["cell"].split(), *rows, *step, figure]) + " |")
+            step = [f"{entry['batch']} x {COMPILED}", f"{entry['by_shape']:.2f}", figure]
+        lines.append("| " + " | ".join([*entry["cell"].split(), *rows, *step]) + " |")
     return "\n".join(lines)
 
 

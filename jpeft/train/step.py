@@ -10,6 +10,7 @@ all of them and divided once by the number of labels that count, so k micro-batc
 k * b, however unequally the labels are spread. What the methods add to the loss (`jpeft.penalty`) is added once.
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -98,11 +99,16 @@ def begin(tx: optax.GradientTransformation, trainable: Leaves, *, average: bool 
       average: keep a moving average, for a step with `ema`.
     """
 
-    def first(trainable: Leaves) -> State:
-        return first_state(tx, trainable, average=average)
-
+    first = functools.partial(first_state, tx, average=average)
     places = mirrored(jax.eval_shape(first, trainable), trainable)
     return jax.jit(first, out_shardings=places)(trainable)
+
+
+def begin_shapes(tx: optax.GradientTransformation, trainable: Mapping[str, Any], *, average: bool = False) -> State:
+    """`begin`'s state as shapes in their places, of shapes in theirs."""
+    state = jax.eval_shape(functools.partial(first_state, tx, average=average), trainable)
+    places = mirrored(state, trainable)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, places)
 
 
 def make_step(

@@ -20,17 +20,18 @@ from ..._adapt import adapt
 from ..._mesh import AXES, BATCH_AXES, mesh, sizes, written
 from ..._partition import GraphDef, partition
 from ..._quantize import quantize
-from ..._sharding import mirrored, shardings
+from ..._sharding import shardings
 from ...methods import METHODS
 from ...models._checkpoint import read_config
 from ...models._hub import model_folder
 from ..config import nearest
 from ..optim import make_optimizer
 from ..sections import Optimizer
-from ..step import State
+from ..step import State, begin_shapes
 from .request import Request
 
-Shapes = dict[str, jax.ShapeDtypeStruct]
+#: Shapes by path or name, in their places.
+Shapes = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +75,7 @@ def subject(request: Request, devices: Any = None) -> Subject:
     places = shardings({**trainable, **frozen}, grid)
     trainable, frozen = _placed(trainable, places), _placed(frozen, places)
     tx = make_optimizer(Optimizer(), 1000)
-    state = jax.eval_shape(lambda t: State(t, tx.init(t), jnp.int32(0), jnp.bool(False)), trainable)
-    state = _placed(state, mirrored(state, trainable))
+    state = begin_shapes(tx, trainable)
     found = Subject(request, model, graphdef, frozen, state, {}, tx, grid)
     if request.batch % found.ways:
         raise ValueError(
@@ -130,13 +130,8 @@ def _width(leaf: Any) -> int:
     return 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
 
 
-def _placed(shapes: Any, places: Any) -> Any:
-    def put(leaf: Any, place: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-    if isinstance(shapes, dict):
-        return {path: put(leaf, places[path]) for path, leaf in shapes.items()}
-    return jax.tree.map(put, shapes, places)
+def _placed(shapes: Shapes, places: Mapping[str, Any]) -> Shapes:
+    return {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[path]) for path, x in shapes.items()}
 
 
 def _config(name: str) -> Any:
