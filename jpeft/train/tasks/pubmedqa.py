@@ -2,7 +2,8 @@
 """PubMedQA (Jin et al., 2019): does an abstract, without its conclusion, answer a question by yes, no or maybe?
 
 The official test split is 500 of the 1,000 labelled questions. The hub does not have it: there, all 1,000 are one
-split, in other columns. So it is read from a file, `--data test.jsonl`, with the columns question, contexts and final_decision.
+split, in other columns. So it is read from a file, `--data test.jsonl`, with the columns question, contexts and
+final_decision.
 The long answer is the conclusion and must not be given.
 """
 
