@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 
 
 def _package() -> Path:
@@ -40,7 +41,7 @@ SOURCES = [
 LIMIT = 400
 #: The bottom: a method, a model or the core may build on these, which know nothing of them.
 _BASE = "_method _site seams _projections _grouped _quantized _nf4 _matching _fields _scope _dropout _stack _stream"
-FOUNDATION = {f"jpeft.{name}" for name in [*_BASE.split(), "_text", "_mersenne"]}
+FOUNDATION = {f"jpeft.{name}" for name in [*_BASE.split(), "_text", "_mersenne", "_neftune"]}
 #: What one import name is called on PyPI, where the two differ.
 DISTRIBUTION = {"orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
@@ -269,12 +270,10 @@ def test_transformers_is_imported_by_the_program_only():
 
 def test_every_foreign_import_is_a_declared_dependency():
     core = {_distribution(r) for r in PROJECT["dependencies"]}
-    extras = ("hub", "train", "eval", "harness")
-    program = core | {_distribution(r) for extra in extras for r in PROJECT["optional-dependencies"][extra]}
+    program = core | {_distribution(r) for e in "hub train eval harness".split() for r in EXTRAS[e]}
 
     def declared(edge: Import) -> bool:
-        name = edge.target.split(".")[0]
-        name = DISTRIBUTION.get(name, name).replace("_", "-").lower()
+        name = DISTRIBUTION.get(top := edge.target.split(".")[0], top).replace("_", "-").lower()
         return name in (program if _part(edge.source) == "train" or edge.source == "jpeft.models._hub" else core)
 
     _refuse([e for e in _foreign() if not declared(e)], "not declared in pyproject.toml for this part of the package")
@@ -282,7 +281,7 @@ def test_every_foreign_import_is_a_declared_dependency():
 
 def test_every_direct_dependency_is_pinned_to_the_tested_version():
     pinned = {_distribution(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
-    asked = [*PROJECT["dependencies"], *(r for extra in PROJECT["optional-dependencies"].values() for r in extra)]
+    asked = [*PROJECT["dependencies"], *(r for extra in EXTRAS.values() for r in extra)]
     assert {_distribution(r) for r in asked} - {"jpeft"} - pinned == set()
 
 
