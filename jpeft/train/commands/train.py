@@ -17,10 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="out: the run's folder")
     parser.add_argument("--mesh", metavar="AXES", help="mesh: such as data=2,fsdp=2,tensor=2")
     parser.add_argument("--distributed", metavar="WHERE", help="host:port,num_processes,process_id; or auto")
-    parser.add_argument("--profile", action="store_true", help="trace a few updates: logging.profile=3")
     parser.add_argument(
         "--dry-run", action="store_true", help="read the data, compile by shape, print the plan, and stop"
     )
+    parser.add_argument("--profile", action="store_true", help="trace a few updates: logging.profile=3")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
 
