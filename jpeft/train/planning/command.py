@@ -20,7 +20,7 @@ examples:
 
 def add_arguments(plan: argparse.ArgumentParser) -> None:
     """What is planned."""
-    plan.epilog = _EXAMPLES
+    plan.epilog, plan.formatter_class = _EXAMPLES, argparse.RawDescriptionHelpFormatter
     plan.add_argument("--model", required=True, metavar="NAME", help="a preset, a Hugging Face folder or a config.json")
     plan.add_argument("--method", default="lora", metavar="KIND", help="one of jpeft.METHODS (lora)")
     plan.add_argument("--rank", type=int, metavar="R", help="of the method")
