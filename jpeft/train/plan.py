@@ -4,6 +4,7 @@
 from typing import Any
 
 import jax
+from jax.sharding import SingleDeviceSharding
 
 from .._masks import optimizer
 from .._partition import partition
@@ -13,7 +14,7 @@ from .config import Config
 from .devices import num_groups
 from .objective import objective
 from .optim import make_optimizer
-from .step import Compiled, first_state, make_step
+from .step import Compiled, begin_shapes, make_step
 
 
 def dry_run(config: Config) -> str:
@@ -41,13 +42,19 @@ def dry_run(config: Config) -> str:
 
 def _compiled(config: Config, dataset: job.Dataset, model: Any) -> Compiled:
     """The run's own step, compiled for its widest batch."""
-    graphdef, trainable, frozen = partition(model)
+    graphdef, *leaves = partition(model)
+    trainable, frozen, batch = (_placed(shapes) for shapes in (*leaves, _widest(dataset)))
     tx = optimizer(make_optimizer(config.optimizer, dataset.num_updates), model=graphdef)
     update = make_step(graphdef, objective(config)[0], tx, groups=num_groups(None), ema=config.train.ema)
-
-    state = jax.eval_shape(lambda leaves: first_state(tx, leaves, average=config.train.ema is not None), trainable)
-    update.compiled(state, frozen, _widest(dataset), job.dropout_key(config))
+    state = begin_shapes(tx, trainable, average=config.train.ema is not None)
+    update.compiled(state, frozen, batch, job.dropout_key(config))
     return update
+
+
+def _placed(shapes: Any) -> Any:
+    """The same shapes, on the first device."""
+    place = SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
 
 
 def _widest(dataset: job.Dataset) -> dict[str, Any]:

@@ -27,7 +27,7 @@ FAST = ("sst2_minilm_lora", "gsm8k_llama_lora")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, llama):
-    """A folder as the recipes' $JPEFT_DATA."""
+    """A folder as the recipes' $JPEFT_DATA, and $PAIRS."""
     folder = tmp_path_factory.mktemp("data")
     names = {"sst2": ("train_sentences", "validation"), "gsm8k": ("train", "test"), "pubmedqa": ("train_cv", "test")}
     for name, row in ROWS.items():
@@ -36,6 +36,9 @@ def data(tmp_path_factory, llama):
         lines = [json.dumps(row | (others if i % 2 else {})) + "\n" for i in range(12)]
         for file in names.get(name, ("rasbt_instruction_1100",)):
             (folder / name / f"{file}.jsonl").write_text("".join(lines))
+    pair = {"prompt": "the film", "chosen": " was good", "rejected": " is poor"}
+    for file in ("train", "eval"):
+        (folder / f"{file}.jsonl").write_text((json.dumps(pair) + "\n") * 12)
     (folder / "text").mkdir()
     (folder / "text" / "tinyshakespeare.txt").write_text("the film was good and the plot is poor\n" * 20)
     (folder / "models").mkdir()
@@ -47,7 +50,7 @@ def data(tmp_path_factory, llama):
     "name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in recipes.listed()]
 )
 def test_a_recipe_trains(name, data, bert, llama, tmp_path, monkeypatch):
-    for variable, value in {"JPEFT_DATA": data, "MINILM": bert, "LLAMA": llama}.items():
+    for variable, value in {"JPEFT_DATA": data, "PAIRS": data, "MINILM": bert, "LLAMA": llama}.items():
         monkeypatch.setenv(variable, str(value))
     file = tmp_path / f"{name}.yaml"
     file.write_text(recipes.text(name))
