@@ -200,7 +200,7 @@ def test_inspect_a_model_and_an_adapter(capsys, bert, trained):
         (["train", "RUN", "optimizer.lrr=1"], "unknown key optimizer.lrr; did you mean optimizer.lr?"),
         (["train", "RUN", "--optimizer.lrr", "1"], "unknown key optimizer.lrr; did you mean optimizer.lr?"),
         (["train", "RUN", "--sead", "1"], "an override has the form section.key=value, got '--sead'"),
-        (["train", "RUN", "model.path=nowhere"], "nowhere has no tokenizer"),
+        (["train", "RUN", "model.path=nowhere"], "nowhere is no folder; name a Hugging Face model folder"),
         (["train", "RUN", "data.train=nowhere.jsonl"], "no data file nowhere.jsonl"),
         (["train", "RUN", "data.text=sentence"], "has no column 'sentence'; it has text, label"),
         (["train", "RUN", "method.rank=0"], "rank"),
