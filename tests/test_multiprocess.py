@@ -143,7 +143,10 @@ def test_two_processes_train_as_one_device(tmp_path):
 
 
 def recipe(folder: Path) -> Path:
-    """A model folder with a tokenizer, texts, and a configuration of a few updates."""
+    """A model folder with a tokenizer, texts, and a configuration of a few updates.
+
+    A gradient as small as its rounding is not divided by itself, which Adam's `eps` is for.
+    """
     jpeft.models.save(jpeft.models.build(CONFIG, key=jax.random.key(0)), folder / "model")
     words = ["[UNK]", *(f"w{i}" for i in range(1, 64))]
     tokenizer = tokenizers.Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
@@ -157,7 +160,7 @@ def recipe(folder: Path) -> Path:
 model: {{path: {folder}/model, task: CAUSAL_LM}}
 data: {{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl, max_length: 16, num_widths: 1}}
 method: {{kind: lora, rank: 4, alpha: 8, targets: all-linear, dropout: 0.1}}
-optimizer: {{lr: 1.0e-2}}
+optimizer: {{lr: 1.0e-2, eps: 1.0e-4}}
 train: {{max_steps: 4, batch_size: 4, accumulation: 2, log_every: 2, eval_every: 4}}
 out: {folder}/run
 """)

@@ -129,7 +129,6 @@ def test_accumulation_makes_fewer_larger_updates(classify, tmp_path):
 def test_a_run_stops_before_the_update_that_is_not_finite(classify, tmp_path, monkeypatch):
     """A NaN in the middle of a run, with the log line many updates later."""
     whole = run(classify, "train.epochs=null", "train.max_steps=4", "optimizer.schedule=constant")
-    sums = loop.SUMS["SEQ_CLS"]
     count, fifth = iter(range(1000)), []
 
     def poisoned(batches, batch):
@@ -155,7 +154,6 @@ def test_a_run_stops_before_the_update_that_is_not_finite(classify, tmp_path, mo
     assert not np.isfinite(again.loss)
     assert int(again.labels) == 16
     assert not (tmp_path / "bad" / "adapter").exists()
-    assert sums is loop.SUMS["SEQ_CLS"]
 
 
 def test_updates_that_are_not_finite_can_be_skipped_up_to_a_number():
