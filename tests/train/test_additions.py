@@ -122,7 +122,7 @@ def parsed(tree, **train):
     return config.parse({**tree, "train": {**tree["train"], **train}})
 
 
-@pytest.mark.parametrize("task", ["classify", "generate"])
+@pytest.mark.parametrize("task", ["classify", pytest.param("generate", marks=pytest.mark.slow)])
 def test_noise_is_in_training_only(task, request):
     tree = request.getfixturevalue(task)
     options = parsed(tree, neftune=15.0)
@@ -173,7 +173,7 @@ def test_a_step_and_a_state_that_differ_on_the_average_are_an_error(bert):
         make_step(graphdef, SUMS["SEQ_CLS"], tx, ema=0.9)(begin(tx, trainable), frozen, batch, None)
 
 
-@pytest.mark.parametrize("task", ["classify", "generate"])
+@pytest.mark.parametrize("task", ["classify", pytest.param("generate", marks=pytest.mark.slow)])
 def test_with_all_additions_two_batches_are_one_of_twice_the_rows(task, request):
     options = parsed(request.getfixturevalue(task), label_smoothing=0.1, z_loss=1e-2)
     name = options.model.task

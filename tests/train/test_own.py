@@ -33,7 +33,12 @@ def filled(method):
     return subjects.fill(jpeft.adapt(base(), config.method(method), key=KEY))
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+FAST = ("lora, vera", "reft", "tokens beside")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, id=i, marks=() if i in FAST else pytest.mark.slow) for i, m in METHODS.items()]
+)
 def test_every_leaf_comes_back(method, tmp_path):
     model = filled(method)
     own.write(model, method, tmp_path / "adapter ü", "base")

@@ -11,12 +11,12 @@ SLOW = pytest.mark.slow
 PREFIX = {"kind": "prefix_tuning", "num_tokens": 4, "shift_positions": True}
 CLASSIFY = [
     pytest.param({"kind": "prompt_tuning", "num_tokens": 4, "init": "vocabulary"}, id="prompt", marks=SLOW),
-    pytest.param({"kind": "p_tuning", "num_tokens": 4, "hidden_size": 8}, id="p-tuning"),
+    pytest.param({"kind": "p_tuning", "num_tokens": 4, "hidden_size": 8}, id="p-tuning", marks=SLOW),
     pytest.param(PREFIX | {"projection": True}, id="prefix", marks=SLOW),
 ]
 GENERATE = [
     pytest.param({"kind": "prompt_tuning", "num_tokens": 4}, id="prompt", marks=SLOW),
-    pytest.param(PREFIX, id="prefix"),
+    pytest.param(PREFIX, id="prefix", marks=SLOW),
     pytest.param({"kind": "trainable_tokens", "token_indices": [5, 4, 9]}, id="tokens"),
 ]
 

@@ -17,6 +17,7 @@ from jpeft.train.optim import make_optimizer, schedule
 from jpeft.train.step import begin, make_step
 
 #: Float32 sums in another order.
+SLOW = pytest.mark.slow
 REORDERED = 1e-6
 VOCAB, ROWS, SEQ = 19, 12, 10
 
@@ -56,7 +57,7 @@ def split(batch, accumulation):
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "CAUSAL_LM"])
-@pytest.mark.parametrize("accumulation", [2, 4, 12])
+@pytest.mark.parametrize("accumulation", [pytest.param(2, marks=SLOW), pytest.param(4, marks=SLOW), 12])
 def test_k_batches_of_b_are_one_of_kb(bert, llama, task, accumulation):
     graphdef, trainable, frozen = parts(bert if task == "SEQ_CLS" else llama, task)
     outcomes = []
