@@ -29,7 +29,7 @@ def judge(model: Any, batches: Batches) -> Outcome:
     rows: dict[int, np.ndarray] = {}
     for batch in batches.buckets.in_order():
         answers = np.asarray(compute(trainable, frozen, batches.collate(batch)))
-        rows.update(zip(batch.rows.tolist(), answers, strict=False))  # the rest is padding
+        rows.update(zip(np.asarray(batch.rows).tolist(), answers, strict=False))  # the rest is padding
     found = np.stack([rows[i] for i in range(len(rows))])
     if not np.isfinite(found).all():
         raise FloatingPointError(f"{(~np.isfinite(found)).any(1).sum()} of {len(found)} answers are not finite")

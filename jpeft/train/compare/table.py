@@ -158,13 +158,16 @@ def _row(
 
 
 def _median(results: Sequence[Mapping[str, Any]], path: tuple[str, ...]) -> float | None:
-    values = []
-    for value in results:
-        for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if value is not None:
-            values.append(float(value))
+    found = [_at(result, path) for result in results]
+    values = [float(value) for value in found if value is not None]
     return plain.median(values) if values else None
+
+
+def _at(value: Any, path: tuple[str, ...]) -> Any:
+    """What lies at a path of keys; None where it ends before."""
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def _curve(results: Sequence[Mapping[str, Any]], main: str) -> list[tuple[int, list[float]]]:
