@@ -111,3 +111,14 @@ def generate(llama, reviews, tmp_path):
         "train": {"epochs": 1, "batch_size": 16, "log_every": 3},
         "out": str(tmp_path / "run"),
     }
+
+
+@pytest.fixture(scope="session")
+def confined():
+    """A machine on which the sandbox runs code at all; elsewhere it refuses, and says which layer is missing."""
+    from jpeft.train.sandbox.box import Sandbox, Unconfined
+
+    try:
+        return Sandbox().layers()
+    except Unconfined as error:
+        pytest.skip(f"absent: {error}")

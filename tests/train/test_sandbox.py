@@ -17,6 +17,8 @@ from jpeft.train.sandbox import _seccomp, _syscalls
 from jpeft.train.sandbox._values import MOST_DEEP, ValueRefused, decode, encode
 from jpeft.train.sandbox.box import NEEDED, Problem, Sandbox
 
+pytestmark = pytest.mark.usefixtures("confined")
+
 ROOT = Path(__file__).parents[2]
 ATTACKS = load()
 ADD = Problem("def f(x):\n    return x + 2", "f", "assert f(1) == 3")

@@ -208,6 +208,7 @@ def test_formulas_are_scored_by_hand():
     assert found.examples[1]["found"][0]["decided_by"] == ["math-verify", "math-verify"]
 
 
+@pytest.mark.usefixtures("confined")
 def test_programs_are_scored_in_the_sandbox(data):
     rows = [json.loads(line) for line in (data / "humaneval" / "test.jsonl").read_text().splitlines()][:6]
     written = [[row["canonical_solution"], "    return None\n"] for row in rows]
