@@ -131,8 +131,8 @@ def test_a_run_stops_before_the_update_that_is_not_finite(classify, tmp_path, mo
     whole = run(classify, "train.epochs=null", "train.max_steps=4", "optimizer.schedule=constant")
     count, fifth = iter(range(1000)), []
 
-    def poisoned(batches, batch):
-        arrays = collate(batches, batch)
+    def poisoned(batches, batch, *own):
+        arrays = collate(batches, batch, *own)
         if next(count) == 4:  # the fifth update's, whenever it is made
             fifth.append(batch.rows.tobytes())
         if batch.rows.tobytes() in fifth:
