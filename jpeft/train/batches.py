@@ -16,6 +16,7 @@ from .buckets import Batch, Buckets, choose_widths
 from .examples import IGNORED, Examples
 from .packing import Packing, Packs, pack
 from .records import DataError
+from .sections import Data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +158,12 @@ def make_batches(
         return Batches(examples, pack(examples.lengths, max_length, rows, packing), accumulation, pad_id)
     widths = choose_widths(examples.lengths, num_widths, max_length)
     return Batches(examples, Buckets(examples.lengths, widths, rows), accumulation, pad_id)
+
+
+def batches_by(data: Data, examples: Examples, batch_size: int, pad_id: int) -> Batches:
+    """Batches of `batch_size` rows, one at a time and not packed, of a length and in widths as `data` says."""
+    sizes = {"max_length": data.max_length, "num_widths": data.num_widths}
+    return make_batches(examples, batch_size=batch_size, accumulation=1, pad_id=pad_id, **sizes)
 
 
 def batches_like(train: Batches, examples: Examples) -> Batches:

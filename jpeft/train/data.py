@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from . import formats, store
-from .batches import Batches, Fed, batches_like, make_batches
+from .batches import Batches, Fed, batches_by, batches_like, make_batches
 from .encoding import Encoder, is_number
 from .examples import IGNORED, Examples, joined, repeated
 from .formats import Reader
@@ -29,6 +29,7 @@ __all__ = [
     "Examples",
     "Fed",
     "Part",
+    "batches_by",
     "batches_like",
     "encode",
     "label_names",

@@ -37,14 +37,7 @@ def run(options: argparse.Namespace) -> None:
     what = config.Data(train=tuple(options.data), text=options.text, label=options.label, max_length=length)
     rows = data.read_rows(what, opened.model.task, "train")
     examples = data.encode(rows, what, opened.tokenizer, names)
-    batches = data.make_batches(
-        examples,
-        batch_size=options.batch_size,
-        accumulation=1,
-        max_length=length,
-        num_widths=what.num_widths,
-        pad_id=opened.tokenizer.pad_id,
-    )
+    batches = data.batches_by(what, examples, options.batch_size, opened.tokenizer.pad_id)
     print(examples)
     graphdef, trainable, frozen = partition(opened.model)
     for name, value in Evaluator(graphdef, opened.model.task)(trainable, frozen, batches).metrics.items():

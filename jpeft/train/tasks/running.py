@@ -13,7 +13,7 @@ import numpy as np
 from .. import config, templates, tokenizer
 from ..compare.judge import judge
 from ..compare.outcomes import Classes, Texts
-from ..data import Part, encode, make_batches
+from ..data import Part, batches_by, encode
 from ..formats import find
 from ..records import Bad, DataError
 from ..saved import Opened
@@ -112,14 +112,7 @@ def _classify(task: Classify, opened: Opened, settings: Settings) -> Measured:
     reader = find(rows.columns, "SEQ_CLS", columns, task.form, rows.source.path)
     order = _order(task.names, opened.info.label_names or ())
     examples = encode([Part(rows, reader)], options, opened.tokenizer, task.names)
-    batches = make_batches(
-        examples,
-        batch_size=settings.batch_size,
-        accumulation=1,
-        max_length=length,
-        num_widths=options.num_widths,
-        pad_id=opened.tokenizer.pad_id,
-    )
+    batches = batches_by(options, examples, settings.batch_size, opened.tokenizer.pad_id)
     outcome = judge(opened.model, batches)
     assert isinstance(outcome, Classes)
     predicted = np.asarray(order)[outcome.predicted]
@@ -176,14 +169,7 @@ def _likelihood(task: Likelihood, opened: Opened, settings: Settings) -> Measure
     options = config.Data(train=rows.source.path, max_length=length, longer="split")
     reader = find(rows.columns, "CAUSAL_LM", {}, "text", rows.source.path)
     examples = encode([Part(rows, reader)], options, opened.tokenizer, None)
-    batches = make_batches(
-        examples,
-        batch_size=settings.batch_size,
-        accumulation=1,
-        max_length=length,
-        num_widths=options.num_widths,
-        pad_id=opened.tokenizer.pad_id,
-    )
+    batches = batches_by(options, examples, settings.batch_size, opened.tokenizer.pad_id)
     outcome = judge(opened.model, batches)
     assert isinstance(outcome, Texts)
     loss, tokens = outcome.loss, outcome.tokens
