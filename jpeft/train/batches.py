@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .buckets import Batch, Buckets, choose_widths
+from .buckets import MULTIPLE, Batch, Buckets, choose_widths
 from .examples import IGNORED, Examples
 from .packing import Packing, Packs, pack
 from .records import DataError
@@ -101,7 +101,8 @@ class Batches:
         """
         examples, each = self.examples, self.examples.per_example
         rows = self.buckets.batch_rows * each
-        arrays = _empty((rows, batch.width), self.pad_id, examples, packed=isinstance(self.buckets, Packs))
+        shape = rows, batch.width
+        arrays = _empty(shape, self._target(batch.width), self.pad_id, examples, packed=isinstance(self.buckets, Packs))
         arrays |= {name: np.zeros(rows, values.dtype) for name, values in self.beside.items()}
         for at, members in enumerate(batch.rows):
             for k in range(each):
@@ -118,10 +119,21 @@ class Batches:
         """Tokens of a batch: real ones, and with padding."""
         members = np.concatenate([np.atleast_1d(row) for row in batch.rows])
         each = self.examples.per_example
-        return int(self._sizes[members].sum()), batch.width * self.buckets.batch_rows * each
+        width = batch.width + self._target(batch.width)
+        return int(self._sizes[members].sum()), width * self.buckets.batch_rows * each
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_sizes", self.examples.sizes)
+
+    def _target(self, width: int) -> int:
+        """Tokens that targets are padded to beside inputs of this width; 0 where there are no targets.
+
+        The longest of any input that may stand in a batch of this width, so a width is compiled once.
+        """
+        if self.examples.labels_of != "target":
+            return 0
+        longest = int(self.examples.target_lengths[self.examples.lengths <= width].max(initial=1))
+        return -(-longest // MULTIPLE) * MULTIPLE
 
     _sizes: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
 
@@ -162,8 +174,14 @@ def make_batches(
 
 def batches_by(data: Data, examples: Examples, batch_size: int, pad_id: int) -> Batches:
     """Batches of `batch_size` rows, one at a time and not packed, of a length and in widths as `data` says."""
-    sizes = {"max_length": data.max_length, "num_widths": data.num_widths}
-    return make_batches(examples, batch_size=batch_size, accumulation=1, pad_id=pad_id, **sizes)
+    return make_batches(
+        examples,
+        batch_size=batch_size,
+        accumulation=1,
+        pad_id=pad_id,
+        max_length=data.max_length,
+        num_widths=data.num_widths,
+    )
 
 
 def batches_like(train: Batches, examples: Examples) -> Batches:
@@ -178,11 +196,15 @@ def batches_like(train: Batches, examples: Examples) -> Batches:
     return Batches(examples, Buckets(examples.lengths, widths, rows), 1, train.pad_id)
 
 
-def _empty(shape: tuple[int, int], pad_id: int, examples: Examples, *, packed: bool) -> dict[str, np.ndarray]:
+def _empty(
+    shape: tuple[int, int], target: int, pad_id: int, examples: Examples, *, packed: bool
+) -> dict[str, np.ndarray]:
+    rows = shape[0]
+    labels = {"row": (rows,), "token": shape, "span": (rows, 2), "target": (rows, target)}[examples.labels_of]
     arrays = {
         "input_ids": np.full(shape, pad_id, np.int32),
         "attention_mask": np.zeros(shape, np.int32),
-        "labels": np.full(shape if examples.per_token else shape[:1], IGNORED, np.int32),
+        "labels": np.full(labels, IGNORED, np.int32),
     }
     if examples.types is not None:
         arrays["token_type_ids"] = np.zeros(shape, np.int32)
@@ -198,7 +220,9 @@ def _put(arrays: dict[str, np.ndarray], at: int, members: list[int], examples: E
         tokens = examples.tokens[member]
         place = at, slice(start, start + len(tokens))
         arrays["input_ids"][place], arrays["attention_mask"][place] = tokens, 1
-        arrays["labels"][place if examples.per_token else at] = examples.labels[member]
+        labels = examples.labels[member]
+        where = {"token": place, "target": (at, slice(len(labels)))} if labels.ndim else {}
+        arrays["labels"][where.get(examples.labels_of, at)] = labels
         if examples.types is not None:
             arrays["token_type_ids"][place] = examples.types[member]
         if "segment_ids" in arrays:

@@ -19,8 +19,8 @@ from .sections import Data, Logging, Model, Optimizer, Preference, Train
 from .sections._checks import FORBID
 from .standing import METRICS
 
-#: Tasks that `jpeft train` has data and metrics for.
-TASKS = ("SEQ_CLS", "CAUSAL_LM")
+#: Tasks whose labels have names.
+CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS")
 
 if TYPE_CHECKING:
     from .._method import Hybrid, Method
@@ -199,9 +199,10 @@ def _ranges(config: Config) -> list[str]:
 
 def _conflicts(config: Config) -> list[str]:
     """What is wrong with values together."""
-    data, train, classify = config.data, config.train, config.model.task == "SEQ_CLS"
+    data, train, task = config.data, config.train, config.model.task
+    writes, classify = task == "CAUSAL_LM", task in CLASSIFYING
     kinds = [part.get("kind") for part in ([config.method] if isinstance(config.method, dict) else config.method)]
-    names, figures = data.label_names, METRICS["dpo" if train.objective == "dpo" else config.model.task]
+    names, figures = data.label_names, METRICS["dpo" if train.objective == "dpo" else task]
     rules = {
         "data.train names no file": not paths(data.train),
         "give one of train.epochs and train.max_steps, and leave the other null": (train.epochs is None)
@@ -214,28 +215,30 @@ def _conflicts(config: Config) -> list[str]:
         "train.patience needs train.best, the figure that has to gain": (
             train.patience is not None and train.best is None
         ),
-        f"train.objective=dpo is for CAUSAL_LM, got {config.model.task}": train.objective == "dpo" and classify,
+        f"train.objective=dpo is for CAUSAL_LM, got {task}": train.objective == "dpo" and not writes,
         "train.objective=dpo takes pairs, which are not packed; leave data.packing none": (
             train.objective == "dpo" and data.packing != "none"
         ),
         "the section preference is for train.objective=dpo": (
             train.objective != "dpo" and config.preference != Preference()
         ),
-        f"train.samples is for a model that writes (CAUSAL_LM), got {config.model.task}": (
-            bool(train.samples) and classify
-        ),
+        f"train.samples is for a model that writes (CAUSAL_LM), got {task}": bool(train.samples) and not writes,
         "train.samples is set, and data.eval names no file: samples are written after evaluations": (
             bool(train.samples) and not paths(data.eval)
         ),
-        "data.longer=split is for CAUSAL_LM: a piece of a text has no label": classify and data.longer == "split",
+        "data.longer=split is for CAUSAL_LM: a piece of a text has no label": not writes and data.longer == "split",
         "data.streaming has no end; give train.max_steps": data.streaming and train.max_steps is None,
-        "data.streaming is for CAUSAL_LM; classes are counted over whole files": classify and data.streaming,
+        "data.streaming is for CAUSAL_LM; classes are counted over whole files": not writes and data.streaming,
         "data.streaming has no epoch at whose end to evaluate; give train.eval_every": (
             data.streaming and bool(paths(data.eval)) and train.eval_every is None
         ),
-        "data.packing is for CAUSAL_LM: a packed row has no one label": classify and data.packing != "none",
-        "data.template is for CAUSAL_LM; SEQ_CLS has no messages": classify and data.template is not None,
-        "data.label_names is for SEQ_CLS; CAUSAL_LM has no labels": not classify and names is not None,
+        "data.packing is for CAUSAL_LM: a packed row has no one label": not writes and data.packing != "none",
+        f"data.template is for CAUSAL_LM; {task} has no messages": not writes and data.template is not None,
+        f"data.label_names is for {' and '.join(CLASSIFYING)}; {task} has no labels": (
+            not classify and names is not None
+        ),
+        f"data.max_target is for SEQ_2_SEQ_LM, got {task}": task != "SEQ_2_SEQ_LM" and data.max_target is not None,
+        f"data.stride is for QUESTION_ANS, got {task}": task != "QUESTION_ANS" and data.stride is not None,
         f"data.label_names needs two or more different names, got {names}": (
             names is not None and (len(names) < 2 or len({*names}) < len(names))
         ),

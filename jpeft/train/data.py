@@ -51,7 +51,7 @@ def read_rows(data: Data, task: str, split: str) -> list[Part]:
 
     Args:
       data: options.
-      task: `SEQ_CLS`, `CAUSAL_LM`, or `PREFERENCE`.
+      task: what the model is for, or `PREFERENCE`.
       split: `train` or `eval`.
 
     Raises:
@@ -72,7 +72,7 @@ def label_names(parts: Sequence[Part]) -> tuple[str, ...]:
     Raises:
       DataError: fewer than two labels, names and numbers mixed, or class numbers that leave gaps.
     """
-    column = parts[0].reader.columns["label"]
+    column = parts[0].reader.columns.get("label") or parts[0].reader.columns["tags"]
     found = {label for part in parts for label in _labels(part) if isinstance(label, str | int)}
     numbers = {value for value in found if is_number(value)}
     words = {value for value in found if isinstance(value, str)}
@@ -97,8 +97,12 @@ def label_names(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def _labels(part: Part) -> Iterator[Any]:
-    column = part.reader.columns["label"]
-    return (row.values.get(column) for row in part.opened.rows() if isinstance(row, Record))
+    """The class of every row, or of every word."""
+    columns = part.reader.columns
+    column = columns.get("label") or columns["tags"]
+    for row in part.opened.rows():
+        value = row.values.get(column) if isinstance(row, Record) else None
+        yield from value if "tags" in columns and isinstance(value, list) else (value,)
 
 
 def encode(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .batches import Batches
-from .examples import IGNORED
+from .examples import IGNORED, Examples
 from .job import Dataset
 from .packing import Packs
 from .tokenizer import Tokenizer
@@ -55,16 +55,38 @@ def rows(dataset: Dataset, count: int) -> list[Shown]:
         ids, labels = examples.tokens[row][:SHOWN], examples.labels[row]
         kind = ("chosen ", "rejected ")[row % 2] if examples.per_example == 2 else ""
         title = f"{kind}row {row // examples.per_example + 1}, {len(examples.tokens[row]):,} tokens"
-        if examples.per_token:
-            learnt = labels != IGNORED
-            learnt[0] = False  # nothing stands before the first token that could predict it
+        learnt = _learnt(examples, row, dataset.label_names is None)
+        if examples.labels_of == "token":
             title += f", {int(learnt.sum()):,} learnt"
-            found.append(Shown(title, pieces(dataset.tokenizer, ids, learnt[:SHOWN])))
-        else:
-            assert dataset.label_names is not None
-            nothing = np.zeros(len(ids), bool)
-            found.append(Shown(title, pieces(dataset.tokenizer, ids, nothing), dataset.label_names[int(labels)]))
+        found.append(Shown(title, pieces(dataset.tokenizer, ids, learnt[:SHOWN]), _label_of(dataset, labels)))
     return found
+
+
+def _learnt(examples: Examples, row: int, language: bool) -> np.ndarray:
+    """Which tokens of a row are learnt, or are the answer."""
+    labels, learnt = examples.labels[row], np.zeros(len(examples.tokens[row]), bool)
+    if examples.labels_of == "token":
+        learnt = labels != IGNORED
+        learnt[0] &= not language  # nothing stands before the first token that could predict it
+    if examples.labels_of == "span" and labels.any():
+        learnt[labels[0] : labels[1] + 1] = True
+    return learnt
+
+
+def _label_of(dataset: Dataset, labels: np.ndarray) -> str | None:
+    """A row's class, its tags, or what is to be written."""
+    names, tokenizer = dataset.label_names, dataset.tokenizer
+    match dataset.train.examples.labels_of:
+        case "row":
+            assert names is not None
+            return names[int(labels)]
+        case "token" if names is not None:
+            return " ".join(names[label] for label in labels if label != IGNORED)
+        case "target":
+            return tokenizer.decode([int(token) for token in labels])
+        case "span":
+            return None if labels.any() else "no answer in this part"
+    return None
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, trained: np.ndarray) -> tuple[Piece, ...]:

@@ -7,35 +7,47 @@ stop all the same.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
 
-from . import masking, templates
-from .examples import IGNORED, Examples, joined
-from .formats import Item, Labelled, Preference, Reader, Talk, Text
+from . import masking, placing, templates
+from .examples import IGNORED, Examples, Labelling, joined
+from .formats import Reader
+from .items import Asked, Item, Labelled, Preference, Tagged, Talk, Text, Written
 from .records import Bad, DataError, Record, Refusals, brief
 from .sections import Data
 from .tokenizer import Tokenizer, ends
 
+#: What the labels of an item are of; of all others they are of tokens.
+LABELS_OF: Mapping[type, Labelling] = {Labelled: "row", Asked: "span", Written: "target"}
 #: Rows that are held as text at a time.
 _AT_ONCE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of tokens; `lost` were cut off."""
+    """One row of tokens.
+
+    Attributes:
+      tokens: ids.
+      labels: a class, or a list, as `Examples.labels_of` says.
+      lost: tokens that were cut off.
+      types: which of two texts each token is of, where the model is told.
+      unpredicted: labels at the start that nothing predicts: the first of a language model's.
+    """
 
     tokens: Sequence[int]
     labels: Any
     lost: int = 0
     types: Sequence[int] | None = None
+    unpredicted: int = 0
 
     @property
     def trains(self) -> bool:
-        """Whether a label counts; the first token of a text is predicted from nothing."""
-        return not isinstance(self.labels, list) or any(label != IGNORED for label in self.labels[1:])
+        """Whether a label counts."""
+        return not isinstance(self.labels, list) or any(label != IGNORED for label in self.labels[self.unpredicted :])
 
 
 class Encoder:
@@ -93,7 +105,7 @@ class Encoder:
     def _check(self, reader: Reader) -> None:
         if self._data.longer == "split" and reader.form.name != "text":
             raise DataError(f"data.longer=split cuts plain texts into rows; {reader.form.name} rows lose their sense")
-        if self._data.packing != "none" and reader.form.name in ("preference", "sentence", "sentence_pair"):
+        if self._data.packing != "none" and (reader.form.name == "preference" or "CAUSAL_LM" not in reader.form.tasks):
             raise DataError(
                 f"data.packing={self._data.packing} puts several texts into one row; {reader.form.name} rows have one "
                 "answer each"
@@ -114,7 +126,8 @@ class Encoder:
         found = [*refusals.passing(self._encoded(chunk, reader))]  # type: ignore[arg-type]
         kept = [rows for rows in found if all(row.trains for row in rows)]
         flat = [row for rows in kept for row in rows]
-        per_token = self._names is None
+        labels_of = LABELS_OF.get(type(chunk[0].item), "token")
+        ends = self._ends if labels_of == "target" or (self._names is None and labels_of == "token") else None
         return Examples(
             [np.asarray(row.tokens, np.int32) for row in flat],
             [np.asarray(row.labels, np.int32) for row in flat],
@@ -124,24 +137,28 @@ class Encoder:
             dropped=len(found) - len(kept),
             digests={},
             skipped=refusals.count - before,
-            unended=sum(self._ends.isdisjoint(row.labels[1:]) for row in flat) if per_token else 0,
+            unended=0 if ends is None else sum(ends.isdisjoint(row.labels[row.unpredicted :]) for row in flat),
             types=None if any(row.types is None for row in flat) or not flat else _types(flat),
             per_example=2 if reader.form.name == "preference" else 1,
+            labels_of=labels_of,
         )
 
     def _encoded(self, chunk: list["_Said"], reader: Reader) -> Iterator[list[Row] | Bad]:
-        """Rows of every item: one; several of a text that is split; two of a preference."""
-        items = [said.item for said in chunk]
-        if isinstance(items[0], Text):
-            yield from self._texts([item.text for item in items])  # type: ignore[union-attr]
-        elif isinstance(items[0], Labelled):
-            yield from self._labelled(chunk)
-        else:
-            for said in chunk:
-                try:
-                    yield [self._talk(talk, reader) for talk in _talks(said.item)]
-                except ValueError as error:
-                    yield Bad(said.where, str(error))
+        """Rows of every item: one; several of a text that is split, or asked about; two of a preference."""
+        items: list[Any] = [said.item for said in chunk]
+        match items[0]:
+            case Text():
+                yield from self._texts([item.text for item in items])
+            case Labelled():
+                yield from self._labelled(chunk)
+            case Tagged():
+                yield from _each(chunk, self._tagged)
+            case Written():
+                yield from self._written(items)
+            case Asked():
+                yield from _each(chunk, self._asked)
+            case _:
+                yield from _each(chunk, lambda item: [self._talk(talk, reader) for talk in _talks(item)])
 
     def _texts(self, texts: list[str]) -> Iterator[list[Row]]:
         end = [] if self._tokenizer.eos_id is None else [self._tokenizer.eos_id]
@@ -151,9 +168,9 @@ class Encoder:
             ids = ids if ids[-1:] == end else ids + end
             if self._data.longer == "split":
                 for at in range(0, max(len(ids), 1), size):
-                    yield [Row(ids[at : at + size], ids[at : at + size])]
+                    yield [Row(ids[at : at + size], ids[at : at + size], unpredicted=1)]
             else:
-                yield [Row(ids[:size], ids[:size], max(len(ids) - size, 0))]
+                yield [Row(ids[:size], ids[:size], max(len(ids) - size, 0), unpredicted=1)]
 
     def _labelled(self, chunk: list["_Said"]) -> Iterator[list[Row] | Bad]:
         found = [said.item.text for said in chunk]  # type: ignore[union-attr]
@@ -167,6 +184,27 @@ class Encoder:
             except ValueError as error:
                 yield Bad(said.where, str(error))
 
+    def _tagged(self, item: Tagged) -> list[Row]:
+        assert self._names is not None
+        tags = [class_of(tag, self._names) for tag in item.tags]
+        row = placing.by_word(item, tags, self._tokenizer, self._data.max_length)
+        return [Row(row.tokens, row.labels, row.lost)]
+
+    def _asked(self, item: Asked) -> list[Row]:
+        size = self._data.max_length
+        stride = size // 4 if self._data.stride is None else self._data.stride
+        found = placing.answers(item, self._tokenizer, size, stride)
+        typed = self._tokenizer.has_types
+        return [Row(row.tokens, row.labels, types=row.types if typed else None) for row in found]
+
+    def _written(self, items: list[Written]) -> Iterator[list[Row]]:
+        size, most = self._data.max_length, self._data.max_target or self._data.max_length
+        end = [] if self._tokenizer.eos_id is None else [self._tokenizer.eos_id]
+        sources, cut = self._tokenizer.cut([item.source for item in items], size)
+        for ids, lost, whole in zip(sources, cut, self._tokenizer.encode([i.target for i in items]), strict=True):
+            target = whole if whole[-1:] == end else whole + end
+            yield [Row(ids, target[:most], lost + max(len(target) - most, 0))]
+
     def _talk(self, talk: Talk, reader: Reader) -> Row:
         loss_on = "last" if reader.form.name == "preference" else self._data.loss_on
         learnt = masking.chosen(talk.messages, loss_on)
@@ -177,7 +215,7 @@ class Encoder:
         extra = len(ids) - len(self._started(ids))
         size = self._data.max_length
         ids, labels = ids[extra:], labels[extra:]
-        return Row(ids[:size], labels[:size], max(len(ids) - size, 0))
+        return Row(ids[:size], labels[:size], max(len(ids) - size, 0), unpredicted=1)
 
     def _started(self, ids: list[int]) -> list[int]:
         """Ids that begin once: without a start token that the text held and the tokenizer put in front again."""
@@ -189,6 +227,15 @@ class Encoder:
 class _Said:
     where: str
     item: Item
+
+
+def _each(chunk: list[_Said], encode: Callable[[Any], list[Row]]) -> Iterator[list[Row] | Bad]:
+    """The rows of every item by itself, or what is wrong with it."""
+    for said in chunk:
+        try:
+            yield encode(said.item)
+        except ValueError as error:
+            yield Bad(said.where, str(error))
 
 
 def _talks(item: Any) -> tuple[Talk, ...]:

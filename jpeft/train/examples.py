@@ -3,11 +3,14 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 #: A label that is ignored, as in torch.
 IGNORED = -100
+
+Labelling = Literal["row", "token", "span", "target"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +19,8 @@ class Examples:
 
     Attributes:
       tokens: ids of every row; of preference pairs the chosen answer's and the rejected one's in turn.
-      labels: of every row: one class `[]`, or one label per token `[tokens]`, `IGNORED` where nothing is learnt.
+      labels: of every row, as `labels_of` says: the class of a `row` `[]`; of every `token` `[tokens]`; the places of a
+        `span`'s first and last token `[2]`; or the tokens of a `target` `[out]`. `IGNORED` where nothing is learnt.
       rows: rows read.
       truncated: rows that were cut, and `lost` the tokens cut off.
       dropped: rows left out because nothing in them could be trained.
@@ -24,6 +28,7 @@ class Examples:
       skipped: bad rows left out.
       unended: rows with labels by token in which no end of a text is learnt.
       types: of every row, 0 in its first text and 1 in its second, `[tokens]`; None where no row has two.
+      labels_of: what labels are of.
       per_example: rows that belong together: 2 of preference pairs, else 1.
     """
 
@@ -38,6 +43,7 @@ class Examples:
     unended: int = 0
     types: list[np.ndarray] | None = None
     per_example: int = 1
+    labels_of: Labelling = "row"
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -50,8 +56,14 @@ class Examples:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Tokens of every example's rows together."""
-        return np.array([len(tokens) for tokens in self.tokens]).reshape(-1, self.per_example).sum(axis=1)
+        """Tokens of every example's rows together, with those of their targets."""
+        targets = self.target_lengths if self.labels_of == "target" else 0
+        return (np.array([len(tokens) for tokens in self.tokens]) + targets).reshape(-1, self.per_example).sum(axis=1)
+
+    @property
+    def target_lengths(self) -> np.ndarray:
+        """Labels of every row that has several."""
+        return np.array([len(labels) for labels in self.labels])
 
     @property
     def trained(self) -> int:
@@ -62,20 +74,15 @@ class Examples:
         total = int(self.sizes.sum())
         said = [
             f"{self.rows:,} rows -> {len(self):,} {'pairs' if self.per_example == 2 else 'examples'}, {total:,} tokens"
-            + (f" ({self.trained:,} trained)" if self.per_token else "")
+            + (f" ({self.trained:,} trained)" if self.labels_of in ("token", "target") else "")
             + f"; truncated {self.truncated:,} rows ({self.lost:,} tokens lost)",
             f"dropped {self.dropped:,} without a trainable token",
         ]
         if self.skipped:
             said.append(f"skipped {self.skipped:,} bad rows")
-        if self.per_token and self.unended:
+        if self.unended:
             said.append(f"{self.unended:,} learn no end of text")
         return "; ".join(said)
-
-    @property
-    def per_token(self) -> bool:
-        """Whether every token has a label, and not the row."""
-        return self.labels[0].ndim == 1
 
 
 def repeated(examples: Examples, weight: float, seed: int = 0) -> Examples:
@@ -104,6 +111,7 @@ def joined(parts: Sequence[Examples]) -> Examples:
         digests={file: digest for part in parts for file, digest in part.digests.items()},
         types=types,
         per_example=parts[0].per_example,
+        labels_of=parts[0].labels_of,
         **{name: sum(getattr(part, name) for part in parts) for name in _COUNTS},
     )
 

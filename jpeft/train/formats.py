@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+from .items import Item, Labelled, Message, Preference, Talk, Text, Written
+from .marked import asked, tagged
 from .records import DataError, brief
 
 #: What data sets call those who speak, and what templates call them.
@@ -29,46 +31,6 @@ _ROLES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Message:
-    """What one says; `trained` None leaves it to the role."""
-
-    role: str
-    content: str
-    trained: bool | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """A text that a language model learns whole."""
-
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Labelled:
-    """A text, or two, and its class."""
-
-    text: str | tuple[str, str]
-    label: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Talk:
-    """A conversation."""
-
-    messages: tuple[Message, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Preference:
-    """Two conversations with the same beginning, of which the first ended better."""
-
-    chosen: Talk
-    rejected: Talk
-
-
-Item = Text | Labelled | Talk | Preference
 Parts = Mapping[str, Any]
 
 
@@ -83,6 +45,7 @@ class Form:
       optional: parts.
       read: parts by name -> what the row says.
       template: the template where the configuration names none; None is the tokenizer's own.
+      talks: whether its rows are messages, which a template makes text.
     """
 
     name: str
@@ -91,11 +54,7 @@ class Form:
     read: Callable[[Parts], Item]
     optional: tuple[str, ...] = ()
     template: str | None = None
-
-    @property
-    def talks(self) -> bool:
-        """Whether its rows are messages, which a template makes text."""
-        return self.name not in ("text", "sentence", "sentence_pair")
+    talks: bool = False
 
     def columns(self, given: Collection[str], named: Mapping[str, str]) -> dict[str, str] | None:
         """The column of every part, or None where one is missing."""
@@ -243,6 +202,18 @@ def _answered(row: Parts) -> Item:
     return Talk((Message("user", asked), Message("assistant", _texts(row, "answer"))))
 
 
+def _tagged(row: Parts) -> Item:
+    return tagged(row["words"], row["tags"])
+
+
+def _asked(row: Parts) -> Item:
+    return asked(_filled(row, "question"), _filled(row, "context"), row["answers"])
+
+
+def _written(row: Parts) -> Item:
+    return Written(_filled(row, "source"), _filled(row, "target"))
+
+
 def _messages(row: Parts) -> Item:
     return Talk(tuple(_turns(row["messages"], _column(row, "messages"), "role", "content")))
 
@@ -322,14 +293,16 @@ FORMS = (
         {"instruction": ("instruction",), "input": ("input",), "output": ("output",), "system": ("system",)},
         _alpaca,
         ("input", "system"),
+        talks=True,
     ),
-    Form("messages", ("CAUSAL_LM",), {"messages": ("messages",)}, _messages),
+    Form("messages", ("CAUSAL_LM",), {"messages": ("messages",)}, _messages, talks=True),
     Form(
         "sharegpt",
         ("CAUSAL_LM",),
         {"conversations": ("conversations", "conversation"), "system": ("system",)},
         _sharegpt,
         ("system",),
+        talks=True,
     ),
     Form(
         "prompt_completion",
@@ -337,6 +310,7 @@ FORMS = (
         {"prompt": ("prompt",), "completion": ("completion", "response")},
         _prompted,
         template="plain",
+        talks=True,
     ),
     Form(
         "question_answer",
@@ -344,6 +318,7 @@ FORMS = (
         {"question": ("question", "problem"), "context": ("context", "contexts"), "answer": ("answer", "solution")},
         _answered,
         ("context",),
+        talks=True,
     ),
     Form(
         "preference",
@@ -351,6 +326,7 @@ FORMS = (
         {"prompt": ("prompt", "question"), "chosen": ("chosen",), "rejected": ("rejected",)},
         _preference,
         ("prompt",),
+        talks=True,
     ),
     Form("sentence", ("SEQ_CLS",), {"text": ("text", "sentence"), "label": _LABEL}, _labelled),
     Form(
@@ -362,5 +338,26 @@ FORMS = (
             "label": _LABEL,
         },
         _pair,
+    ),
+    Form(
+        "words",
+        ("TOKEN_CLS",),
+        {"words": ("tokens", "words"), "tags": ("tags", "ner_tags", "pos_tags", "chunk_tags", "labels")},
+        _tagged,
+    ),
+    Form(
+        "squad",
+        ("QUESTION_ANS",),
+        {"question": ("question",), "context": ("context",), "answers": ("answers",)},
+        _asked,
+    ),
+    Form(
+        "source_target",
+        ("SEQ_2_SEQ_LM",),
+        {
+            "source": ("source", "input", "document", "article", "dialogue", "question", "text"),
+            "target": ("target", "summary", "highlights", "output", "answer"),
+        },
+        _written,
     ),
 )

@@ -90,7 +90,7 @@ def read_data(config: Config) -> Dataset:
     task = "PREFERENCE" if config.train.objective == "dpo" else config.model.task
     rows = data.read_rows(options, task, "train")
     names = None
-    if task == "SEQ_CLS":
+    if task in configuration.CLASSIFYING:
         names = options.label_names or data.label_names(rows)
     shape = {"batch_size": config.train.batch_size, "accumulation": config.train.accumulation, "pad_id": words.pad_id}
     streamed = None
@@ -192,7 +192,7 @@ def describe(config: Config, dataset: Dataset) -> str:
         f" {100 * real / padded:.1f} % of what is computed is real",
         f"{dataset.num_updates:,} updates, {shapes.num_batches:,} an epoch; at most {len(shapes.widths)} compilations",
     ]
-    if dataset.train.examples.per_token and dataset.train.examples.unended == len(dataset.train.examples.tokens):
+    if dataset.train.examples.unended and dataset.train.examples.unended == len(dataset.train.examples.tokens):
         lines.append("WARNING: no row learns an end of text, so the model will not learn to stop")
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 
 from .examples import IGNORED
-from .formats import Message
+from .items import Message
 from .templates import Template
 
 #: Characters of no alphabet, which no text of a data set should hold.

@@ -86,8 +86,8 @@ def _spans(model: Any, batch: Batch, groups: int) -> dict[str, jax.Array]:
     loss, labels = qa_sums(model, batch, None, groups)
     logits = logits_of(model, batch, None)  # [rows seq 2]
     seq = logits.shape[1]
-    first, last = jnp.arange(seq)[:, None], jnp.arange(seq)
-    allowed = (first <= last) & (last < first + LONGEST_ANSWER)
+    first, last = jnp.arange(seq)[:, None], jnp.arange(seq)[None]
+    allowed = ((first <= last) & (last < first + LONGEST_ANSWER))[None]
     if "attention_mask" in batch:
         real = batch["attention_mask"][:, :seq] == 1
         allowed = allowed & real[:, :, None] & real[:, None, :]

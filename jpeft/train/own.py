@@ -50,7 +50,7 @@ def write(model: Any, method: Options, folder: str | Path, base: str | Path, car
         "method": method if isinstance(method, Mapping) else list(method),
         "base_model_name_or_path": str(base),
         "task_type": model.task,
-        "num_labels": getattr(model.config, "num_labels", None) if model.task in ("SEQ_CLS", "TOKEN_CLS") else None,
+        "num_labels": getattr(model.config, "num_labels", None) if model.task in configuration.CLASSIFYING else None,
     }
     with installing(Path(folder), CONFIG, (WEIGHTS,)) as new:
         safetensors.flax.save_file(leaves, new / WEIGHTS, {"format": "jpeft"})

@@ -24,6 +24,7 @@ from ..models._checkpoint import read_config
 from ..models._files import is_file, read_json, write_text
 from ..models._hub import adapter_folder, is_id, model_folder
 from . import own, tokenizer
+from .config import CLASSIFYING
 
 #: Lines of a text file that a drift is measured on.
 SAMPLED = 64
@@ -180,18 +181,16 @@ def _open_hubs(model: str | Path | None, folder: Path) -> Opened:
     said = read_json(head) if is_file(head) else {}
     task = models.task_of(read_config(base), said["model_class"]) if said.get("model_class") else None
     with _without_warnings():
-        loaded = models.load(
-            base, task, num_labels=said.get("num_labels") if task in ("SEQ_CLS", "TOKEN_CLS") else None
-        )
+        loaded = models.load(base, task, num_labels=said.get("num_labels") if task in CLASSIFYING else None)
     labels = said.get("label2id")
-    names = tuple(sorted(labels, key=lambda name: labels[name])) if labels and loaded.task == "SEQ_CLS" else None
+    names = tuple(sorted(labels, key=lambda name: labels[name])) if labels and loaded.task in CLASSIFYING else None
     info = _with_labels(Info(names, None), loaded)
     return Opened(import_adapters(loaded, folder), tokenizer.load(base), info, base, str(model))
 
 
 def _with_labels(info: Info, loaded: Any) -> Info:
     """`info` with names for a classifier's labels, where nothing names them."""
-    if loaded.task != "SEQ_CLS" or info.label_names is not None:
+    if loaded.task not in CLASSIFYING or info.label_names is not None:
         return info
     return dataclasses.replace(info, label_names=tuple(f"LABEL_{i}" for i in range(loaded.config.num_labels)))
 
@@ -203,7 +202,9 @@ def label_names(opened: Opened) -> Sequence[str]:
       ValueError: the model is none.
     """
     if opened.info.label_names is None:
-        raise ValueError(f"this model is for {opened.model.task}, not SEQ_CLS, so it has no labels to choose from")
+        raise ValueError(
+            f"this model is for {opened.model.task}, not {' or '.join(CLASSIFYING)}, so it has no labels to choose from"
+        )
     return opened.info.label_names
 
 
@@ -240,7 +241,7 @@ def _info(folder: Path) -> Info:
 
 def _hf_info(folder: str | Path, task: str) -> Info:
     labels = read_config(folder).get("id2label")
-    if task != "SEQ_CLS":
+    if task not in CLASSIFYING:
         return Info(None, None)
     names = [str(labels[key]) for key in sorted(labels, key=int)] if labels else ["LABEL_0", "LABEL_1"]
     return Info(tuple(names), None)

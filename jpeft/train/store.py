@@ -24,10 +24,13 @@ from .sections import Data
 from .sources import Opened
 
 #: The files whose code makes tokens of rows.
-_CODE = ("encoding", "examples", "formats", "masking", "records", "store", "templates", "tokenizer", "sources")
+_CODE = (
+    *("encoding", "examples", "formats", "items", "marked", "masking", "placing", "records", "store", "templates"),
+    *("tokenizer", "sources"),
+)
 #: Options that change what is made.
-_OPTIONS = ("loss_on", "max_length", "longer", "txt", "on_bad_row", "max_bad_rows")
-_COUNTS = ("rows", "truncated", "lost", "dropped", "skipped", "unended", "per_example", "per_token")
+_OPTIONS = ("loss_on", "max_length", "max_target", "stride", "longer", "txt", "on_bad_row", "max_bad_rows")
+_COUNTS = ("rows", "truncated", "lost", "dropped", "skipped", "unended", "per_example", "labels_of")
 
 
 def key_of(opened: Opened, reader: Reader, data: Data, encoder: Encoder, names: Sequence[str] | None) -> str:
@@ -81,7 +84,8 @@ def _arrays(examples: Examples) -> dict[str, np.ndarray]:
     arrays = {
         "lengths": np.array([len(tokens) for tokens in examples.tokens], np.int64),
         "tokens": np.concatenate(examples.tokens),
-        "labels": np.concatenate(examples.labels) if examples.per_token else np.array(examples.labels, np.int32),
+        "labels": np.concatenate([np.atleast_1d(labels) for labels in examples.labels]),
+        "label_lengths": np.array([labels.size for labels in examples.labels], np.int64),
     }
     return arrays if examples.types is None else arrays | {"types": np.concatenate(examples.types)}
 
@@ -128,6 +132,8 @@ def _read(file: Path) -> Examples | None:
         return None
     cuts = np.cumsum(arrays["lengths"])[:-1]
     counts = json.loads(said["counts"])
-    labels = np.split(arrays["labels"], cuts) if counts.pop("per_token") else [np.asarray(x) for x in arrays["labels"]]
+    labels = np.split(arrays["labels"], np.cumsum(arrays["label_lengths"])[:-1])
+    if counts["labels_of"] == "row":
+        labels = [label.reshape(()) for label in labels]
     types = np.split(arrays["types"], cuts) if "types" in arrays else None
     return Examples(np.split(arrays["tokens"], cuts), labels, digests={}, types=types, **counts)

@@ -62,6 +62,11 @@ class Tokenizer:
         self, texts: Sequence[str | tuple[str, str]], max_length: int
     ) -> tuple[list[list[int]], list[int], list[list[int]]]:
         """As `cut`, and of every token which text of its row it is of, 0 or 1. The longer text is cut first."""
+        whole, lost = self.cut_whole(texts, max_length)
+        return [row.ids for row in whole], lost, [row.type_ids for row in whole]
+
+    def cut_whole(self, texts: Sequence[str | tuple[str, str]], max_length: int) -> tuple[list[Any], list[int]]:
+        """As `cut`, with all that the tokenizer knows of a row: its ids, types, and the characters of every token."""
         whole = self.backend.encode_batch(list(texts))
         long = [i for i, row in enumerate(whole) if len(row) > max_length]
         lost = [0] * len(whole)
@@ -70,7 +75,26 @@ class Tokenizer:
             lost[i] = len(whole[i]) - len(encoding)
             whole[i] = encoding
         self.backend.no_truncation()
-        return [row.ids for row in whole], lost, [row.type_ids for row in whole]
+        return whole, lost
+
+    def windows(self, first: str, second: str, max_length: int, stride: int) -> list[Any]:
+        """Rows of `first` with a part of `second` each, of which `stride` tokens are in the next one's as well.
+
+        Raises:
+          ValueError: `first` and the special tokens leave no more than `stride` tokens to a part.
+        """
+        beside = len(self.backend.encode(first, "").ids)
+        if max_length - beside <= stride:
+            raise ValueError(
+                f"its question takes {beside} of data.max_length={max_length} tokens, which leaves no more than "
+                f"data.stride={stride} to a part of the context"
+            )
+        self.backend.enable_truncation(max_length, stride=stride, strategy="only_second")
+        try:
+            whole = self.backend.encode(first, second)
+        finally:
+            self.backend.no_truncation()
+        return [whole, *whole.overflowing]
 
 
 def load(folder: str | Path) -> Tokenizer:

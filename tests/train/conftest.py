@@ -34,7 +34,7 @@ def _write_tokenizer(folder, ends):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     template = "[CLS] $A [SEP]" if ends else "[CLS] $A"
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single=template, pair=f"{template} $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]"} | (

@@ -35,7 +35,7 @@ def examples(lengths, seed=0):
     rng = np.random.default_rng(seed)
     tokens = [rng.integers(3, 53, n).astype(np.int32) for n in lengths]
     labels = [np.where(np.arange(len(ids)) < len(ids) // 3, IGNORED, ids).astype(np.int32) for ids in tokens]
-    return Examples(tokens, labels, len(tokens), 0, 0, 0, {})
+    return Examples(tokens, labels, len(tokens), 0, 0, 0, {}, labels_of="token")
 
 
 def walk(rows, kind, **changes):

@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
     from ..evaluate import Evaluator
 
     opened = saved.open_model(options.model, options.adapter)
-    names = saved.label_names(opened) if opened.model.task == "SEQ_CLS" else None
+    names = saved.label_names(opened) if opened.model.task in config.CLASSIFYING else None
     length = options.max_length or opened.info.max_length or 128
     what = config.Data(train=tuple(options.data), text=options.text, label=options.label, max_length=length)
     rows = data.read_rows(what, opened.model.task, "train")

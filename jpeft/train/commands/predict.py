@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jpeft predict`: the labels of sentences."""
+"""`jpeft predict`: the labels of sentences, or of their words."""
 
 import argparse
 import sys
@@ -18,14 +18,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints label, probability and text, a line each."""
+    """Prints label, probability and text, a line each; of a model for `TOKEN_CLS` every word and its tag."""
     texts = options.texts or [line.rstrip("\n") for line in sys.stdin]
     if not texts:
         raise ConfigError("give a sentence to classify, or lines on standard input")
     from .. import saved
     from ..evaluate import predict
+    from ..tagging import tag
 
     opened = saved.open_model(options.model, options.adapter)
     names, length = saved.label_names(opened), options.max_length or opened.info.max_length or 128
+    if opened.model.task == "TOKEN_CLS":
+        for tagged in tag(opened.model, opened.tokenizer, texts, names, max_length=length):
+            print(" ".join(f"{word}/{name or '?'}" for word, name in tagged))
+        return
     for found in predict(opened.model, opened.tokenizer, texts, names, max_length=length):
         print(f"{found.label}\t{found.probability:.4f}\t{found.text}")

@@ -17,6 +17,9 @@ Form = Literal[
     "preference",
     "sentence",
     "sentence_pair",
+    "words",
+    "squad",
+    "source_target",
 ]
 
 
@@ -58,6 +61,8 @@ class Data:
         in jinja.
       loss_on: what is learnt of a conversation: `responses`, the `last` response, `all`, or a list of roles.
       max_length: longest row in tokens.
+      max_target: longest target in tokens, of `SEQ_2_SEQ_LM`; None is `max_length`.
+      stride: tokens that two windows of a context share, of `QUESTION_ANS`; None is a quarter of `max_length`.
       longer: what happens to longer text: `truncate` (counted and printed) or `split` into rows (plain texts).
       txt: what is one text of a `.txt` file: a `line`, a `paragraph` or the whole `document`.
       packing: several examples in one row of `max_length` tokens, each for itself: `none`, `first_fit` or `best_fit`.
@@ -80,6 +85,8 @@ class Data:
     template: str | None = None
     loss_on: Literal["responses", "last", "all"] | tuple[str, ...] = "responses"
     max_length: int = 128
+    max_target: int | None = None
+    stride: int | None = None
     longer: Literal["truncate", "split"] = "truncate"
     txt: Literal["line", "paragraph", "document"] = "line"
     packing: Literal["none", "first_fit", "best_fit"] = "none"
@@ -115,6 +122,8 @@ class Data:
         weights = {f"the weight of {source.path}": source.weight for source in self.sources("train")}
         if self.loss_on == ():
             said.append("data.loss_on names no role, so nothing would be learnt")
+        if self.stride is not None and not 0 <= self.stride < self.max_length:
+            said.append(f"data.stride must lie in [0, data.max_length), got {self.stride} of {self.max_length}")
         if any(source.weight != 1 for source in self.sources("eval")):
             said.append("data.eval: every row is evaluated once, so no source has a weight")
         return [
@@ -126,6 +135,7 @@ class Data:
                     "data.num_widths": self.num_widths,
                     "data.window": self.window,
                     "data.max_bad_rows": self.max_bad_rows,
+                    **({} if self.max_target is None else {"data.max_target": self.max_target}),
                 }
             ),
         ]

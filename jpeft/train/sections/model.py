@@ -13,7 +13,7 @@ class Model:
 
     Attributes:
       path: a Hugging Face folder, or an id on the hub.
-      task: `SEQ_CLS` or `CAUSAL_LM`.
+      task: `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS`, `CAUSAL_LM` or `SEQ_2_SEQ_LM`.
       dtype: of the base's storage and computation; None keeps the checkpoint's. Adapters are float32.
       remat: what a layer keeps for the backward pass: `none`, `dots`, `full`, `names` or `offload`.
       quantize: `nf4`, `nf4_double` or `int8` keeps the base's linear layers as codes (QLoRA); None as they are. The
@@ -22,7 +22,7 @@ class Model:
 
     __pydantic_config__: ClassVar = FORBID
     path: str
-    task: Literal["SEQ_CLS", "CAUSAL_LM"]
+    task: Literal["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM"]
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     remat: Literal["none", "dots", "full", "names", "offload"] = "none"
     quantize: Literal["nf4", "nf4_double", "int8"] | None = None
