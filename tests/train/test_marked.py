@@ -83,7 +83,8 @@ def test_an_answer_is_found_in_every_window_that_holds_it(wordpieces, size, stri
         if inside[0][0] <= start and start + len(text) <= inside[-1][1]:
             held += 1
             first, last = (spans[place] for place in row.labels)
-            assert first is not None and last is not None
+            assert first is not None
+            assert last is not None
             assert (first[0], last[1]) == (start, start + len(text))
         else:
             assert row.labels == [0, 0]
