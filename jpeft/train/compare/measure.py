@@ -90,6 +90,7 @@ def measured(plan: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if dataset.label_names is not None:
         labels = np.array(dataset.train.examples.labels)
         found["train_labels"] = np.bincount(labels, minlength=len(dataset.label_names)).tolist()
+        found["label_names"] = list(dataset.label_names)
     if plan["general"] is not None:
         found["forgetting"] = _forgetting(opened, config, dataset, plan["general"])
     return found
