@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jpeft.train import cli, config
-from jpeft.train.compare import measure, report, runner, study, table
+from jpeft.train.compare import digest, measure, report, runner, study, table
 
 METHODS = {
     "lora": {"method": {"kind": "lora", "rank": 2}},
@@ -192,6 +192,18 @@ def test_two_methods_from_end_to_end(tree, tmp_path):
         assert float(row["accuracy"]) == pytest.approx(done.result["test"]["accuracy"])
         assert all(float(row[cost]) > 0 for cost in ("trained", "step ms", "GFLOP/step", "peak MB", "forward ms"))
     assert (tmp_path / "study" / "plots" / "reviews_on_tiny" / "scores.png").stat().st_size > 5000
+    made = digest.digested(s, runs)
+    (whole,) = made.tables
+    assert sum(whole.truth.values()) == pytest.approx(1)
+    for row in whole.rows:
+        found = {name: recall for name, (_, recall) in row.classes.items()}
+        assert np.mean([*found.values()]) == pytest.approx(row.scores["recall"].mean)
+    assert [row.classes.keys() for row in whole.rows] == [whole.truth.keys()] * 3
+    back = digest.read((tmp_path / "study" / "report.json").read_text())
+    assert digest.dumped(back) == digest.dumped(made)
+    for one, other in zip(back.tables[0].rows, whole.rows, strict=True):
+        assert one.scores["accuracy"] == pytest.approx(other.scores["accuracy"], rel=1e-5)
+    assert report.markdown(back, {0: {}}, None, tmp_path) == report.markdown(made, {0: {}}, None, tmp_path)
 
 
 def test_what_is_tested_is_what_was_saved(tree, tmp_path):

@@ -16,10 +16,34 @@ MARKERS = "osD^vP*X<>hp"
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "++", "ooo", "**")
 
+_STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "jpeft", "svg.fonttype": "path", "axes.spines.top": False, "axes.spines.right": False,
+}  # fmt: skip
+
 
 def draw(table: Table, folder: str | Path) -> dict[str, Path]:
     """Draws what the table has figures for, as PNG and SVG; gives the SVG files by title."""
-    plots: Mapping[str, Callable[[Any, Table], bool]] = {
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return {title: file for title, plot in _plots().items() if (file := _drawn(plot, table, folder, title)) is not None}
+
+
+def draw_one(table: Table, title: str, file: str | Path) -> None:
+    """Draws one of the plots of `draw` as PNG.
+
+    Raises:
+      ValueError: there is no such plot, or the table has no figures for it.
+    """
+    file, plot = Path(file), _plots().get(title)
+    figure = None if plot is None else _figure(plot, table)
+    if figure is None:
+        raise ValueError(f"no plot {title!r} of this table; there are {', '.join(_plots())}, where they are measured")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+def _plots() -> Mapping[str, Callable[[Any, Table], bool]]:
+    return {
         "scores": _scores,
         "score against parameters": _pareto,
         "parameters": _parameters,
@@ -28,9 +52,6 @@ def draw(table: Table, folder: str | Path) -> dict[str, Path]:
         "learning curves": _curves,
         "radar": _radar,
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return {title: file for title, plot in plots.items() if (file := _drawn(plot, table, folder, title)) is not None}
 
 
 def few_examples(tables: Sequence[Table], folder: str | Path) -> Path | None:
@@ -145,11 +166,10 @@ def _parameters(axes: Any, table: Table) -> bool:
 
 def _memory(axes: Any, table: Table) -> bool:
     """What the compiled training step takes: weights, adapter and optimizer, and what it makes on the way."""
-    rows = [row for row in table.rows if any("memory" in r and r["memory"].get("parts_mb") for r in row.results)]
+    rows = [row for row in table.rows if row.memory]
     parts: dict[str, list[float]] = {}
     for row in rows:
-        split = next(r["memory"]["parts_mb"] for r in row.results if "memory" in r and r["memory"].get("parts_mb"))
-        for name, size in split.items():
+        for name, size in row.memory.items():
             parts.setdefault(name, []).append(size)
     left = np.zeros(len(rows))
     for at, (name, sizes) in enumerate(parts.items()):
@@ -265,21 +285,28 @@ def _legend(axes: Any) -> None:
 
 
 def _drawn(plot: Callable[[Any, Any], bool], data: Any, folder: Path, title: str) -> Path | None:
+    figure = _figure(plot, data)
+    if figure is None:
+        return None
+    from matplotlib import rc_context
+
+    file = folder / f"{title.replace(' ', '_')}.svg"
+    with rc_context(_STYLE):  # what an SVG is written with is asked for as it is saved
+        figure.savefig(file, metadata={"Date": None})
+        figure.savefig(file.with_suffix(".png"), dpi=130)
+    return file
+
+
+def _figure(plot: Callable[[Any, Any], bool], data: Any) -> Any:
+    """The figure; None where there is nothing to be drawn."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context(
-        {"svg.hashsalt": "jpeft", "svg.fonttype": "path", "axes.spines.top": False, "axes.spines.right": False}
-    ):
+    with rc_context(_STYLE):
         figure = Figure(figsize=(8.2, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
-        if not plot(figure.add_subplot(), data):
-            return None
-        file = folder / f"{title.replace(' ', '_')}.svg"
-        figure.savefig(file, metadata={"Date": None})
-        figure.savefig(file.with_suffix(".png"), dpi=130)
-    return file
+        return figure if plot(figure.add_subplot(), data) else None
 
 
 def _of(values: Sequence[Any], at: int) -> Any:
