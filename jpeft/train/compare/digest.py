@@ -67,10 +67,10 @@ def protocol(study: Study, runs: Sequence[Done]) -> list[str]:
     seeds = ", ".join(map(str, study.seeds))
     lines = [f"{len(runs)} runs; seeds {seeds}; each run trained in a process of its own."]
     if study.tune:
+        by = "" if study.tune_by is None else f" by its {study.tune_by}"
         tried = "; ".join(f"{key} from {', '.join(map(str, values))}" for key, values in study.tune.items())
         lines.append(
-            f"Chosen for each method on the validation split, with seed {study.tune_seed}, before any test: {tried} "
-            "(chosen.json says what)."
+            f"Chosen for each method on the validation split{by}, with seed {study.tune_seed}, before any test: {tried}."
         )
     else:
         lines.append("Nothing was tuned: every method has the values that the study gives it.")

@@ -3,6 +3,7 @@
 kind of colour vision tells apart (Okabe and Ito), so that they read the same in print.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,7 @@ def _pareto(axes: Any, table: Table) -> bool:
         axes.errorbar(
             row.costs["trained"], mean, yerr=[[mean - low], [high - mean]], label=row.method,
             fmt=_of(MARKERS, at), color=_of(COLOURS, at), ms=8, capsize=3,
+            mfc="white" if row.all_collapsed else None,
         )  # fmt: skip
     best, front = None, []
     for row in sorted(rows, key=lambda row: row.costs["trained"] or 0):
@@ -150,7 +152,8 @@ def _pareto(axes: Any, table: Table) -> bool:
         front
     ) > 1 else None
     axes.set_xscale("log")
-    axes.set_xlabel("trained parameters (dotted: the best for at most so many)")
+    hollow = "; hollow: collapsed" if any(row.all_collapsed for row in rows) else ""
+    axes.set_xlabel(f"trained parameters (dotted: the best for at most so many{hollow})")
     axes.set_ylabel(table.main)
     _legend(axes)
     return len(rows) > 1
@@ -217,18 +220,17 @@ def _curves(axes: Any, table: Table) -> bool:
     return bool(rows)
 
 
-#: What the radar shows: a figure, and whether less of it is better.
-_SPOKES = (
-    ("trained", True), ("peak MB", True), ("step ms", True), ("forward ms", True), ("adapter KB", True),
-    ("calibration error", True),
-)  # fmt: skip
+#: What the radar shows beside the main figure; less of each is better.
+_SPOKES = ("trained", "peak MB", "step ms", "forward ms", "adapter KB", "calibration error")
 
 
 def _radar(axes: Any, table: Table) -> bool:
-    """Ranks, not values: each spoke goes from the worst method (the middle) to the best (the rim)."""
+    """Ranks, not values: each spoke goes from the worst method (the middle) to the best (the rim). A web a method, for
+    more than three or four on top of each other cannot be told apart.
+    """
     rows = [row for row in table.rows if row.scores and row.costs["trained"]]
     spokes = {table.main: [(-1 if table.more_is_better else 1) * row.scores[table.main].mean for row in rows]}
-    for cost, _ in _SPOKES:
+    for cost in _SPOKES:
         values = [row.costs[cost] for row in rows]
         if all(value is not None for value in values):
             spokes[cost] = [float(value) for value in values if value is not None]
@@ -236,27 +238,28 @@ def _radar(axes: Any, table: Table) -> bool:
         return False
     figure = axes.figure
     axes.remove()
-    polar = figure.add_subplot(projection="polar")
     angles = np.linspace(0, 2 * np.pi, len(spokes), endpoint=False)
     ranks = np.array([_ranks(values) for values in spokes.values()])  # [spokes, methods]
+    lines = math.ceil(len(rows) / 4)
+    figure.set_figheight(0.6 + 2.5 * lines)
+    figure.suptitle("rank on every figure: the rim is the best method, the middle the worst", fontsize=10)
     for at, row in enumerate(rows):
-        line = np.append(ranks[:, at], ranks[0, at])
-        polar.plot(
-            np.append(angles, angles[0]),
-            line,
-            color=_of(COLOURS, at),
-            ls=_of(DASHES, at),
-            marker=_of(MARKERS, at),
-            label=row.method,
-        )
-    polar.set_xticks(angles, list(spokes))
-    polar.tick_params(axis="x", pad=14)
-    polar.set_yticks(range(1, len(rows) + 1), [""] * len(rows))
-    polar.set_ylim(0, len(rows))
-    figure.set_figheight(5.6)
-    polar.set_title("rank on every figure: the rim is the best method, the middle the worst", fontsize=10)
-    polar.legend(loc="center left", bbox_to_anchor=(1.15, 0.5), frameon=False, fontsize=9)
+        polar = figure.add_subplot(lines, 4, at + 1, projection="polar")
+        web = np.append(ranks[:, at], ranks[0, at])
+        polar.fill(np.append(angles, angles[0]), web, color=COLOURS[0], alpha=0.25)
+        polar.plot(np.append(angles, angles[0]), web, color=COLOURS[0], marker="o", ms=3)
+        polar.set_xticks(angles, [_broken(name) for name in spokes], fontsize=7)
+        polar.tick_params(axis="x", pad=1)
+        polar.set_yticks(range(1, len(rows) + 1), [""] * len(rows))
+        polar.grid(color="#dddddd", lw=0.5)
+        polar.set_ylim(0, len(rows))
+        polar.set_title(row.method, fontsize=9, fontweight="bold")
     return True
+
+
+def _broken(name: str) -> str:
+    """A name of two words on two lines."""
+    return name.replace(" ", "\n", 1)
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:
@@ -281,7 +284,7 @@ def _bars(axes: Any, rows: Sequence[Row], costs: Sequence[str]) -> None:
 def _legend(axes: Any) -> None:
     """Beside the plot, where it hides nothing."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9, handlelength=3.2)
 
 
 def _drawn(plot: Callable[[Any, Any], bool], data: Any, folder: Path, title: str) -> Path | None:

@@ -26,7 +26,8 @@ h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px sol
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 thead th { border-bottom: 2px solid #333; } .flag { font-weight: 600; }
-figure { margin: 1.5rem 0; } figure svg { width: 100%; height: auto; max-width: 62rem; } figcaption { color: #444; }
+figure { margin: 1.5rem 0; overflow-x: auto; } figcaption { font-weight: 600; position: sticky; left: 0; }
+figure svg { width: 100%; height: auto; min-width: 38rem; max-width: 56rem; }
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 """
 
@@ -122,16 +123,14 @@ def page(digest: Digest, plots: Mapping[int, Mapping[str, Path]], few: Path | No
 
 def flags(table: Table) -> list[str]:
     """What keeps a figure from being read as a score."""
-    out = []
-    for row in table.rows:
-        if row.collapsed:
-            out.append(
-                f"{row.method} collapsed with {row.collapsed} of {row.seeds} seeds: it predicts one class for every "
-                "example. Its figures are those of the class's frequency, and no score."
-            )
-        if row.diverged:
-            out.append(f"{row.method} diverged with {row.diverged} seeds, which are left out of its figures.")
-    return out
+    collapsed = ", ".join(f"{row.method} ({row.collapsed} of {row.seeds} seeds)" for row in table.rows if row.collapsed)
+    diverged = ", ".join(f"{row.method} ({row.diverged} seeds)" for row in table.rows if row.diverged)
+    lines = {
+        f"Collapsed: {collapsed}. One class is predicted for every example; what that gives is the class's frequency "
+        "and no score.": collapsed,
+        f"Diverged: {diverged}. These runs are left out of the figures.": diverged,
+    }
+    return [line for line, there in lines.items() if there]
 
 
 def parts(table: Table, reference: str) -> dict[str, tuple[list[str], list[list[str]]]]:
@@ -157,8 +156,13 @@ def scores(table: Table, reference: str) -> tuple[list[str], list[list[str]]]:
             f"{row.chosen[key]:g}" if isinstance(row.chosen.get(key), float) else str(row.chosen.get(key, "-"))
             for key in keys
         ]
-        cells = [_interval(row.scores[name]) if name in row.scores else "-" for name in names]
-        apart = ("-", "-") if row.apart is None else (_signed(row.apart.interval), f"{row.apart.p:.3f}")
+        lost = "collapsed" if row.all_collapsed else "-"
+        cells = [_interval(row.scores[name]) if row.scores and not row.all_collapsed else lost for name in names]
+        apart = (
+            ("-", "-")
+            if row.apart is None or row.all_collapsed
+            else (_signed(row.apart.interval), f"{row.apart.p:.3f}")
+        )
         seeds = f"{row.seeds}" + (f", {row.collapsed} collapsed" if row.collapsed else "")
         rows.append(
             [row.method, *chosen, *cells, *apart, seeds + (f", {row.diverged} diverged" if row.diverged else "")]
@@ -244,4 +248,4 @@ def _figure(title: str, file: Path) -> str:
     own = re.sub(r"[^\w]+", "_", f"{file.parent.name}_{file.stem}")
     svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{own}-", svg)
     svg = re.sub(r"<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', svg, count=1)
-    return f"<figure>{svg}<figcaption>{html.escape(title)}</figcaption></figure>"
+    return f"<figure><figcaption>{html.escape(title.capitalize())}</figcaption>{svg}</figure>"

@@ -51,6 +51,11 @@ class Row:
     def is_baseline(self) -> bool:
         return self.method in BASELINES
 
+    @property
+    def all_collapsed(self) -> bool:
+        """No run came to a score."""
+        return 0 < self.collapsed == self.seeds
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
