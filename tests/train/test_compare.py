@@ -144,6 +144,21 @@ def test_the_best_trial_is_taken_and_divergence_is_not(tree, tmp_path):
         )
 
 
+def test_trials_are_chosen_by_the_figure_that_is_asked_for():
+    def trial(name, **figures):
+        return runner.Done(study.Run("m", "t", "lora", 0, None, {"name": name}, {}), {"eval": figures})
+
+    trials = [
+        trial("majority", accuracy=0.6, macro_f1=0.2, loss=0.9),
+        trial("balanced", accuracy=0.5, macro_f1=0.4, loss=1.2),
+        trial("calm", accuracy=0.5, macro_f1=0.3, loss=0.8),
+    ]
+    found = {by: runner.choose(trials, by)["m", "t", "lora"]["name"] for by in (None, "accuracy", "macro_f1", "loss")}
+    assert found == {None: "majority", "accuracy": "majority", "macro_f1": "balanced", "loss": "calm"}
+    texts = [trial("a", loss=2.0, perplexity=7.4), trial("b", loss=1.0, perplexity=2.7)]
+    assert runner.choose(texts)["m", "t", "lora"]["name"] == "b"
+
+
 def test_another_study_in_the_folder_is_refused(tree, tmp_path):
     runner.conduct(with_(tree), lambda _: None, fake(tmp_path))
     with pytest.raises(config.ConfigError, match="was begun with another run"):

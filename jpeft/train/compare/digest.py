@@ -70,7 +70,8 @@ def protocol(study: Study, runs: Sequence[Done]) -> list[str]:
         by = "" if study.tune_by is None else f" by its {study.tune_by}"
         tried = "; ".join(f"{key} from {', '.join(map(str, values))}" for key, values in study.tune.items())
         lines.append(
-            f"Chosen for each method on the validation split{by}, with seed {study.tune_seed}, before any test: {tried}."
+            f"Chosen for each method on the validation split{by}, with seed {study.tune_seed}, before any test: "
+            f"{tried}."
         )
     else:
         lines.append("Nothing was tuned: every method has the values that the study gives it.")

@@ -241,7 +241,7 @@ def _radar(axes: Any, table: Table) -> bool:
     angles = np.linspace(0, 2 * np.pi, len(spokes), endpoint=False)
     ranks = np.array([_ranks(values) for values in spokes.values()])  # [spokes, methods]
     lines = math.ceil(len(rows) / 4)
-    figure.set_figheight(0.6 + 2.5 * lines)
+    figure.set_figheight(0.5 + 1.9 * lines)
     figure.suptitle("rank on every figure: the rim is the best method, the middle the worst", fontsize=10)
     for at, row in enumerate(rows):
         polar = figure.add_subplot(lines, 4, at + 1, projection="polar")
@@ -249,7 +249,10 @@ def _radar(axes: Any, table: Table) -> bool:
         polar.fill(np.append(angles, angles[0]), web, color=COLOURS[0], alpha=0.25)
         polar.plot(np.append(angles, angles[0]), web, color=COLOURS[0], marker="o", ms=3)
         polar.set_xticks(angles, [_broken(name) for name in spokes], fontsize=7)
-        polar.tick_params(axis="x", pad=1)
+        polar.tick_params(axis="x", pad=-1)
+        for label, angle in zip(polar.get_xticklabels(), angles, strict=True):  # beside the rim, not on it
+            side = np.cos(angle)
+            label.set_horizontalalignment("center" if abs(side) < 0.3 else "left" if side > 0 else "right")
         polar.set_yticks(range(1, len(rows) + 1), [""] * len(rows))
         polar.grid(color="#dddddd", lw=0.5)
         polar.set_ylim(0, len(rows))
