@@ -218,6 +218,7 @@ def test_two_methods_from_end_to_end(tree, tmp_path):
     assert digest.dumped(back) == digest.dumped(made)
     for one, other in zip(back.tables[0].rows, whole.rows, strict=True):
         assert one.scores["accuracy"] == pytest.approx(other.scores["accuracy"], rel=1e-5)
+    assert [row.costs["trained"] for row in back.tables[0].rows] == [row.costs["trained"] for row in whole.rows]
     assert report.markdown(back, {0: {}}, None, tmp_path) == report.markdown(made, {0: {}}, None, tmp_path)
 
 

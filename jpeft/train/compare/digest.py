@@ -54,9 +54,9 @@ def read(text: str) -> Digest:
 
 
 def _short(value: Any) -> Any:
-    """With six significant digits of every float."""
+    """With six significant digits of every float that is no whole number: counts stay exact."""
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return value if value.is_integer() else float(f"{value:.6g}")
     if isinstance(value, Mapping):
         return {key: _short(inner) for key, inner in value.items()}
     return [_short(inner) for inner in value] if isinstance(value, list | tuple) else value
