@@ -46,6 +46,8 @@ def draw_one(table: Table, title: str, file: str | Path) -> None:
 def _plots() -> Mapping[str, Callable[[Any, Table], bool]]:
     return {
         "scores": _scores,
+        "groups": _groups,
+        "forgetting": _forgetting,
         "score against parameters": _pareto,
         "parameters": _parameters,
         "memory": _memory,
@@ -131,6 +133,43 @@ def _scores(axes: Any, table: Table) -> bool:
     axes.grid(axis="x", alpha=0.3)
     axes.figure.set_figheight(1.4 + 0.36 * len(rows))
     return True
+
+
+def _groups(axes: Any, table: Table) -> bool:
+    """The main figure of every group of test examples, by method."""
+    rows = [row for row in table.rows if row.groups and not row.all_collapsed]
+    names = list(dict.fromkeys(name for row in rows for name in row.groups))
+    for at, name in enumerate(names):
+        means, low, high = np.array([row.groups[name] for row in rows]).T
+        places = np.arange(len(rows)) + 0.16 * (at - (len(names) - 1) / 2)
+        axes.errorbar(
+            means, places, xerr=[means - low, high - means], label=name, capsize=3,
+            ls="none", marker=_of(MARKERS, at), color=_of(COLOURS, at),
+        )  # fmt: skip
+    axes.set_yticks(range(len(rows)), [row.method for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{table.main} on each group alone, mean over seeds and 95 % interval")
+    axes.grid(axis="x", alpha=0.3)
+    axes.figure.set_figheight(1.6 + 0.4 * len(rows))
+    _legend(axes)
+    return bool(rows)
+
+
+def _forgetting(axes: Any, table: Table) -> bool:
+    """What was gained against what was forgotten: the best is at the lower left for perplexities."""
+    rows = [row for row in table.rows if row.scores and row.costs["general loss after"] is not None]
+    for at, row in enumerate(rows):
+        forgot = (row.costs["general loss after"] or 0) - (row.costs["general loss before"] or 0)
+        axes.plot(
+            forgot, row.scores[table.main].mean, ls="none", ms=9, label=row.method,
+            marker=_of(MARKERS, at), color=_of(COLOURS, at),
+        )  # fmt: skip
+    axes.axvline(0, color="black", lw=0.8, ls=":")
+    axes.set_xlabel("loss per token on general text, after minus before (right: more was forgotten)")
+    axes.set_ylabel(f"{table.main} on {table.examples:,} test examples")
+    axes.grid(alpha=0.3)
+    _legend(axes)
+    return len(rows) > 1
 
 
 def _pareto(axes: Any, table: Table) -> bool:
