@@ -63,15 +63,18 @@ def block(name: str, kind: str, columns: str | None) -> str:
 
 
 def chosen(head: Sequence[str], columns: Sequence[str]) -> list[int]:
-    """The first column and those whose heads begin so; without any, all.
+    """The first column and those whose heads begin with one of these, as whole words; without any, all.
 
     Raises:
       KeyError: no column begins so.
     """
-    lost = [part for part in columns if not any(cell.startswith(part) for cell in head)]
+    if not any(columns):
+        return [*range(len(head))]
+    lost = [part for part in columns if not any(f"{cell} ".startswith(f"{part} ") for cell in head)]
     if lost:
         raise KeyError(f"no column begins with {lost[0]!r}; there are {', '.join(head)}")
-    return [0, *(i for i, cell in enumerate(head) if i and cell.startswith(tuple(columns)))]
+    starts = tuple(f"{part} " for part in columns)
+    return [0, *(i for i, cell in enumerate(head) if i and f"{cell} ".startswith(starts))]
 
 
 def data(name: str) -> digests.Digest:

@@ -129,6 +129,7 @@ def _scores(axes: Any, table: Table) -> bool:
         )
     names = [row.method + (f" (collapsed {row.collapsed} of {row.seeds})" if row.collapsed else "") for row in rows]
     axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel(f"{table.main} on {table.examples:,} test examples, mean over seeds and 95 % interval")
     axes.grid(axis="x", alpha=0.3)
     axes.figure.set_figheight(1.4 + 0.36 * len(rows))
