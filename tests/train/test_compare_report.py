@@ -38,6 +38,7 @@ def _table():
 def test_what_only_collapsed_has_no_score(table):
     head, rows = report.scores(table, "good")
     assert head[:3] == ["method", "lr", "accuracy [95 %]"]
+    assert [cells[0] for cells in rows] == ["majority", "good", "half", "stuck"]
     by_method = {cells[0]: cells[1:] for cells in rows}
     assert by_method["stuck"] == ["0.0005", "collapsed", "-", "-", "2, 2 collapsed"]
     assert by_method["half"][1] == "0.6000 [0.5500, 0.6500]"

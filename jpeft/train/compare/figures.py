@@ -113,7 +113,8 @@ def heat_map(
 
 def _scores(axes: Any, table: Table) -> bool:
     rows = [row for row in table.rows if row.scores]
-    rows = sorted(rows, key=lambda row: row.scores[table.main].mean, reverse=not table.more_is_better)
+    sign = 1 if table.more_is_better else -1
+    rows = sorted(rows, key=lambda row: (not row.all_collapsed, sign * row.scores[table.main].mean))  # upwards
     for at, row in enumerate(rows):
         mean, low, high = row.scores[table.main]
         colour = COLOURS[7] if row.is_baseline else COLOURS[0]
@@ -183,14 +184,13 @@ def _pareto(axes: Any, table: Table) -> bool:
             mfc="white" if row.all_collapsed else None,
         )  # fmt: skip
     best, front = None, []
-    for row in sorted(rows, key=lambda row: row.costs["trained"] or 0):
+    for row in sorted((row for row in rows if not row.all_collapsed), key=lambda row: row.costs["trained"] or 0):
         mean = row.scores[table.main].mean
         if best is None or (mean > best if table.more_is_better else mean < best):
             best = mean
             front.append((row.costs["trained"], mean))
-    axes.step(*zip(*front, strict=True), where="post", color="black", lw=0.8, ls=":", zorder=0) if len(
-        front
-    ) > 1 else None
+    if len(front) > 1:
+        axes.step(*zip(*front, strict=True), where="post", color="black", lw=0.8, ls=":", zorder=0)
     axes.set_xscale("log")
     hollow = "; hollow: collapsed" if any(row.all_collapsed for row in rows) else ""
     axes.set_xlabel(f"trained parameters (dotted: the best for at most so many{hollow})")
@@ -269,7 +269,9 @@ def _radar(axes: Any, table: Table) -> bool:
     more than three or four on top of each other cannot be told apart.
     """
     rows = [row for row in table.rows if row.scores and row.costs["trained"]]
-    spokes = {table.main: [(-1 if table.more_is_better else 1) * row.scores[table.main].mean for row in rows]}
+    sign = -1 if table.more_is_better else 1
+    merits = [math.inf if row.all_collapsed else sign * row.scores[table.main].mean for row in rows]
+    spokes = {table.main: merits}
     for cost in _SPOKES:
         values = [row.costs[cost] for row in rows]
         if all(value is not None for value in values):

@@ -147,7 +147,7 @@ def parts(table: Table, reference: str) -> dict[str, tuple[list[str], list[list[
 
 
 def scores(table: Table, reference: str) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table of scores; best first below the baselines."""
+    """Head and rows of the table of scores; best first below the baselines, and last what has no score."""
     names = list(dict.fromkeys(name for row in table.rows for name in row.scores))
     keys = list(dict.fromkeys(key for row in table.rows for key in row.chosen))
     head = ["method", *(key.rpartition(".")[2] for key in keys), *(f"{name} [95 %]" for name in names)]
@@ -205,9 +205,8 @@ def costs(table: Table) -> tuple[list[str], list[list[str]]]:
 def _ranked(table: Table) -> list[Row]:
     sign = -1 if table.more_is_better else 1
     worst = float("inf")
-    return sorted(
-        table.rows, key=lambda r: (not r.is_baseline, sign * r.scores[table.main].mean if r.scores else worst)
-    )
+    merit = {row.method: sign * row.scores[table.main].mean if row.scores else worst for row in table.rows}
+    return sorted(table.rows, key=lambda row: (not row.is_baseline, row.all_collapsed, merit[row.method]))
 
 
 def _interval(value: tuple[float, float, float]) -> str:
