@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jpeft.train import cli, config
-from jpeft.train.compare import measure, report, runner, study, table
+from jpeft.train.compare import digest, measure, report, runner, study, table
 
 METHODS = {
     "lora": {"method": {"kind": "lora", "rank": 2}},
@@ -144,6 +144,21 @@ def test_the_best_trial_is_taken_and_divergence_is_not(tree, tmp_path):
         )
 
 
+def test_trials_are_chosen_by_the_figure_that_is_asked_for():
+    def trial(name, **figures):
+        return runner.Done(study.Run("m", "t", "lora", 0, None, {"name": name}, {}), {"eval": figures})
+
+    trials = [
+        trial("majority", accuracy=0.6, macro_f1=0.2, loss=0.9),
+        trial("balanced", accuracy=0.5, macro_f1=0.4, loss=1.2),
+        trial("calm", accuracy=0.5, macro_f1=0.3, loss=0.8),
+    ]
+    found = {by: runner.choose(trials, by)["m", "t", "lora"]["name"] for by in (None, "accuracy", "macro_f1", "loss")}
+    assert found == {None: "majority", "accuracy": "majority", "macro_f1": "balanced", "loss": "calm"}
+    texts = [trial("a", loss=2.0, perplexity=7.4), trial("b", loss=1.0, perplexity=2.7)]
+    assert runner.choose(texts)["m", "t", "lora"]["name"] == "b"
+
+
 def test_another_study_in_the_folder_is_refused(tree, tmp_path):
     runner.conduct(with_(tree), lambda _: None, fake(tmp_path))
     with pytest.raises(config.ConfigError, match="was begun with another run"):
@@ -192,6 +207,19 @@ def test_two_methods_from_end_to_end(tree, tmp_path):
         assert float(row["accuracy"]) == pytest.approx(done.result["test"]["accuracy"])
         assert all(float(row[cost]) > 0 for cost in ("trained", "step ms", "GFLOP/step", "peak MB", "forward ms"))
     assert (tmp_path / "study" / "plots" / "reviews_on_tiny" / "scores.png").stat().st_size > 5000
+    made = digest.digested(s, runs)
+    (whole,) = made.tables
+    assert sum(whole.truth.values()) == pytest.approx(1)
+    for row in whole.rows:
+        found = {name: recall for name, (_, recall) in row.classes.items()}
+        assert np.mean([*found.values()]) == pytest.approx(row.scores["recall"].mean)
+    assert [row.classes.keys() for row in whole.rows] == [whole.truth.keys()] * 3
+    back = digest.read((tmp_path / "study" / "report.json").read_text())
+    assert digest.dumped(back) == digest.dumped(made)
+    for one, other in zip(back.tables[0].rows, whole.rows, strict=True):
+        assert one.scores["accuracy"] == pytest.approx(other.scores["accuracy"], rel=1e-5)
+    assert [row.costs["trained"] for row in back.tables[0].rows] == [row.costs["trained"] for row in whole.rows]
+    assert report.markdown(back, {0: {}}, None, tmp_path) == report.markdown(made, {0: {}}, None, tmp_path)
 
 
 def test_what_is_tested_is_what_was_saved(tree, tmp_path):

@@ -113,3 +113,17 @@ def test_holm_by_hand():
     assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert statistics.holm([0.9, 0.6]) == [1.0, 1.0]
     assert statistics.holm([]) == []
+
+
+def test_groups_are_read_alone():
+    whole = classes([0, 1, 1, 0], [0, 1, 0, 1], 2, [0.9, 0.8, 0.7, 0.6])
+    part = outcomes.subset(whole, np.array([True, False, True, False]))
+    assert part.saved() == classes([0, 1], [0, 0], 2, [0.9, 0.7]).saved()
+    texts = outcomes.subset(Texts(np.array([1.0, 2.0]), np.array([3, 4])), np.array([False, True]))
+    assert texts.scores()["loss"] == 0.5
+
+
+def test_classes_said_and_found():
+    got = classes([0, 0, 0, 1], [0, 0, 1, 1], 3)
+    assert (got.shares, got.predicted_shares) == ([0.75, 0.25, 0.0], [0.5, 0.5, 0.0])
+    assert got.recalls == [pytest.approx(2 / 3), 1.0, 0.0]

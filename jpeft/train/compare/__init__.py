@@ -8,6 +8,7 @@ judge.py       asks a model for its answers
 outcomes.py    what a model did with every example
 statistics.py  intervals over seeds and examples, paired tests
 table.py       runs of one method put together: a row of the report
+digest.py      all that a report shows, as one small file
 report.py      Markdown, CSV and one HTML page
 figures.py     the plots
 """

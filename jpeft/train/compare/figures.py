@@ -3,6 +3,7 @@
 kind of colour vision tells apart (Okabe and Ito), so that they read the same in print.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,37 @@ MARKERS = "osD^vP*X<>hp"
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "++", "ooo", "**")
 
+_STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "jpeft", "svg.fonttype": "path", "axes.spines.top": False, "axes.spines.right": False,
+}  # fmt: skip
+
 
 def draw(table: Table, folder: str | Path) -> dict[str, Path]:
     """Draws what the table has figures for, as PNG and SVG; gives the SVG files by title."""
-    plots: Mapping[str, Callable[[Any, Table], bool]] = {
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return {title: file for title, plot in _plots().items() if (file := _drawn(plot, table, folder, title)) is not None}
+
+
+def draw_one(table: Table, title: str, file: str | Path) -> None:
+    """Draws one of the plots of `draw` as PNG.
+
+    Raises:
+      ValueError: there is no such plot, or the table has no figures for it.
+    """
+    file, plot = Path(file), _plots().get(title)
+    figure = None if plot is None else _figure(plot, table)
+    if figure is None:
+        raise ValueError(f"no plot {title!r} of this table; there are {', '.join(_plots())}, where they are measured")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+def _plots() -> Mapping[str, Callable[[Any, Table], bool]]:
+    return {
         "scores": _scores,
+        "groups": _groups,
+        "forgetting": _forgetting,
         "score against parameters": _pareto,
         "parameters": _parameters,
         "memory": _memory,
@@ -28,9 +55,6 @@ def draw(table: Table, folder: str | Path) -> dict[str, Path]:
         "learning curves": _curves,
         "radar": _radar,
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return {title: file for title, plot in plots.items() if (file := _drawn(plot, table, folder, title)) is not None}
 
 
 def few_examples(tables: Sequence[Table], folder: str | Path) -> Path | None:
@@ -89,7 +113,8 @@ def heat_map(
 
 def _scores(axes: Any, table: Table) -> bool:
     rows = [row for row in table.rows if row.scores]
-    rows = sorted(rows, key=lambda row: row.scores[table.main].mean, reverse=not table.more_is_better)
+    sign = 1 if table.more_is_better else -1
+    rows = sorted(rows, key=lambda row: (not row.all_collapsed, sign * row.scores[table.main].mean))  # upwards
     for at, row in enumerate(rows):
         mean, low, high = row.scores[table.main]
         colour = COLOURS[7] if row.is_baseline else COLOURS[0]
@@ -105,10 +130,48 @@ def _scores(axes: Any, table: Table) -> bool:
         )
     names = [row.method + (f" (collapsed {row.collapsed} of {row.seeds})" if row.collapsed else "") for row in rows]
     axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel(f"{table.main} on {table.examples:,} test examples, mean over seeds and 95 % interval")
     axes.grid(axis="x", alpha=0.3)
     axes.figure.set_figheight(1.4 + 0.36 * len(rows))
     return True
+
+
+def _groups(axes: Any, table: Table) -> bool:
+    """The main figure of every group of test examples, by method."""
+    rows = [row for row in table.rows if row.groups and not row.all_collapsed]
+    names = list(dict.fromkeys(name for row in rows for name in row.groups))
+    for at, name in enumerate(names):
+        means, low, high = np.array([row.groups[name] for row in rows]).T
+        places = np.arange(len(rows)) + 0.16 * (at - (len(names) - 1) / 2)
+        axes.errorbar(
+            means, places, xerr=[means - low, high - means], label=name, capsize=3,
+            ls="none", marker=_of(MARKERS, at), color=_of(COLOURS, at),
+        )  # fmt: skip
+    axes.set_yticks(range(len(rows)), [row.method for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{table.main} on each group alone, mean over seeds and 95 % interval")
+    axes.grid(axis="x", alpha=0.3)
+    axes.figure.set_figheight(1.6 + 0.4 * len(rows))
+    _legend(axes)
+    return bool(rows)
+
+
+def _forgetting(axes: Any, table: Table) -> bool:
+    """What was gained against what was forgotten: the best is at the lower left for perplexities."""
+    rows = [row for row in table.rows if row.scores and row.costs["general loss after"] is not None]
+    for at, row in enumerate(rows):
+        forgot = (row.costs["general loss after"] or 0) - (row.costs["general loss before"] or 0)
+        axes.plot(
+            forgot, row.scores[table.main].mean, ls="none", ms=9, label=row.method,
+            marker=_of(MARKERS, at), color=_of(COLOURS, at),
+        )  # fmt: skip
+    axes.axvline(0, color="black", lw=0.8, ls=":")
+    axes.set_xlabel("loss per token on general text, after minus before (right: more was forgotten)")
+    axes.set_ylabel(f"{table.main} on {table.examples:,} test examples")
+    axes.grid(alpha=0.3)
+    _legend(axes)
+    return len(rows) > 1
 
 
 def _pareto(axes: Any, table: Table) -> bool:
@@ -118,18 +181,19 @@ def _pareto(axes: Any, table: Table) -> bool:
         axes.errorbar(
             row.costs["trained"], mean, yerr=[[mean - low], [high - mean]], label=row.method,
             fmt=_of(MARKERS, at), color=_of(COLOURS, at), ms=8, capsize=3,
+            mfc="white" if row.all_collapsed else None,
         )  # fmt: skip
     best, front = None, []
-    for row in sorted(rows, key=lambda row: row.costs["trained"] or 0):
+    for row in sorted((row for row in rows if not row.all_collapsed), key=lambda row: row.costs["trained"] or 0):
         mean = row.scores[table.main].mean
         if best is None or (mean > best if table.more_is_better else mean < best):
             best = mean
             front.append((row.costs["trained"], mean))
-    axes.step(*zip(*front, strict=True), where="post", color="black", lw=0.8, ls=":", zorder=0) if len(
-        front
-    ) > 1 else None
+    if len(front) > 1:
+        axes.step(*zip(*front, strict=True), where="post", color="black", lw=0.8, ls=":", zorder=0)
     axes.set_xscale("log")
-    axes.set_xlabel("trained parameters (dotted: the best for at most so many)")
+    hollow = "; hollow: collapsed" if any(row.all_collapsed for row in rows) else ""
+    axes.set_xlabel(f"trained parameters (dotted: the best for at most so many{hollow})")
     axes.set_ylabel(table.main)
     _legend(axes)
     return len(rows) > 1
@@ -145,11 +209,10 @@ def _parameters(axes: Any, table: Table) -> bool:
 
 def _memory(axes: Any, table: Table) -> bool:
     """What the compiled training step takes: weights, adapter and optimizer, and what it makes on the way."""
-    rows = [row for row in table.rows if any("memory" in r and r["memory"].get("parts_mb") for r in row.results)]
+    rows = [row for row in table.rows if row.memory]
     parts: dict[str, list[float]] = {}
     for row in rows:
-        split = next(r["memory"]["parts_mb"] for r in row.results if "memory" in r and r["memory"].get("parts_mb"))
-        for name, size in split.items():
+        for name, size in row.memory.items():
             parts.setdefault(name, []).append(size)
     left = np.zeros(len(rows))
     for at, (name, sizes) in enumerate(parts.items()):
@@ -197,18 +260,19 @@ def _curves(axes: Any, table: Table) -> bool:
     return bool(rows)
 
 
-#: What the radar shows: a figure, and whether less of it is better.
-_SPOKES = (
-    ("trained", True), ("peak MB", True), ("step ms", True), ("forward ms", True), ("adapter KB", True),
-    ("calibration error", True),
-)  # fmt: skip
+#: What the radar shows beside the main figure; less of each is better.
+_SPOKES = ("trained", "peak MB", "step ms", "forward ms", "adapter KB", "calibration error")
 
 
 def _radar(axes: Any, table: Table) -> bool:
-    """Ranks, not values: each spoke goes from the worst method (the middle) to the best (the rim)."""
+    """Ranks, not values: each spoke goes from the worst method (the middle) to the best (the rim). A web a method, for
+    more than three or four on top of each other cannot be told apart.
+    """
     rows = [row for row in table.rows if row.scores and row.costs["trained"]]
-    spokes = {table.main: [(-1 if table.more_is_better else 1) * row.scores[table.main].mean for row in rows]}
-    for cost, _ in _SPOKES:
+    sign = -1 if table.more_is_better else 1
+    merits = [math.inf if row.all_collapsed else sign * row.scores[table.main].mean for row in rows]
+    spokes = {table.main: merits}
+    for cost in _SPOKES:
         values = [row.costs[cost] for row in rows]
         if all(value is not None for value in values):
             spokes[cost] = [float(value) for value in values if value is not None]
@@ -216,27 +280,31 @@ def _radar(axes: Any, table: Table) -> bool:
         return False
     figure = axes.figure
     axes.remove()
-    polar = figure.add_subplot(projection="polar")
     angles = np.linspace(0, 2 * np.pi, len(spokes), endpoint=False)
     ranks = np.array([_ranks(values) for values in spokes.values()])  # [spokes, methods]
+    lines = math.ceil(len(rows) / 4)
+    figure.set_figheight(0.5 + 1.9 * lines)
+    figure.suptitle("rank on every figure: the rim is the best method, the middle the worst", fontsize=10)
     for at, row in enumerate(rows):
-        line = np.append(ranks[:, at], ranks[0, at])
-        polar.plot(
-            np.append(angles, angles[0]),
-            line,
-            color=_of(COLOURS, at),
-            ls=_of(DASHES, at),
-            marker=_of(MARKERS, at),
-            label=row.method,
-        )
-    polar.set_xticks(angles, list(spokes))
-    polar.tick_params(axis="x", pad=14)
-    polar.set_yticks(range(1, len(rows) + 1), [""] * len(rows))
-    polar.set_ylim(0, len(rows))
-    figure.set_figheight(5.6)
-    polar.set_title("rank on every figure: the rim is the best method, the middle the worst", fontsize=10)
-    polar.legend(loc="center left", bbox_to_anchor=(1.15, 0.5), frameon=False, fontsize=9)
+        polar = figure.add_subplot(lines, 4, at + 1, projection="polar")
+        web = np.append(ranks[:, at], ranks[0, at])
+        polar.fill(np.append(angles, angles[0]), web, color=COLOURS[0], alpha=0.25)
+        polar.plot(np.append(angles, angles[0]), web, color=COLOURS[0], marker="o", ms=3)
+        polar.set_xticks(angles, [_broken(name) for name in spokes], fontsize=7)
+        polar.tick_params(axis="x", pad=-1)
+        for label, angle in zip(polar.get_xticklabels(), angles, strict=True):  # beside the rim, not on it
+            side = np.cos(angle)
+            label.set_horizontalalignment("center" if abs(side) < 0.3 else "left" if side > 0 else "right")
+        polar.set_yticks(range(1, len(rows) + 1), [""] * len(rows))
+        polar.grid(color="#dddddd", lw=0.5)
+        polar.set_ylim(0, len(rows))
+        polar.set_title(row.method, fontsize=9, fontweight="bold")
     return True
+
+
+def _broken(name: str) -> str:
+    """A name of two words on two lines."""
+    return name.replace(" ", "\n", 1)
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:
@@ -261,25 +329,32 @@ def _bars(axes: Any, rows: Sequence[Row], costs: Sequence[str]) -> None:
 def _legend(axes: Any) -> None:
     """Beside the plot, where it hides nothing."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9, handlelength=3.2)
 
 
 def _drawn(plot: Callable[[Any, Any], bool], data: Any, folder: Path, title: str) -> Path | None:
+    figure = _figure(plot, data)
+    if figure is None:
+        return None
+    from matplotlib import rc_context
+
+    file = folder / f"{title.replace(' ', '_')}.svg"
+    with rc_context(_STYLE):  # what an SVG is written with is asked for as it is saved
+        figure.savefig(file, metadata={"Date": None})
+        figure.savefig(file.with_suffix(".png"), dpi=130)
+    return file
+
+
+def _figure(plot: Callable[[Any, Any], bool], data: Any) -> Any:
+    """The figure; None where there is nothing to be drawn."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context(
-        {"svg.hashsalt": "jpeft", "svg.fonttype": "path", "axes.spines.top": False, "axes.spines.right": False}
-    ):
+    with rc_context(_STYLE):
         figure = Figure(figsize=(8.2, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
-        if not plot(figure.add_subplot(), data):
-            return None
-        file = folder / f"{title.replace(' ', '_')}.svg"
-        figure.savefig(file, metadata={"Date": None})
-        figure.savefig(file.with_suffix(".png"), dpi=130)
-    return file
+        return figure if plot(figure.add_subplot(), data) else None
 
 
 def _of(values: Sequence[Any], at: int) -> Any:

@@ -14,6 +14,9 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
+import platform
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -50,10 +53,21 @@ def main(path: Path) -> None:
         "plan": plan,
         "seconds": round(time.time() - started, 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.devices()[0].platform})",
+        "device": _device(),
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
     }
     write_text(path / "result.json", json.dumps(result, allow_nan=False) + "\n")
+
+
+def _device() -> str:
+    """What it ran on: of a CPU the cores that this process may use, and the processor's own name where it tells."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    told = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)", told.read_text(), re.MULTILINE) if told.is_file() else None
+    return f"{cores} cores of {found[1] if found else platform.processor() or platform.machine()}"
 
 
 def measured(plan: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -90,6 +104,7 @@ def measured(plan: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if dataset.label_names is not None:
         labels = np.array(dataset.train.examples.labels)
         found["train_labels"] = np.bincount(labels, minlength=len(dataset.label_names)).tolist()
+        found["label_names"] = list(dataset.label_names)
     if plan["general"] is not None:
         found["forgetting"] = _forgetting(opened, config, dataset, plan["general"])
     return found

@@ -68,6 +68,22 @@ class Classes:
         return np.bincount(self.truth * size + self.predicted, weights, size * size).reshape(size, size).astype(float)
 
     @property
+    def shares(self) -> list[float]:
+        """How much of the examples each class is."""
+        return (np.bincount(self.truth, minlength=self.num_classes) / len(self)).tolist()
+
+    @property
+    def predicted_shares(self) -> list[float]:
+        """How much of the examples each class is predicted for."""
+        return (np.bincount(self.predicted, minlength=self.num_classes) / len(self)).tolist()
+
+    @property
+    def recalls(self) -> list[float]:
+        """Of the examples of each class, how much is found; 0 of a class without examples."""
+        counts = self.confusion()
+        return (np.diag(counts) / np.maximum(counts.sum(1), 1)).tolist()
+
+    @property
     def collapsed(self) -> bool:
         """One class was predicted for everything, and it is not the only one there is: no score, a failure."""
         return len(set(self.predicted.tolist())) == 1 and len(set(self.truth.tolist())) > 1
@@ -150,6 +166,12 @@ def swapped(a: Outcome, b: Outcome, swap: np.ndarray) -> tuple[Outcome, Outcome]
     first = {f: np.where(swap, getattr(b, f), getattr(a, f)) for f in a.answers}
     second = {f: np.where(swap, getattr(a, f), getattr(b, f)) for f in a.answers}
     return dataclasses.replace(a, **first), dataclasses.replace(b, **second)
+
+
+def subset(outcome: Outcome, chosen: np.ndarray) -> Outcome:
+    """The outcome of some examples, a mask, alone."""
+    values = {f.name: getattr(outcome, f.name) for f in dataclasses.fields(outcome)}
+    return dataclasses.replace(outcome, **{k: v[chosen] for k, v in values.items() if isinstance(v, np.ndarray)})
 
 
 def majority(outcome: Classes, train: np.ndarray) -> Classes:

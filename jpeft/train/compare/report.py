@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a study: Markdown, CSV, and one HTML page that needs no other file."""
+"""The report of a study: Markdown, CSV, one HTML page that needs no other file, and report.json, which holds all that
+the others show, so that they can be written from it again where the runs are not.
+"""
 
 import csv
 import html
@@ -9,60 +11,63 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...models._files import write_text
+from . import digest as digests
 from . import figures
+from .digest import Digest
 from .runner import Done
 from .study import Study
-from .table import COSTS, Row, Table, tables
+from .table import COSTS, Row, Table
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 72rem;
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 84rem;
        padding: 1rem; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; padding-bottom: .3rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+/* borders of their own: collapsed ones do not move with a column that stays */
+.wide { overflow-x: auto; }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 thead th { border-bottom: 2px solid #333; } .flag { font-weight: 600; }
-figure { margin: 1.5rem 0; } figure svg { width: 100%; height: auto; max-width: 62rem; } figcaption { color: #444; }
+figure { margin: 1.5rem 0; overflow-x: auto; } figcaption { font-weight: 600; position: sticky; left: 0; }
+figure svg { width: 100%; height: auto; min-width: 38rem; max-width: 56rem; }
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 """
 
 
 def write(study: Study, runs: Sequence[Done]) -> Path:
-    """Writes report.md, report.html, report.csv and plots/ into the study's folder; gives the page.
+    """Writes report.md, report.html, report.csv, report.json and plots/ into the study's folder; gives the page.
 
     Raises:
       ValueError: there is nothing to report.
     """
-    out = Path(study.out)
-    found = tables(study, runs)
-    plots = {id(table): figures.draw(table, out / "plots" / _slug(table)) for table in found}
-    few = figures.few_examples(found, out / "plots")
-    write_text(out / "report.md", markdown(study, runs, found, plots, few, out))
-    write_text(out / "report.csv", spreadsheet(found))
-    write_text(out / "report.html", page(study, runs, found, plots, few))
+    out, digest = Path(study.out), digests.digested(study, runs)
+    plots = {at: figures.draw(table, out / "plots" / slug(table)) for at, table in enumerate(digest.tables)}
+    few = figures.few_examples(digest.tables, out / "plots")
+    write_text(out / "report.json", digests.dumped(digest))
+    write_text(out / "report.md", markdown(digest, plots, few, out))
+    write_text(out / "report.csv", spreadsheet(digest.tables))
+    write_text(out / "report.html", page(digest, plots, few))
     return out / "report.html"
 
 
-def markdown(
-    study: Study,
-    runs: Sequence[Done],
-    found: Sequence[Table],
-    plots: Mapping[int, Mapping[str, Path]],
-    few: Path | None,
-    out: Path,
-) -> str:
+def markdown(digest: Digest, plots: Mapping[int, Mapping[str, Path]], few: Path | None, out: Path) -> str:
     """The report as Markdown, with links to the plots."""
     lines = ["# Comparison of methods", ""]
-    lines += [*(f"- {line}" for line in protocol(study, runs)), ""]
-    for table in found:
-        lines += [f"## {_title(table)}", "", *flags(table), ""]
-        for head, rows in (scores(table, study.reference), costs(table)):
-            lines += ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-            lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows] + [""]
-        lines += [f"![{title}]({file.relative_to(out)})" for title, file in plots[id(table)].items()] + [""]
+    lines += [*(f"- {line}" for line in digest.protocol), ""]
+    for at, table in enumerate(digest.tables):
+        lines += [f"## {_title(table)}", "", *(f"- {line}" for line in flags(table)), ""]
+        for part in parts(table, digest.reference).values():
+            lines += [*marked(*part), ""]
+        lines += [f"![{title}]({file.relative_to(out)})" for title, file in plots[at].items()] + [""]
     if few is not None:
         lines += ["## Few examples", "", f"![few examples]({few.relative_to(out)})", ""]
     return "\n".join(lines)
+
+
+def marked(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown, by lines."""
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return lines + ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
 
 
 def spreadsheet(found: Sequence[Table]) -> str:
@@ -100,20 +105,15 @@ def spreadsheet(found: Sequence[Table]) -> str:
     return stream.getvalue()
 
 
-def page(
-    study: Study,
-    runs: Sequence[Done],
-    found: Sequence[Table],
-    plots: Mapping[int, Mapping[str, Path]],
-    few: Path | None,
-) -> str:
+def page(digest: Digest, plots: Mapping[int, Mapping[str, Path]], few: Path | None) -> str:
     """The report as one HTML page with its plots in it."""
-    body = ["<h1>Comparison of methods</h1>", _items(protocol(study, runs))]
-    for table in found:
+    body = ["<h1>Comparison of methods</h1>", _items(digest.protocol)]
+    for at, table in enumerate(digest.tables):
         body.append(f"<h2>{html.escape(_title(table))}</h2>")
         body += [f'<p class="flag">{html.escape(line)}</p>' for line in flags(table)]
-        body += [_table(*part) for part in (scores(table, study.reference), costs(table))]
-        body += [_figure(title, file) for title, file in plots[id(table)].items()]
+        for title, part in parts(table, digest.reference).items():
+            body += [f"<h3>{title}</h3>", _table(*part)]
+        body += [_figure(title, file) for title, file in plots[at].items()]
     if few is not None:
         body += ["<h2>Few examples</h2>", _figure("few examples", few)]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -123,60 +123,76 @@ def page(
     )
 
 
-def protocol(study: Study, runs: Sequence[Done]) -> list[str]:
-    """What was done, in lines."""
-    seeds = ", ".join(map(str, study.seeds))
-    lines = [f"{len(runs)} runs; seeds {seeds}; each run trained in a process of its own."]
-    if study.tune:
-        tried = "; ".join(f"{key} from {', '.join(map(str, values))}" for key, values in study.tune.items())
-        lines.append(
-            f"Chosen for each method on the validation split, with seed {study.tune_seed}, before any test: {tried} "
-            "(chosen.json says what)."
-        )
-    else:
-        lines.append("Nothing was tuned: every method has the values that the study gives it.")
-    lines += [
-        "The test split is read by the final runs alone, once each.",
-        "Intervals: 95 %, by a bootstrap over seeds and test examples, both drawn by themselves"
-        + ("; with one seed, over the examples alone." if len(study.seeds) == 1 else "."),
-        f"Differences: against {study.reference}, paired by seed and example; p by a permutation test over the "
-        "examples, adjusted for all methods of a table (Holm).",
-        "Costs are medians over seeds. Tokens/s leave compilation and evaluation out. FLOPs are those of the compiled "
-        "step; MFU is 4 N tokens/s over the peak rate, 6 N for full fine-tuning, N the base's parameters without "
-        "embeddings.",
-    ]
-    devices = sorted({done.result["device"] for done in runs if "device" in done.result})
-    versions = sorted(
-        {", ".join(f"{k} {v}" for k, v in d.result["versions"].items()) for d in runs if "versions" in d.result}
-    )
-    return [*lines, *(f"Device: {device}." for device in devices), *(f"Versions: {line}." for line in versions)]
-
-
 def flags(table: Table) -> list[str]:
     """What keeps a figure from being read as a score."""
-    out = []
-    for row in table.rows:
-        if row.collapsed:
-            out.append(
-                f"{row.method} collapsed with {row.collapsed} of {row.seeds} seeds: it predicts one class for every "
-                "example. Its figures are those of the class's frequency, and no score."
-            )
-        if row.diverged:
-            out.append(f"{row.method} diverged with {row.diverged} seeds, which are left out of its figures.")
-    return out
+    collapsed = ", ".join(f"{row.method} ({row.collapsed} of {row.seeds} seeds)" for row in table.rows if row.collapsed)
+    diverged = ", ".join(f"{row.method} ({row.diverged} seeds)" for row in table.rows if row.diverged)
+    lines = {
+        f"Collapsed: {collapsed}. One class is predicted for every example; what that gives is the class's frequency "
+        "and no score.": collapsed,
+        f"Diverged: {diverged}. These runs are left out of the figures.": diverged,
+    }
+    return [line for line, there in lines.items() if there]
+
+
+def parts(table: Table, reference: str) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """The tables of a table by title, each a head and rows, of what there is."""
+    found = {
+        "Scores": scores(table, reference),
+        "Classes": classes(table),
+        "Groups": groups(table),
+        "Costs": costs(table),
+    }
+    return {title: part for title, part in found.items() if part[1]}
 
 
 def scores(table: Table, reference: str) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table of scores; best first below the baselines."""
+    """Head and rows of the table of scores; best first below the baselines, and last what has no score."""
     names = list(dict.fromkeys(name for row in table.rows for name in row.scores))
-    head = ["method", *(f"{name} [95 %]" for name in names), f"{table.main} - {reference}'s [95 %]", "p", "seeds"]
+    keys = list(dict.fromkeys(key for row in table.rows for key in row.chosen))
+    head = ["method", *(key.rpartition(".")[2] for key in keys), *(f"{name} [95 %]" for name in names)]
+    head += [f"{table.main} - {reference}'s [95 %]", "p", "seeds"]
     rows = []
     for row in _ranked(table):
-        cells = [_interval(row.scores[name]) if name in row.scores else "-" for name in names]
-        apart = ("-", "-") if row.apart is None else (_signed(row.apart.interval), f"{row.apart.p:.3f}")
+        chosen = [
+            f"{row.chosen[key]:g}" if isinstance(row.chosen.get(key), float) else str(row.chosen.get(key, "-"))
+            for key in keys
+        ]
+        lost = "collapsed" if row.all_collapsed else "-"
+        cells = [_interval(row.scores[name]) if row.scores and not row.all_collapsed else lost for name in names]
+        apart = (
+            ("-", "-")
+            if row.apart is None or row.all_collapsed
+            else (_signed(row.apart.interval), f"{row.apart.p:.3f}")
+        )
         seeds = f"{row.seeds}" + (f", {row.collapsed} collapsed" if row.collapsed else "")
-        rows.append([row.method, *cells, *apart, seeds + (f", {row.diverged} diverged" if row.diverged else "")])
+        rows.append(
+            [row.method, *chosen, *cells, *apart, seeds + (f", {row.diverged} diverged" if row.diverged else "")]
+        )
     return head, rows
+
+
+def classes(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of what a classifier predicts and finds of each class; first what there is."""
+    head = ["method", *(f"says {name} %" for name in table.truth), *(f"finds {name} %" for name in table.truth)]
+    rows = [
+        [row.method, *(f"{100 * x:.1f}" for at in (0, 1) for x in (row.classes[name][at] for name in table.truth))]
+        for row in _ranked(table)
+        if row.classes
+    ]
+    truth = [
+        "(the test examples)",
+        *(f"{100 * share:.1f}" for share in table.truth.values()),
+        *("-" for _ in table.truth),
+    ]
+    return head, [truth, *rows] if rows else []
+
+
+def groups(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the main figure on every group of the test examples."""
+    names = list(dict.fromkeys(name for row in table.rows for name in row.groups))
+    rows = [[row.method, *(_interval(row.groups[name]) for name in names)] for row in _ranked(table) if row.groups]
+    return ["method", *(f"{table.main} on {name} [95 %]" for name in names)], rows
 
 
 def costs(table: Table) -> tuple[list[str], list[list[str]]]:
@@ -189,9 +205,8 @@ def costs(table: Table) -> tuple[list[str], list[list[str]]]:
 def _ranked(table: Table) -> list[Row]:
     sign = -1 if table.more_is_better else 1
     worst = float("inf")
-    return sorted(
-        table.rows, key=lambda r: (not r.is_baseline, sign * r.scores[table.main].mean if r.scores else worst)
-    )
+    merit = {row.method: sign * row.scores[table.main].mean if row.scores else worst for row in table.rows}
+    return sorted(table.rows, key=lambda row: (not row.is_baseline, row.all_collapsed, merit[row.method]))
 
 
 def _interval(value: tuple[float, float, float]) -> str:
@@ -212,7 +227,8 @@ def _title(table: Table) -> str:
     return f"{table.task} on {table.model}" + ("" if table.size is None else f", {table.size:,} training rows")
 
 
-def _slug(table: Table) -> str:
+def slug(table: Table) -> str:
+    """Its title as a file's name."""
     return re.sub(r"[^\w-]+", "_", _title(table))
 
 
@@ -233,4 +249,4 @@ def _figure(title: str, file: Path) -> str:
     own = re.sub(r"[^\w]+", "_", f"{file.parent.name}_{file.stem}")
     svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{own}-", svg)
     svg = re.sub(r"<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', svg, count=1)
-    return f"<figure>{svg}<figcaption>{html.escape(title)}</figcaption></figure>"
+    return f"<figure><figcaption>{html.escape(title.capitalize())}</figcaption>{svg}</figure>"

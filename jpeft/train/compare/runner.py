@@ -63,15 +63,19 @@ def conduct(
         return _made(study, run, out, say, () if only_made else command)
 
     trials = [made(run) for run in studies.trials(study)]
-    chosen = choose(trials)
+    chosen = choose(trials, study.tune_by)
     if chosen:
         lines = {" / ".join(key): values for key, values in chosen.items()}
         write_text(out / "chosen.json", json.dumps(lines, indent=2) + "\n")
     return [made(run) for run in studies.finals(study, chosen)]
 
 
-def choose(trials: Sequence[Done]) -> dict[Key, Mapping[str, Any]]:
-    """The values of the best trial for each (model, task, method), by data.eval's main figure; of equals the first.
+def choose(trials: Sequence[Done], by: str | None = None) -> dict[Key, Mapping[str, Any]]:
+    """The values of the best trial for each (model, task, method); of equals the first.
+
+    Args:
+      trials: with their results.
+      by: figure on data.eval; None is accuracy, or the loss where there is none.
 
     Raises:
       RunFailed: all trials of one diverged.
@@ -82,7 +86,7 @@ def choose(trials: Sequence[Done]) -> dict[Key, Mapping[str, Any]]:
         key = (done.run.model, done.run.task, done.run.method)
         if "failed" in done.result:
             continue
-        if key not in best or _merit(done) > _merit(best[key]):
+        if key not in best or _merit(done, by) > _merit(best[key], by):
             best[key] = done
     lost = [" / ".join(key) for key in keys if key not in best]
     if lost:
@@ -90,9 +94,10 @@ def choose(trials: Sequence[Done]) -> dict[Key, Mapping[str, Any]]:
     return {key: best[key].run.trial or {} for key in keys}
 
 
-def _merit(done: Done) -> float:
+def _merit(done: Done, by: str | None) -> float:
     metrics = done.result["eval"]
-    return metrics["accuracy"] if "accuracy" in metrics else -metrics["loss"]
+    by = by or ("accuracy" if "accuracy" in metrics else "loss")
+    return -metrics[by] if by == "loss" else metrics[by]
 
 
 def _begin(study: Study, out: Path) -> None:
@@ -163,5 +168,7 @@ def _said(result: Mapping[str, Any]) -> str:
     if "failed" in result:
         return f"diverged: {result['failed']}"
     metrics = result.get("test") or result["eval"]
-    figures = (f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
+    figures = (
+        f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float) and name != "seconds"
+    )
     return ", ".join([*figures, f"{result['seconds']:.0f} s"])

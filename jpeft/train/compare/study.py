@@ -76,6 +76,8 @@ class Study:
       baselines: of `BASELINES`.
       compare_with: the method that the others are tested against; None is the first.
       tune: values by dotted key, all combinations of which are tried for each method; the best on `data.eval` is kept.
+      tune_by: the figure that says which is the best; None is accuracy, of language models the loss. Where one class is
+        most of the examples, predicting it alone may have the best accuracy, and macro_f1 chooses something else.
       tune_seed: `train.seed` of these trials, none of the final ones.
       sizes: numbers of training rows, for curves of few examples; all rows are always among them.
     """
@@ -90,6 +92,7 @@ class Study:
     baselines: tuple[Literal["majority", "untuned", "head", "full"], ...] = ("majority", "head", "full")
     compare_with: str | None = None
     tune: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    tune_by: Literal["accuracy", "macro_f1", "loss"] | None = None
     tune_seed: int = 1000
     sizes: tuple[int, ...] = ()
 
@@ -295,6 +298,9 @@ def _conflicts(study: Study) -> list[str]:
         ),
         "tune needs data.eval in every task: the test split is not for choosing": bool(study.tune)
         and not all(task.data.get("eval") for task in study.tasks.values()),
+        f"tune_by={study.tune_by} is for SEQ_CLS; language models are chosen by their loss": (
+            study.tune_by not in (None, "loss") and any(task.task != "SEQ_CLS" for task in study.tasks.values())
+        ),
         "sizes must be 1 or more, and different": any(n < 1 for n in study.sizes)
         or len({*study.sizes}) < len(study.sizes),
         "the baseline majority is for SEQ_CLS": not classify and "majority" in study.baselines,

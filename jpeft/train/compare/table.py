@@ -28,7 +28,10 @@ class Row:
         reference itself, for baselines that were not trained, and where a run diverged.
       costs: medians over the runs by name, in the order of `COSTS`; None where it was not measured.
       curve: (update, main figure on data.eval, by seed); empty where it was not evaluated on the way.
-      results: of its runs, as they were saved.
+      chosen: what it got of the study's `tune`, by key; empty where nothing was tuned.
+      classes: (share that is predicted, recall) of every class of a classifier, means over the runs.
+      groups: the main figure on every group of the test examples alone, where they have groups.
+      memory: MB of each part of the compiled training step.
     """
 
     method: str
@@ -39,11 +42,19 @@ class Row:
     apart: Difference | None
     costs: Mapping[str, float | None]
     curve: Sequence[tuple[int, Sequence[float]]]
-    results: Sequence[Mapping[str, Any]]
+    chosen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    classes: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    groups: Mapping[str, Interval] = dataclasses.field(default_factory=dict)
+    memory: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def is_baseline(self) -> bool:
         return self.method in BASELINES
+
+    @property
+    def all_collapsed(self) -> bool:
+        """No run came to a score."""
+        return 0 < self.collapsed == self.seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Table:
       main: the figure that methods are ranked by, and whether more of it is better.
       examples: of the test set.
       rows: by method, baselines first.
+      truth: share of every class of a classifier's test examples.
     """
 
     model: str
@@ -65,6 +77,24 @@ class Table:
     more_is_better: bool
     examples: int
     rows: Sequence[Row]
+    truth: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+    """The runs of one method on one task, size and model, and what they answered.
+
+    Attributes:
+      runs: with their results; none of a baseline that is not trained.
+      found: outcomes of those that came to an end.
+    """
+
+    runs: Sequence[Done]
+    found: Sequence[Outcome]
+
+    @property
+    def ended(self) -> list[Done]:
+        return [done for done in self.runs if "failed" not in done.result]
 
 
 #: What a run cost: where it lies in its result, its name with a unit, and how it is printed.
@@ -100,61 +130,92 @@ def tables(study: Study, runs: Sequence[Done]) -> list[Table]:
 
 
 def _table(study: Study, runs: Sequence[Done], task: str, model: str, size: int | None) -> Table:
-    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    by_method: dict[str, list[Done]] = {}
     for done in runs:
         run = done.run
         if (run.task, run.model) == (task, model) and (run.size == size or run.method == "untuned"):
-            by_method.setdefault(run.method, []).append(done.result)
-    found = {name: [outcomes.read(r["outcome"]) for r in rs if "outcome" in r] for name, rs in by_method.items()}
-    whole = next((group[0] for group in found.values() if group), None)
+            by_method.setdefault(run.method, []).append(done)
+    cells = {
+        name: _Cell(group, [outcomes.read(d.result["outcome"]) for d in group if "outcome" in d.result])
+        for name, group in by_method.items()
+    }
+    whole = next((cell.found[0] for cell in cells.values() if cell.found), None)
     if whole is None:
         raise ValueError(f"every run of {task} on {model} diverged, so there is nothing to report")
+    results = [done.result for cell in cells.values() for done in cell.ended]
+    names: Sequence[str] = next((r["label_names"] for r in results if "label_names" in r), ())
+    groups: Sequence[str] = next((r["groups"] for r in results if "groups" in r), ())
     if isinstance(whole, Classes) and "majority" in study.baselines:
-        counts = next(r["train_labels"] for rs in by_method.values() for r in rs if "train_labels" in r)
-        by_method = {"majority": [], **by_method}
-        found["majority"] = [outcomes.majority(whole, np.repeat(np.arange(len(counts)), counts))]
-    order = sorted(by_method, key=lambda name: BASELINES.index(name) if name in BASELINES else len(BASELINES))
-    compared = _differences(found, by_method, study.reference)
-    rows = [_row(name, by_method[name], found[name], compared.get(name), whole.main) for name in order]
-    return Table(model, task, size, whole.main, whole.more_is_better, len(whole), rows)
+        counts = next(r["train_labels"] for r in results if "train_labels" in r)
+        cells["majority"] = _Cell((), [outcomes.majority(whole, np.repeat(np.arange(len(counts)), counts))])
+    order = sorted(cells, key=lambda name: BASELINES.index(name) if name in BASELINES else len(BASELINES))
+    compared = _differences(cells, study.reference)
+    rows = [_row(study, name, cells[name], compared.get(name), names, groups) for name in order]
+    truth = dict(zip(names, whole.shares, strict=True)) if isinstance(whole, Classes) else {}
+    return Table(model, task, size, whole.main, whole.more_is_better, len(whole), rows, truth)
 
 
-def _differences(
-    found: Mapping[str, Sequence[Outcome]], results: Mapping[str, Sequence[Any]], reference: str
-) -> dict[str, Difference]:
+def _differences(cells: Mapping[str, _Cell], reference: str) -> dict[str, Difference]:
     """Of every method against the reference, with p-values adjusted for their number."""
-    theirs = found[reference]
-    if len(theirs) < len(results[reference]):
+    theirs = cells[reference]
+    if len(theirs.found) < len(theirs.runs):
         return {}
     out = {
-        name: difference(ours, theirs)
-        for name, ours in found.items()
-        if name != reference and len(ours) == len(theirs) == len(results[name])
+        name: difference(cell.found, theirs.found)
+        for name, cell in cells.items()
+        if name != reference and len(cell.found) == len(theirs.found) == len(cell.runs)
     }
     adjusted = holm([d.p for d in out.values()])
     return {name: d._replace(p=p) for (name, d), p in zip(out.items(), adjusted, strict=True)}
 
 
 def _row(
-    name: str, results: Sequence[Mapping[str, Any]], found: Sequence[Outcome], apart: Difference | None, main: str
+    study: Study, name: str, cell: _Cell, apart: Difference | None, names: Sequence[str], groups: Sequence[str]
 ) -> Row:
-    ended = [r for r in results if "failed" not in r]
+    ended = [done.result for done in cell.ended]
     costs = {cost: _median(ended, path) for cost, (path, _) in COSTS.items()}
     if name == "majority":
-        costs["calibration error"] = found[0].calibration_error
-    collapsed = sum(outcome.collapsed for outcome in found) if name != "majority" else 0
-    scores = intervals(found) if found else {}
+        costs["calibration error"] = cell.found[0].calibration_error
+    main = cell.found[0].main if cell.found else ""
+    splits = (_at(result, ("memory", "parts_mb")) for result in ended)
     return Row(
         name,
-        len(found),
-        len(results) - len(ended),
-        collapsed,
-        scores,
+        len(cell.found),
+        len(cell.runs) - len(ended),
+        sum(outcome.collapsed for outcome in cell.found) if name != "majority" else 0,
+        intervals(cell.found) if cell.found else {},
         apart,
         costs,
         _curve(ended, main),
-        tuple(results),
+        chosen=_chosen(study, cell),
+        classes=_classes(cell.found, names),
+        groups=_groups(cell.found, groups, main),
+        memory=next((split for split in splits if split), {}),
     )
+
+
+def _chosen(study: Study, cell: _Cell) -> dict[str, Any]:
+    """What a method that was trained got of the study's `tune`."""
+    configs = [done.run.config for done in cell.runs if done.run.method != "untuned"]
+    return {key: _at(configs[0], tuple(key.split("."))) for key in study.tune} if configs else {}
+
+
+def _classes(found: Sequence[Outcome], names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """(share that is predicted, recall) of every class."""
+    classifiers = [outcome for outcome in found if isinstance(outcome, Classes)]
+    if not classifiers:
+        return {}
+    said = np.mean([outcome.predicted_shares for outcome in classifiers], 0)
+    recalls = np.mean([outcome.recalls for outcome in classifiers], 0)
+    return {name: (float(s), float(r)) for name, s, r in zip(names, said, recalls, strict=True)}
+
+
+def _groups(found: Sequence[Outcome], groups: Sequence[str], main: str) -> dict[str, Interval]:
+    """The main figure on the examples of every group."""
+    if not found:
+        return {}
+    of = np.array(groups)
+    return {name: intervals([outcomes.subset(o, of == name) for o in found])[main] for name in sorted(set(groups))}
 
 
 def _median(results: Sequence[Mapping[str, Any]], path: tuple[str, ...]) -> float | None:

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report shows of figures that are known: collapses, groups, classes, and every plot."""
+
+import pytest
+
+from jpeft.train.compare import figures, report
+from jpeft.train.compare.digest import Digest, dumped, read
+from jpeft.train.compare.statistics import Difference, Interval
+from jpeft.train.compare.table import COSTS, Row, Table
+
+MEASURED = {
+    "trained": 1000.0, "changed": 2000.0, "peak MB": 90.0, "step ms": 5.0, "forward ms": 2.0, "adapter KB": 4.0,
+    "calibration error": 0.1, "general loss before": 1.5, "general loss after": 1.75,
+}  # fmt: skip
+
+
+def row(method, accuracy, *, collapsed=0, **changes):
+    scores = {"accuracy": Interval(accuracy, accuracy - 0.05, accuracy + 0.05)}
+    values = {
+        "apart": Difference(Interval(0.1, 0.0, 0.2), 0.04),
+        "costs": dict.fromkeys(COSTS) | MEASURED,
+        "curve": [(10, [0.5, 0.6]), (20, [0.6, 0.7])],
+        "chosen": {"optimizer.lr": 5e-4},
+        "classes": {"no": (0.25, 0.5), "yes": (0.75, 0.875)},
+        "groups": {"far": Interval(0.5, 0.4, 0.6), "near": Interval(0.75, 0.7, 0.8)},
+        "memory": {"base and batch": 50.0, "on the way": 20.0},
+    }
+    return Row(method, 2, 0, collapsed, scores, **(values | changes))
+
+
+@pytest.fixture(name="table")
+def _table():
+    majority = row("majority", 0.5, costs=dict.fromkeys(COSTS), curve=[], chosen={}, groups={}, memory={})
+    rows = [majority, row("stuck", 0.5, collapsed=2), row("half", 0.6, collapsed=1), row("good", 0.75)]
+    return Table("tiny", "reviews", None, "accuracy", True, 100, rows, {"no": 0.5, "yes": 0.5})
+
+
+def test_what_only_collapsed_has_no_score(table):
+    head, rows = report.scores(table, "good")
+    assert head[:3] == ["method", "lr", "accuracy [95 %]"]
+    assert [cells[0] for cells in rows] == ["majority", "good", "half", "stuck"]
+    by_method = {cells[0]: cells[1:] for cells in rows}
+    assert by_method["stuck"] == ["0.0005", "collapsed", "-", "-", "2, 2 collapsed"]
+    assert by_method["half"][1] == "0.6000 [0.5500, 0.6500]"
+    assert by_method["half"][-1] == "2, 1 collapsed"
+    assert by_method["majority"][0] == "-"
+    (line,) = report.flags(table)
+    assert "stuck (2 of 2 seeds), half (1 of 2 seeds)." in line
+
+
+def test_classes_and_groups(table):
+    head, rows = report.classes(table)
+    assert head == ["method", "says no %", "says yes %", "finds no %", "finds yes %"]
+    assert rows[0] == ["(the test examples)", "50.0", "50.0", "-", "-"]
+    assert rows[2][1:] == ["25.0", "75.0", "50.0", "87.5"]
+    head, rows = report.groups(table)
+    assert head == ["method", "accuracy on far [95 %]", "accuracy on near [95 %]"]
+    assert [cells[0] for cells in rows] == ["good", "half", "stuck"]
+    assert rows[0][1:] == ["0.5000 [0.4000, 0.6000]", "0.7500 [0.7000, 0.8000]"]
+
+
+def test_every_plot_is_drawn_and_read_back(table, tmp_path):
+    digest = Digest(("what was done",), "good", (table,))
+    assert read(dumped(digest)).tables[0].rows[3].groups["near"] == Interval(0.75, 0.7, 0.8)
+    plots = figures.draw(table, tmp_path)
+    assert list(plots) == [
+        "scores", "groups", "forgetting", "score against parameters", "parameters", "memory", "latency",
+        "learning curves", "radar",
+    ]  # fmt: skip
+    page = report.page(digest, {0: plots}, None)
+    assert page.count("<svg") == len(plots)
+    ids = [part.split('"')[0] for part in page.split(' id="')[1:]]
+    assert len(set(ids)) == len(ids)  # no plot points at another's shapes
+    figures.draw_one(table, "groups", tmp_path / "images" / "one.png")
+    assert (tmp_path / "images" / "one.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="no plot 'rader' of this table; there are scores, groups"):
+        figures.draw_one(table, "rader", tmp_path / "no.png")
