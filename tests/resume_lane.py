@@ -2,7 +2,7 @@
 """Kills runs at chosen and at random moments, resumes them, and compares them with runs left alone, bit by bit.
 
   make resume                                     # python tests/resume_lane.py; writes docs/results/resume.md
-  python tests/resume_lane.py --only lora --kills 2
+  python tests/resume_lane.py --only "lora, packing" --kills 2
 
 Every process is forked from this one before JAX has started anything, so that none waits for imports. A child is armed
 with one moment, and kills itself there: no clean-up of any kind runs.
@@ -52,8 +52,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "accumulation": {"data": {"num_widths": 2}, "train": {"batch_size": 4, "accumulation": 4}},
     "a stream": {"data": {"streaming": True, "window": 50, "num_widths": 2}, "train": {"batch_size": 4, "ema": 0.9}},
     "a packed stream": {"data": {"streaming": True, "window": 50, "packing": "best_fit"}, "train": {"batch_size": 4}},
-    "preferences": {"train": {"batch_size": 4, "objective": "dpo"}},
-    "preferences, precomputed": {"train": {"batch_size": 4, "objective": "dpo"}, "preference": {"precompute": True}},
+    "preferences": {"data": {"template": "plain", "num_widths": 1}, "train": {"batch_size": 4, "objective": "dpo"}},
+    "preferences, precomputed": {
+        "data": {"template": "plain", "num_widths": 1},
+        "train": {"batch_size": 4, "objective": "dpo"},
+        "preference": {"precompute": True},
+    },
 }
 #: What is killed: every method with the two ways to make a batch, and the other kinds of data with one method.
 CASES = [(method, shape) for method in METHODS for shape in ("packing", "accumulation")] + [
@@ -282,7 +286,7 @@ def page(rows: list[dict[str, Any]], seconds: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=METHODS, help="one method, and no page")
+    parser.add_argument("--only", metavar="TEXT", help="configurations with this in 'method, shape', and no page")
     parser.add_argument("--kills", type=int, default=len(MOMENTS), help="of each configuration")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -296,7 +300,7 @@ def main() -> None:
         if child(prepare, folder):
             raise RuntimeError("the model and the data could not be written")
         for method, shape in CASES:
-            if options.only not in (None, method):
+            if (options.only or "") not in f"{method}, {shape}":
                 continue
             begun = time.time()
             found = case(folder, method, shape, options.kills, rng)
