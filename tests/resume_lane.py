@@ -2,7 +2,7 @@
 """Kills runs at chosen and at random moments, resumes them, and compares them with runs left alone, bit by bit.
 
   make resume                                     # python tests/resume_lane.py; writes docs/results/resume.md
-  python tests/resume_lane.py --only lora --kills 2
+  python tests/resume_lane.py --only "lora, packing" --kills 2
 
 Every process is forked from this one before JAX has started anything, so that none waits for imports. A child is armed
 with one moment, and kills itself there: no clean-up of any kind runs.
@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -25,10 +26,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-UPDATES, EPOCH = 24, 10  # updates of a run, and of an epoch
+UPDATES = 24  # of a run
 TIMES = {"seconds", "tokens_per_s", "padded_tokens_per_s", "mfu", "data_wait", "peak_memory_mb"}
 #: Where a child is killed; the number is which update, save or evaluation it is.
-MOMENTS = ("in the step", "in the save", "before the rename", "in evaluation", "at an epoch's edge", "at a random time")
+MOMENTS = (
+    "in the step",
+    "at an epoch's edge",
+    "in evaluation",
+    "in the save",
+    "before the rename",
+    "as best/ is replaced",
+    "at a random time",
+)
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.1},
@@ -41,20 +50,34 @@ METHODS: dict[str, dict[str, Any]] = {
 SHAPES: dict[str, dict[str, Any]] = {
     "packing": {"data": {"packing": "best_fit"}, "train": {"batch_size": 4}},
     "accumulation": {"data": {"num_widths": 2}, "train": {"batch_size": 4, "accumulation": 4}},
+    "a stream": {"data": {"streaming": True, "window": 50, "num_widths": 2}, "train": {"batch_size": 4, "ema": 0.9}},
+    "a packed stream": {"data": {"streaming": True, "window": 50, "packing": "best_fit"}, "train": {"batch_size": 4}},
+    "preferences": {"data": {"template": "plain", "num_widths": 1}, "train": {"batch_size": 4, "objective": "dpo"}},
+    "preferences, precomputed": {
+        "data": {"template": "plain", "num_widths": 1},
+        "train": {"batch_size": 4, "objective": "dpo"},
+        "preference": {"precompute": True},
+    },
 }
+#: What is killed: every method with the two ways to make a batch, and the other kinds of data with one method.
+CASES = [(method, shape) for method in METHODS for shape in ("packing", "accumulation")] + [
+    ("lora", shape) for shape in SHAPES if shape not in ("packing", "accumulation")
+]
 
 
 def configuration(folder: Path, method: str, shape: str) -> dict[str, Any]:
     """A run on the tiny Llama in `folder`."""
-    data = {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "max_length": 24}
+    own = SHAPES[shape]
+    rows = "pairs" if own["train"].get("objective") == "dpo" else "texts"
+    data = {"train": str(folder / f"{rows}.train.jsonl"), "eval": str(folder / f"{rows}.eval.jsonl")}
     return {
         "model": {"path": str(folder / "llama"), "task": "CAUSAL_LM"},
-        "data": data | SHAPES[shape]["data"],
+        "data": data | {"max_length": 24} | own.get("data", {}),
         "method": METHODS[method],
         "optimizer": {"lr": 1e-2, "schedule": "cosine", "warmup": 0.2},
         "train": {"max_steps": UPDATES, "log_every": 5, "eval_every": 6, "save_every": 4, "best": "loss"}
-        | SHAPES[shape]["train"],
-    }
+        | own["train"],
+    } | {name: own[name] for name in own.keys() & {"preference"}}
 
 
 def prepare(folder: Path) -> None:
@@ -68,8 +91,12 @@ def prepare(folder: Path) -> None:
     jpeft.models.save(jpeft.models.build(small["LLAMA"], key=jax.random.key(0)), folder / "llama")
     small["_write_tokenizer"](folder / "llama", ends=False)
     for name, count, seed in (("train", 150, 0), ("eval", 30, 1)):
-        rows = [json.dumps(row) + "\n" for row in small["_sentences"](count, seed)]
-        (folder / f"{name}.jsonl").write_text("".join(rows))
+        texts = [row["text"] for row in small["_sentences"](count, seed)]
+        thirds = [(text.split()[:1], text.split()[1:], text.split()[:0:-1]) for text in texts]
+        pairs = [dict(zip(("prompt", "chosen", "rejected"), map(" ".join, third), strict=True)) for third in thirds]
+        for kind, rows in (("texts", [{"text": text} for text in texts]), ("pairs", pairs)):
+            lines = [json.dumps(row) + "\n" for row in rows]
+            (folder / f"{kind}.{name}.jsonl").write_text("".join(lines))
 
 
 def kill() -> None:
@@ -127,6 +154,8 @@ def arm(moment: str, number: float) -> None:
                 counted(self, "_compute", int(number), after=True)
 
             evaluate.Evaluator.__init__ = begun
+        case "as best/ is replaced":  # between the renames of old and new, or after both
+            counted(Path, "rename", int(number), after=True)
         case "at a random time":
             delayed(number)
 
@@ -166,20 +195,22 @@ def weights(out: Path) -> dict[str, bytes]:
     return {str(f.relative_to(out)): f.read_bytes() for f in sorted(out.glob("*/*.safetensors"))}
 
 
-def chosen(rng: random.Random, moment: str, done: int, seconds: float) -> float:
+def chosen(rng: random.Random, moment: str, done: int, seconds: float, epoch: int) -> float:
     """Which update, file, save, evaluation or second of the next process is its last."""
     left = UPDATES - done
     match moment:
         case "in the step":
             return rng.randint(1, max(left - 1, 1))
         case "at an epoch's edge":
-            return max(-(-(done + 1) // EPOCH) * EPOCH - done, 1)
+            return -(-(done + 1) // epoch) * epoch - done
         case "in the save":
             return rng.randint(1, 2) + rng.random()
         case "before the rename":
             return rng.randint(1, 2)
         case "in evaluation":
             return rng.randint(1, 12)
+        case "as best/ is replaced":
+            return rng.randint(1, 2)
     return rng.uniform(0.3, 0.9) * seconds
 
 
@@ -189,38 +220,43 @@ def newest(out: Path) -> int:
 
 
 def case(folder: Path, method: str, shape: str, kills: int, rng: random.Random) -> list[dict[str, Any]]:
-    """Runs one configuration whole, then killed and resumed; a row for each kill."""
+    """Runs one configuration whole, then killed and resumed until every kill has come; a row for each kill."""
     tree = configuration(folder, method, shape)
-    whole, parts = (folder / f"{method}_{shape}_{name}" for name in ("whole", "parts"))
-    log = str(folder / f"{method}_{shape}.log")
-    code, start = child(train, tree | {"out": str(whole)}, None, 0, log), time.time()
-    if code:
-        raise RuntimeError(f"{method}, {shape}: the run left alone ended with {code}:\n{Path(log).read_text()[-3000:]}")
-    seconds = 6.0
-    rows: list[dict[str, Any]] = []
-    for index in range(10 * kills):
-        moment = MOMENTS[(index + rng.randrange(2)) % len(MOMENTS)]
-        done = newest(parts)
-        number = chosen(rng, moment, done, seconds)
-        start = time.time()
-        code = child(train, tree | {"out": str(parts)}, moment, number, log)
-        if code == -signal.SIGKILL:
-            rows.append({"method": method, "shape": shape, "moment": moment, "from": done, "then": newest(parts)})
-        elif code:
-            raise RuntimeError(f"{method}, {shape}, killed {moment}: {code}:\n{Path(log).read_text()[-3000:]}")
-        if code == 0 or len(rows) == kills:
-            if code and child(train, tree | {"out": str(parts)}, None, 0, log):
-                raise RuntimeError(f"{method}, {shape}: not resumed:\n{Path(log).read_text()[-3000:]}")
-            same = figures(whole) == figures(parts) and weights(whole) == weights(parts) and bool(weights(parts))
-            for row in rows:
-                row.setdefault("same", same)
-            if len(rows) == kills:
-                break
-            shutil.rmtree(parts)
-        seconds = max(time.time() - start, 2.0)
-    shutil.rmtree(whole)
-    shutil.rmtree(parts, ignore_errors=True)
+    whole, parts, log = folder / "whole", folder / "parts", folder / "log"
+    start = time.time()
+    _run(tree | {"out": str(whole)}, None, 0, log)
+    seconds, rows, open_ended = time.time() - start, [], []
+    epoch = int(re.findall(r"([\d,]+) an epoch", log.read_text())[0].replace(",", ""))  # of a stream: of a window
+    wanted = rng.sample(MOMENTS * -(-kills // len(MOMENTS)), kills)
+    for _ in range(10 * kills):
+        done, start = newest(parts), time.time()
+        number = chosen(rng, wanted[0], done, seconds, epoch) if wanted else 0
+        if wanted and _run(tree | {"out": str(parts)}, wanted[0], number, log):
+            row = {"method": method, "shape": shape, "moment": wanted.pop(0), "from": done, "then": newest(parts)}
+            open_ended.append(row)
+            seconds = max(time.time() - start, 2.0)
+            continue
+        if not wanted and open_ended:
+            _run(tree | {"out": str(parts)}, None, 0, log)
+        same = figures(whole) == figures(parts) and weights(whole) == weights(parts) and bool(weights(parts))
+        rows += [row | {"same": same} for row in open_ended]
+        open_ended = []
+        shutil.rmtree(parts)
+        if not wanted:
+            break
+    for left in (whole, log):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    if len(rows) < kills:
+        raise RuntimeError(f"{method}, {shape}: {len(rows)} of {kills} kills came")
     return rows
+
+
+def _run(tree: dict[str, Any], moment: str | None, number: float, log: Path) -> bool:
+    """Whether a run was killed; False is one that came to its end."""
+    code = child(train, tree, moment, number, str(log))
+    if code not in (0, -signal.SIGKILL) or (code and moment is None):
+        raise RuntimeError(f"{tree['out']}, to be killed {moment}, ended with {code}:\n{log.read_text()[-3000:]}")
+    return code != 0
 
 
 def page(rows: list[dict[str, Any]], seconds: float) -> str:
@@ -230,13 +266,14 @@ def page(rows: list[dict[str, Any]], seconds: float) -> str:
     same = sum(row["same"] for row in rows)
     out = [
         "# Killed and resumed\n",
-        f"Written by `make resume` (`tests/resume_lane.py`). A tiny Llama is trained for {UPDATES} updates with "
-        "dropout, a cosine schedule with warm-up, an evaluation every 6 updates, the best adapter kept and a "
-        "checkpoint every 4 updates. Processes are killed by SIGKILL and started again with `--resume` until the run "
-        "is through. It counts "
+        f"Written by `make resume` (`tests/resume_lane.py`). A Llama of 2 layers and d=32 is trained for {UPDATES} "
+        "updates with dropout, a cosine schedule with warm-up, an evaluation every 6 updates, the best adapter kept "
+        "and a checkpoint every 4 updates. Processes are killed by SIGKILL and started again with `--resume` until "
+        "the run is through. It counts "
         "as the same where every line of metrics.jsonl (all losses, gradient norms, learning rates, evaluations; times "
         "left out) and every byte of adapter/ and best/ equal those of a run that was never stopped.\n",
-        f"**{same} of {len(rows)} kills: the same run, bit for bit.** jax {jax.__version__}, CPU, {seconds:.0f} s.\n",
+        f"**{same} of {len(rows)} kills: the same run, bit for bit.** {time.strftime('%Y-%m-%d')}, jax "
+        f"{jax.__version__}, on {os.cpu_count()} cores of a CPU, {seconds:.0f} s.\n",
         "| method | with | " + " | ".join(MOMENTS) + " | same |",
         "|---|---|" + "---|" * (len(MOMENTS) + 1),
     ]
@@ -249,8 +286,8 @@ def page(rows: list[dict[str, Any]], seconds: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=METHODS, help="one method, and no page")
-    parser.add_argument("--kills", type=int, default=5, help="of each of the 10 configurations")
+    parser.add_argument("--only", metavar="TEXT", help="configurations with this in 'method, shape', and no page")
+    parser.add_argument("--kills", type=int, default=len(MOMENTS), help="of each configuration")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -262,15 +299,16 @@ def main() -> None:
         folder = Path(name)
         if child(prepare, folder):
             raise RuntimeError("the model and the data could not be written")
-        for method in [options.only] if options.only else METHODS:
-            for shape in SHAPES:
-                begun = time.time()
-                found = case(folder, method, shape, options.kills, rng)
-                rows += found
-                same = sum(row["same"] for row in found)
-                if not options.only:
-                    (ROOT / "docs" / "results" / "resume.md").write_text(page(rows, time.time() - start))
-                print(f"{method}, {shape}: {same} of {len(found)} the same ({time.time() - begun:.0f} s)", flush=True)
+        for method, shape in CASES:
+            if (options.only or "") not in f"{method}, {shape}":
+                continue
+            begun = time.time()
+            found = case(folder, method, shape, options.kills, rng)
+            rows += found
+            same = sum(row["same"] for row in found)
+            if not options.only:
+                (ROOT / "docs" / "results" / "resume.md").write_text(page(rows, time.time() - start))
+            print(f"{method}, {shape}: {same} of {len(found)} the same ({time.time() - begun:.0f} s)", flush=True)
     if not all(row["same"] for row in rows):
         raise SystemExit(1)
 

@@ -5,9 +5,6 @@ python tests/test_multiprocess.py FOLDER PORT PROCESS     # prints what it found
 """
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import tokenizers
+from processes import run_all
 from safetensors.numpy import load_file
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -26,9 +24,6 @@ from jpeft.train.cli import main
 
 #: Losses in float32 against one device: sums of the same terms in another order.
 SAME = 1e-5
-
-#: Long enough for a slow machine to start and compile; a hanging collective ends here.
-SECONDS = 300
 
 MESH = "data=2,fsdp=2,tensor=2"
 BATCH, SEQ, UPDATES = 8, 10, 4
@@ -102,27 +97,13 @@ def work(folder: Path, port: str, process: int) -> None:
     print(json.dumps({"devices": jax.device_count(), "losses": losses, "fed": fed}))
 
 
-def run_both(command, environment=None) -> list[str]:
+def run_both(command, devices: int = 4) -> list[str]:
     """What two processes print, started as `command(port, process)`; an error shows all that they said."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **(environment or {})}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    running = [subprocess.Popen(command(port, process), env=environment, **pipes) for process in (0, 1)]
-    said = ["", ""]
-    try:
-        for process, child in enumerate(running):
-            said[process] = child.communicate(timeout=SECONDS)[0]
-    finally:
-        for process, child in enumerate(running):
-            if child.poll() is None:
-                child.kill()
-                said[process] += child.communicate()[0]
-        if any(child.returncode for child in running):
-            print("\n".join(f"--- process {i}, exit status {c.returncode}\n{said[i]}" for i, c in enumerate(running)))
-    assert [child.returncode for child in running] == [0, 0]
-    return said
+    ended = run_all(command, 2, devices)
+    if any(code for code, _ in ended):
+        print("\n".join(f"--- process {i}, exit status {code}\n{said}" for i, (code, said) in enumerate(ended)))
+    assert [code for code, _ in ended] == [0, 0]
+    return [said for _, said in ended]
 
 
 def test_two_processes_train_as_one_device(tmp_path):
@@ -202,7 +183,7 @@ def test_the_program_in_two_processes_gives_the_losses_of_one_device(single):
         options = ["--out", str(folder / "two"), "--mesh", MESH, "--distributed", f"localhost:{port},2,{process}"]
         return [sys.executable, "-c", code, "train", str(folder / "config.yaml"), *options]
 
-    run_both(command, {"JAX_NUM_CPU_DEVICES": "4"})
+    run_both(command)
     in_two = figures(folder / "two")
     np.testing.assert_allclose(in_two[0], losses, rtol=0, atol=SAME)
     np.testing.assert_allclose(in_two[1], evaluated, rtol=0, atol=SAME)

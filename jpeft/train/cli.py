@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import commands
+from . import commands, exits
 from .config import ConfigError
 
 _EXAMPLES = """
@@ -38,16 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif rest:
             raise ConfigError(f"jpeft {options.command} does not know {' '.join(rest)}; see --help")
         commands.find(options.command).run(options)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, exits.Lost) as error:
         if options.traceback:
             raise
-        print(f"jpeft: error: {_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except FloatingPointError as error:
-        if options.traceback:
-            raise
-        print(f"jpeft: stopped: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(exits.report(error)) from None
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -84,12 +78,3 @@ def _as_overrides(arguments: Sequence[str]) -> list[str]:
         else:
             out.append(argument)
     return out
-
-
-def _line(error: BaseException) -> str:
-    """An error's message, with what is missing where an import failed."""
-    if isinstance(error, ImportError):
-        return f"{error}; install the program's own requirements: pip install 'jpeft[train]'"
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.strerror}: {error.filename}"
-    return str(error)

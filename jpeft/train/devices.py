@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches on one device or on a mesh, and processes that work together."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,26 +12,53 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .._mesh import BATCH_AXES, local_rows
+from .roll import Roll, name_on_abort
 
 
-def start_processes(spec: str | None) -> None:
-    """Joins the other processes of a run; None is one process alone.
+@contextlib.contextmanager
+def together(
+    spec: str | None, arrival: float = 300.0, stall: float = 1800.0, *, traced: bool = False
+) -> Iterator[None]:
+    """Joins the other processes of a run, which watch each other until its end; None is one process alone.
 
     Args:
       spec: `"coordinator:port,num_processes,process_id"`, or `"auto"` where the environment (a TPU pod, Slurm) says.
+      arrival, stall, traced: of `roll.Roll`.
 
     Raises:
       ValueError: `spec` has another form.
+      Lost: a process did not arrive.
     """
     if spec is None:
+        yield
         return
+    address, count, own, local = _place(spec, arrival)
+    with Roll(address, count, own, arrival=arrival, stall=stall, traced=traced) as roll:
+        kept = name_on_abort(roll)
+        jax.distributed.initialize(address, count, own, local, initialization_timeout=max(int(arrival), 1))
+        try:
+            yield
+        except SystemExit:  # of all processes together, as where a run is interrupted
+            jax.distributed.shutdown()
+            raise
+        jax.distributed.shutdown()
+        del kept
+
+
+def _place(spec: str, arrival: float) -> tuple[str, int, int, Any]:
+    """Address of process 0, number of processes, own number, own devices' numbers where they are known."""
     if spec == "auto":
-        jax.distributed.initialize()
-        return
+        from jax._src import clusters  # what `initialize()` itself asks
+
+        ask = clusters.ClusterEnv.auto_detect_unset_distributed_params
+        address, count, own, local = ask(None, None, None, None, None, int(arrival))
+        if address is None or count is None or own is None:
+            raise ValueError("--distributed auto: this environment (no TPU pod, no Slurm) does not say who takes part")
+        return address, count, own, local
     address, *numbers = spec.split(",")
     if ":" not in address or len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
         raise ValueError(f"--distributed takes 'host:port,num_processes,process_id' or 'auto', got {spec!r}")
-    jax.distributed.initialize(address, int(numbers[0]), int(numbers[1]))
+    return address, int(numbers[0]), int(numbers[1]), None
 
 
 def is_main() -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from .._partition import GraphDef, Leaves, combine, partition
-from . import devices
+from . import devices, roll
 from .buckets import Buckets, choose_widths
 from .data import IGNORED, Batches, Examples
 from .losses import logits_of
@@ -62,9 +62,10 @@ class Evaluator:
           FloatingPointError: the loss is not finite.
         """
         order = batches.buckets.in_order()
-        outcomes = [
-            self._compute(trainable, frozen, devices.place(batches.collate(batch), self._mesh)) for batch in order
-        ]
+        outcomes = []
+        for number, batch in enumerate(order, 1):
+            roll.at(f"batch {number} of an evaluation")
+            outcomes.append(self._compute(trainable, frozen, devices.place(batches.collate(batch), self._mesh)))
         outcomes = jax.device_get(outcomes)
         rows = [outcome.pop("predicted", None) for outcome in outcomes]
         sums = {name: np.sum([outcome[name] for outcome in outcomes], axis=0, dtype=np.float64) for name in outcomes[0]}

@@ -14,9 +14,6 @@ from typing import Any
 
 import jax
 
-#: Exit code of a run that was interrupted and can be resumed (BSD's "temporary failure; try again").
-EXIT_CODE = 75
-
 
 class Interrupted(Exception):
     """A run was asked to stop, and has; its checkpoint is written."""

@@ -21,7 +21,7 @@ from .._partition import combine
 from ..io.card import Card
 from ..io.checkpoint import Checkpoints, described
 from . import config as configuration
-from . import devices, job, loggers
+from . import devices, job, loggers, roll
 from .batches import Fed
 from .clock import Clock
 from .config import Config
@@ -90,10 +90,12 @@ def train(config: Config, *, resume: bool = False) -> Result:
     folder = RunFolder(config.out, devices.is_main(), resume)
     if folder.finished:
         raise FileExistsError(f"{config.out} holds a finished run; --overwrite replaces it, out= names another")
+    roll.at("the data")
     dataset = job.read_data(config)
     _check_plan(method, dataset.num_updates)
     mesh = job.make_mesh(config)
     say(job.describe(config, dataset))
+    roll.at("the model")
     parts = job.build(config, dataset.label_names, mesh)
     say(str(parts.summary))
     if parts.own_format is not None:
@@ -181,7 +183,9 @@ class Loop:
         walk = feed.walk(seed, feed.position(seed, done) if position is None else position, own)
         with Interruption() as interruption, Prefetch(walk, then=self._placed) as batches:
             for number, fed in zip(range(done + 1, last + 1), watch.waiting(batches), strict=False):
+                roll.at(f"update {number}")
                 state, metrics = self._update(state, self._parts.frozen, fed.arrays, self._key)
+                roll.at(f"the end of update {number}")
                 watch.update(metrics, fed.real, fed.padded)
                 starts[number] = fed.start
                 evaluates = self._evaluates_at(number)
@@ -216,6 +220,7 @@ class Loop:
 
     def _checkpoint(self, number: int, state: State, watch: Watch, position: Mapping[str, Any], *, owes: bool) -> None:
         """Begins to write all that the run is after update `number`."""
+        roll.at(f"checkpoint {number}")
         with watch.clock.on("save"):
             plain = {
                 "position": dict(position),
@@ -281,6 +286,7 @@ class Loop:
 
     def _save(self, state: State, evaluation: Evaluation | None, folder: Path) -> None:
         """Writes an adapter into `folder`, in the place of what was there, whole or not at all."""
+        roll.at("the adapter's saving")
         trainable = _mesh.gather(state.served)  # by all processes
         if not devices.is_main():
             return

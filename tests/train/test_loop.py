@@ -280,4 +280,4 @@ def test_a_dry_run_counts_without_weights(classify, tmp_path):
 @pytest.mark.parametrize("spec", ["host:1", "host,2,0", "host:1,two,0"])
 def test_processes_that_are_named_wrongly(spec):
     with pytest.raises(ValueError, match="--distributed takes 'host:port,num_processes,process_id' or 'auto'"):
-        devices.start_processes(spec)
+        devices.together(spec).__enter__()

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jpeft.io import checkpoint
 from jpeft.io.checkpoint import steps
 from jpeft.models import CheckpointError
-from jpeft.train import cli, config, identity, interruption, loop, watch
+from jpeft.train import cli, config, exits, identity, interruption, loop, watch
 
 TIMES = {"seconds", "tokens_per_s", "padded_tokens_per_s", "mfu", "data_wait", "peak_memory_mb"}
 
@@ -84,6 +85,34 @@ def test_a_run_that_was_stopped_twice_is_the_run_that_was_not(classify, tmp_path
         loop.train(parts, resume=True)
 
 
+def test_a_signal_within_a_save_is_heeded_and_the_save_is_whole(classify, tmp_path, monkeypatch):
+    """It comes while orbax's thread is between the last file of a step and its name."""
+    overrides = ["train.max_steps=9", "train.epochs=null", "train.save_every=2", "train.keep=9", "data.num_widths=1"]
+    whole, parts = (
+        config.parse(config.overridden(classify, [*overrides, f"out={tmp_path / out}"])) for out in ("whole", "parts")
+    )
+    loop.train(whole)
+    seal, sent = checkpoint.seal, []
+
+    def sealed(step):
+        seal(step)
+        if not sent:
+            sent.append(step)
+            terminate()
+
+    monkeypatch.setattr(checkpoint, "seal", sealed)
+    with pytest.raises(interruption.Interrupted):
+        loop.train(parts, resume=True)
+    monkeypatch.undo()
+    folder = tmp_path / "parts" / "checkpoints"
+    assert sent[0].name.startswith("2.")
+    assert steps(folder)[0] == 2
+    assert len(steps(folder)) >= 2
+    assert [checkpoint.verify(folder / str(step)) for step in steps(folder)] == [[]] * len(steps(folder))
+    loop.train(parts, resume=True)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_mesh(generate, tmp_path, at):
     """One device, then eight, then one again: equal up to the order in which float32 sums are taken."""
@@ -133,7 +162,7 @@ def test_the_exit_code_of_an_interrupted_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(loop, "train", interrupted)
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", str(file), "--resume"])
-    assert ended.value.code == interruption.EXIT_CODE == 75
+    assert ended.value.code == exits.INTERRUPTED == 75
     assert "after update 4" in capsys.readouterr().err
 
 

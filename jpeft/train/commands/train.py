@@ -4,7 +4,7 @@
 import argparse
 import sys
 
-from .. import config
+from .. import config, exits
 from ._arguments import names_config
 
 HELP = "fine-tune as a YAML file says"
@@ -18,6 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", metavar="AXES", help="mesh: such as data=2,fsdp=2,tensor=2")
     parser.add_argument("--distributed", metavar="WHERE", help="host:port,num_processes,process_id; or auto")
     parser.add_argument(
+        "--arrival", metavar="SECONDS", type=float, default=300.0, help="in which all processes have to come (300)"
+    )
+    parser.add_argument(
+        "--stall", metavar="SECONDS", type=float, default=1800.0, help="a process may stand still behind others (1800)"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="read the data, compile by shape, print the plan, and stop"
     )
     parser.add_argument("--profile", action="store_true", help="trace a few updates: logging.profile=3")
@@ -26,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Trains, or says what would be trained; an interrupted run that can be resumed ends with `EXIT_CODE`."""
+    """Trains, or says what would be trained; an interrupted run that can be resumed ends with `exits.INTERRUPTED`."""
     if options.overwrite and options.resume:
         raise config.ConfigError("--resume goes on with a run and --overwrite removes it; give one of them")
     given = {
@@ -38,9 +44,15 @@ def run(options: argparse.Namespace) -> None:
     settings = config.load(
         options.config, options.overrides + [f"{key}={value}" for key, value in given.items() if value is not None]
     )
+    from .. import devices
+
+    with devices.together(options.distributed, options.arrival, options.stall, traced=options.traceback):
+        _run(options, settings)
+
+
+def _run(options: argparse.Namespace, settings: config.Config) -> None:
     from .. import devices, folder, interruption, loop, plan
 
-    devices.start_processes(options.distributed)
     if options.dry_run:
         print(plan.dry_run(settings))
         return
@@ -53,4 +65,4 @@ def run(options: argparse.Namespace) -> None:
         loop.train(settings, resume=options.resume)
     except interruption.Interrupted as stop:
         print(f"jpeft: interrupted {stop}", file=sys.stderr)
-        raise SystemExit(interruption.EXIT_CODE) from None
+        raise SystemExit(exits.INTERRUPTED) from None
