@@ -55,6 +55,16 @@ def test_a_layer_below_the_first_adapted_one_costs_no_backward_pass(remat):
     assert abs((every - half) / (2 * a_layer) - 1) < 0.02  # two layers more, twice as much
 
 
+def test_the_last_layers_trained_whole_cost_no_backward_pass_below():
+    def flops(n: int) -> float:
+        graphdef, trainable, frozen = adapted(jpeft.LastLayers(n))
+        loss = loss_of(graphdef)
+        return product_flops(jax.grad(loss), trainable, frozen) - product_flops(loss, trainable, frozen)
+
+    one, two, every = (flops(n) for n in (1, 2, LAYERS))
+    assert abs((every - one) / (3 * (two - one)) - 1) < 0.02
+
+
 def test_the_compiled_program_costs_less():
     """By XLA's own count, of a loop that is written out, since it counts the body of one once."""
 
