@@ -8,6 +8,7 @@ flat rows of numbers, `[*lead, n]`, in that order.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,13 +68,18 @@ def dequantize(packed: jax.Array, absmax: jax.Array, n: int) -> jax.Array:
 def values(codes: jax.Array) -> jax.Array:
     """The value of every code, by selections alone: accelerators are slow to look up."""
 
-    def among(table: np.ndarray) -> jax.Array:
+    def among(table: np.ndarray) -> Any:
         if len(table) == 1:
-            return jnp.asarray(table[0])
+            return table[0]  # a number, as a Pallas kernel may hold no array of its own
         half = len(table) // 2
         return jnp.where(codes & half > 0, among(table[half:]), among(table[:half]))
 
     return among(NF4)
+
+
+def pairs(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The values of the two codes of every byte, the first one's first."""
+    return values(packed >> 4), values(packed & 15)
 
 
 def quantize_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from . import _nf4
+from . import _fused, _nf4
 from ._method import wide
 from ._projections import Matmul
 
@@ -37,10 +37,14 @@ class Quantized(nnx.Variable):
 
 
 class Scheme(NamedTuple):
-    """`quantize`: a matrix `[*lead, d_in, d_out]` -> leaves by name; `dequantize`: they, d_in, d_out -> the matrix."""
+    """`quantize`: a matrix `[*lead, d_in, d_out]` -> leaves by name; `dequantize`: they, d_in, d_out -> the matrix.
+
+    `reading`: how the Pallas kernel reads leaves of the name `codes`; None for a scheme that it does not know.
+    """
 
     quantize: Callable[[jax.Array], Leaves]
     dequantize: Callable[[Mapping[str, jax.Array], int, int], jax.Array]
+    reading: _fused.Reading | None = None
 
 
 def _to_int8(matrix: jax.Array) -> Leaves:
@@ -84,10 +88,16 @@ def _to_nf4_double(matrix: jax.Array) -> Leaves:
 
 
 def _from_nf4_double(leaves: Mapping[str, jax.Array], d_in: int, d_out: int) -> jax.Array:
-    name = "scales" if "scales" in leaves else "flat_scales"
-    flat = leaves[name] if name == "flat_scales" else _flat(leaves[name])
-    scale = _nf4.dequantize_scales(flat, leaves["scale_largest"], leaves["scale_mean"])
-    return _from_nf4({**leaves, name: scale if name == "flat_scales" else _in_columns(scale, d_out)}, d_in, d_out)
+    if "scales" in leaves:
+        return _from_nf4({**leaves, "scales": _scales(leaves, d_out)}, d_in, d_out)
+    scale = _nf4.dequantize_scales(leaves["flat_scales"], leaves["scale_largest"], leaves["scale_mean"])
+    return _from_nf4({**leaves, "flat_scales": scale}, d_in, d_out)
+
+
+def _scales(leaves: Mapping[str, jax.Array], d_out: int) -> jax.Array:
+    """The scales of `nf4_double`, where they stand in columns."""
+    found = _nf4.dequantize_scales(_flat(leaves["scales"]), leaves["scale_largest"], leaves["scale_mean"])
+    return _in_columns(found, d_out)
 
 
 def _in_columns(flat: jax.Array, d_out: int) -> jax.Array:
@@ -100,11 +110,18 @@ def _flat(columns: jax.Array) -> jax.Array:
     return jnp.swapaxes(columns, -1, -2).reshape(*columns.shape[:-2], -1)
 
 
+_NF4 = _fused.Reading(lambda leaves, d_out: (leaves["codes"], leaves["scales"]), _nf4.pairs)
+_INT8 = _NF4._replace(values=lambda codes: (codes.astype(jnp.float32),))
+
 #: `scheme=` by name.
 SCHEMES: Mapping[str, Scheme] = {
-    "nf4": Scheme(_to_nf4, _from_nf4),
-    "nf4_double": Scheme(_to_nf4_double, _from_nf4_double),
-    "int8": Scheme(_to_int8, _from_int8),
+    "nf4": Scheme(_to_nf4, _from_nf4, _NF4),
+    "nf4_double": Scheme(
+        _to_nf4_double,
+        _from_nf4_double,
+        _NF4._replace(columns=lambda leaves, d_out: (leaves["codes"], _scales(leaves, d_out))),
+    ),
+    "int8": Scheme(_to_int8, _from_int8, _INT8),
 }
 
 
@@ -167,8 +184,20 @@ class QuantizedKernel(nnx.Module):
     def ndim(self) -> int:
         return len(self.shape)
 
+    @property
+    def fused(self) -> _fused.Matrix | None:
+        """What the Pallas kernel reads, if it knows the scheme and the layout."""
+        scheme, (d_in, d_out) = SCHEMES[self.scheme], self._matrix_sizes
+        if scheme.reading is None or not hasattr(self, "codes"):
+            return None
+        return _fused.Matrix(self.scheme, scheme.reading, scheme.dequantize, d_in, d_out, jnp.dtype(self.dtype).name)
+
+    @property
+    def _matrix_sizes(self) -> tuple[int, int]:
+        return math.prod(self.sizes[: self.inputs]), math.prod(self.sizes[self.inputs :])
+
     def __getitem__(self, index: Any) -> jax.Array:
-        d_in, d_out = math.prod(self.sizes[: self.inputs]), math.prod(self.sizes[self.inputs :])
+        d_in, d_out = self._matrix_sizes
         matrix = _dequantized(self.leaves, self.scheme, d_in, d_out, jnp.dtype(self.dtype))
         lead = len(self.lead)
         kernel = matrix.reshape(*self.lead, *self.sizes).transpose(*range(lead), *(lead + i for i in self.order))
@@ -186,8 +215,11 @@ def quantized_type(base: type, kernel: str) -> type:
     def __call__(self: Any, *inputs: Any, **options: Any) -> Any:
         @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
         def run(*inputs: Any) -> Any:
+            codes = getattr(self, kernel)
+            if _fused.takes(self, base, codes.fused, inputs, options):
+                return _fused.linear(self, codes.fused, codes.leaves, *inputs)
             plain = object.__new__(base)  # past NNX, which lets nobody set attributes inside an inner jit
-            vars(plain).update(vars(self) | {kernel: nnx.Param(getattr(self, kernel)[...])})
+            vars(plain).update(vars(self) | {kernel: nnx.Param(codes[...])})
             return base.__call__(plain, *inputs, **options)
 
         return run(*inputs)

@@ -3,8 +3,12 @@
 
 Compile time does not grow with depth, and `jax.checkpoint` recomputes one layer at a time. The scope tells what
 runs inside the body which layer it is in (`_scope.Scope.layer`).
+
+Where the lowest layers have nothing to train, they are a scan of their own, which the backward pass does not enter
+unless something below the stack is trained.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,10 +16,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ._method import Adapter, AdapterParam
 from ._scope import platform, scope
 
 #: Names of `jax.ad_checkpoint.checkpoint_name` that the zoo marks and the policies `names` and `offload` keep.
 SAVED_NAMES = ("block_input", "attention_output", "mlp_output")
+
+#: What costs next to nothing beside a matrix product, and looking up a layer's leaf in the stack.
+_CHEAP = frozenset(
+    "dynamic_slice squeeze reshape broadcast_in_dim convert_element_type transpose copy name select_n "
+    "mul add sub neg div square integer_pow rsqrt logistic".split()
+)
 
 #: What a rematerialised layer keeps of its forward pass for the backward one.
 REMAT_POLICIES = ("none", "dots", "full", "names", "offload")
@@ -144,8 +155,79 @@ def scan(
         with scope(layer=index):
             return body(nnx.graph.unflatten(graphdef, layer_leaves), carry, x)
 
+    cached = any(jnp.ndim(x) > 1 for x in jax.tree.leaves(xs))  # of a text that is written: nothing is trained
+    first = 0 if cached else lowest_trained(layers)
+    if first:
+        trained = [isinstance(leaf, AdapterParam) for leaf in flat.leaves]
+        return _in_two(step, leaves, trained, first, carry, xs, remat_policy, unroll)
     slices = (leaves, jnp.arange(num_layers), xs)
     return jax.lax.scan(remat(step, remat_policy), carry, slices, unroll=num_layers if unroll else 1)
+
+
+def _in_two(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    leaves: list[jax.Array],
+    trained: list[bool],
+    first: int,
+    carry: Any,
+    xs: Any,
+    policy: str,
+    unroll: bool,
+) -> tuple[Any, Any]:
+    """A scan of the layers below `first`, of which nothing is trained, and one of the others.
+
+    The base's leaves are looked up in the whole stack, since to cut it would be to copy it; trained ones are cut, so
+    that gradients are added to one layer's alone.
+    """
+
+    def looking_up(carry: Any, slices: Any) -> tuple[Any, Any]:
+        own, index, x = slices
+        pairs = zip(leaves, own, strict=True)
+        return step(carry, ([_looked_up(leaf, index) if mine is None else mine for leaf, mine in pairs], index, x))
+
+    run, num_layers = _remat_looking_up(looking_up, policy), leaves[0].shape[0]
+
+    def part(carry: Any, start: int, stop: int, own: list[Any]) -> tuple[Any, Any]:
+        cut = jax.tree.map(lambda x: x[start:stop], (own, xs))
+        return jax.lax.scan(run, carry, (cut[0], jnp.arange(start, stop), cut[1]), unroll=stop - start if unroll else 1)
+
+    own = [leaf if mine else None for leaf, mine in zip(leaves, trained, strict=True)]
+    carry, low = part(carry, 0, first, jax.lax.stop_gradient(own))
+    carry, high = part(carry, first, num_layers, own)
+    return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), low, high)
+
+
+def lowest_trained(layers: Any) -> int:
+    """The first layer of a stack in which an adapter has something to train; 0 where none has, or a layer is no layer.
+
+    Below it adapters neither act nor learn, so that their leaves' gradients are zero.
+    """
+    lowest = []
+    for _, module in nnx.iter_modules(layers):
+        if isinstance(module, Adapter) and _trains(module):
+            site = module.site
+            if len(site.layers) != 1 or not site.scanned:
+                return 0
+            marks = [site.active, *module.saved_layers.values()]
+            lowest += [mark.index(True) // math.prod(site.together) for mark in marks if any(mark)]
+    return min(lowest, default=0)
+
+
+def _trains(adapter: Adapter) -> bool:
+    return bool(adapter.saved) or any(isinstance(leaf, AdapterParam) for leaf in vars(adapter).values())
+
+
+def _looked_up(leaf: jax.Array, index: jax.Array) -> jax.Array:
+    """A layer's leaf, by primitives in `_CHEAP`; indexing is a function of its own, which looks like any other."""
+    start = (index, *(0,) * (leaf.ndim - 1))
+    return jax.lax.squeeze(jax.lax.dynamic_slice(leaf, start, (1, *leaf.shape[1:])), [0])
+
+
+def _remat_looking_up(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """As `remat`; none keeps all but what is cheap, so that no layer's leaves, which were looked up, are kept again."""
+    if policy != "none":
+        return remat(body, policy)
+    return jax.checkpoint(body, policy=lambda primitive, *_, **__: primitive.name not in _CHEAP, prevent_cse=False)
 
 
 def _layer(xs: Any, index: int) -> Any:

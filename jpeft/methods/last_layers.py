@@ -5,7 +5,8 @@ Every parameter in the last `n` layers is trained as a copy, and so are the fina
 classification task's head. Embeddings stay, and so does the head of a language model, which may be the embedding.
 
 In a stack of layers a copy has the axis of all layers, of which `n` are trained: the others are masked, have gradients
-of exactly zero and are counted nowhere, but memory (of the optimizer too) is taken for all.
+of exactly zero and are counted nowhere, but memory (of the optimizer too) is taken for all. The backward pass ends at
+the lowest trained layer.
 """
 
 import dataclasses

@@ -212,7 +212,8 @@ class Loop:
         return Result(state, evaluation, losses, *rates, self._folder.adapter, *told)
 
     def _first(self) -> State:
-        return begin(self._tx, self._parts.trainable, average=self._config.train.ema is not None)
+        average, offload = self._config.train.ema is not None, self._config.optimizer.offload
+        return begin(self._tx, self._parts.trainable, average=average, offload=offload)
 
     def _saves_at(self, number: int) -> bool:
         every = self._config.train.save_every

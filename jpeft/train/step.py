@@ -91,17 +91,32 @@ def first_state(tx: optax.GradientTransformation, trainable: Leaves, *, average:
     return State(own, tx.init(trainable), *fresh(), mean)
 
 
-def begin(tx: optax.GradientTransformation, trainable: Leaves, *, average: bool = False) -> State:
+def begin(
+    tx: optax.GradientTransformation, trainable: Leaves, *, average: bool = False, offload: bool = False
+) -> State:
     """The state before the first update. Its arrays are its own: the first update may donate them.
 
     Args:
       tx, trainable: as of `make_step`.
       average: keep a moving average, for a step with `ema`.
+      offload: keep the optimizer's state in the host's memory; every update fetches it and puts it back.
     """
 
     first = functools.partial(first_state, tx, average=average)
     places = mirrored(jax.eval_shape(first, trainable), trainable)
+    if offload:
+        places = places._replace(optimizer=jax.tree.map(_on_host, places.optimizer))
     return jax.jit(first, out_shardings=places)(trainable)
+
+
+def _on_host(place: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    return place.with_memory_kind("pinned_host")
+
+
+def _fetched(leaf: jax.Array) -> jax.Array:
+    """A leaf on the device, wherever it lay; under `jax.jit`."""
+    on_host = jax.typeof(leaf).memory_space == jax.memory.Space.Host
+    return jax.device_put(leaf, jax.memory.Space.Device) if on_host else leaf
 
 
 def begin_shapes(tx: optax.GradientTransformation, trainable: Mapping[str, Any], *, average: bool = False) -> State:
@@ -142,6 +157,7 @@ def make_step(
 
     def update(state: State, frozen: Leaves, batch: Batch, key: jax.Array | None) -> tuple[State, Metrics]:
         check_steered(graphdef, state.optimizer)
+        state = state._replace(optimizer=jax.tree.map(_fetched, state.optimizer))
 
         def of_one(trainable: Leaves, batch: Batch, key: jax.Array | None) -> Sums | Measured:
             return sums(combine(graphdef, trainable, frozen), batch, key, groups)

@@ -63,6 +63,8 @@ class Optimizer:
       clip: largest norm of the gradient of the whole trainable tree; None does not clip.
       lora_plus_ratio: LoRA+ (Hayou et al. 2024): the rate of B over that of A.
       groups: leaves with a rate or decay of their own, `{match, lr, weight_decay}`; the first that matches counts.
+      offload: keep the rule's state (of AdamW two numbers a trained one) in the host's memory, pinned; every update
+        fetches it and puts it back, for runs whose state would not fit the device beside the rest.
     """
 
     __pydantic_config__: ClassVar = FORBID
@@ -80,6 +82,7 @@ class Optimizer:
     clip: float | None = 1.0
     lora_plus_ratio: float = 1.0
     groups: tuple[Group, ...] = ()
+    offload: bool = False
 
     def value(self, option: str) -> Any:
         """An option that not every rule or schedule takes: as given, or the rule's own value."""
