@@ -17,12 +17,13 @@ from ._attention import attention
 from ._bert_config import Config
 from ._layer_norm import LayerNorm
 from ._layers import ACTIVATIONS, token_table
+from ._linear import Linear
 
 
-def linear(config: Any, d_in: int, d_out: int, rngs: nnx.Rngs, dtype: Any, *, use_bias: bool = True) -> nnx.Linear:
+def linear(config: Any, d_in: int, d_out: int, rngs: nnx.Rngs, dtype: Any, *, use_bias: bool = True) -> Linear:
     """A projection with first values as transformers draws them."""
     init = nnx.initializers.normal(config.initializer_range)
-    return nnx.Linear(d_in, d_out, use_bias=use_bias, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
+    return Linear(d_in, d_out, use_bias=use_bias, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
 
 
 class Embeddings(nnx.Module):

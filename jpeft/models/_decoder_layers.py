@@ -18,14 +18,15 @@ from ._attention import attention
 from ._cache import KV
 from ._decoder_config import DecoderConfig
 from ._layers import RMSNorm, gated
+from ._linear import Linear
 from ._rope import rotate
 from ._step_attention import step_attention
 
 
-def linear(config: DecoderConfig, d_in: int, d_out: int, bias: bool, rngs: nnx.Rngs, dtype: Any) -> nnx.Linear:
+def linear(config: DecoderConfig, d_in: int, d_out: int, bias: bool, rngs: nnx.Rngs, dtype: Any) -> Linear:
     """A projection, with first values as transformers draws them."""
     init = nnx.initializers.normal(config.initializer_range)
-    return nnx.Linear(d_in, d_out, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
+    return Linear(d_in, d_out, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
 
 
 def norm(config: DecoderConfig, features: int, dtype: Any) -> RMSNorm:

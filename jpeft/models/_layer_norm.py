@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from .._rows import sum_rows
+
 
 class LayerNorm(nnx.Module):
     """(x - mean) / √(variance + eps) · scale + bias over the last axis, in float32."""
@@ -42,8 +44,7 @@ def _backward(eps: float, residuals: Any, g: jax.Array) -> tuple[jax.Array, jax.
     dtype, unit, g = unit.dtype, _wide(unit), _wide(g)
     du = g * _last_axis(scale, g.ndim)
     shift = jnp.mean(du, -1, keepdims=True) + unit * jnp.mean(unit * du, -1, keepdims=True)
-    rows = tuple(range(g.ndim - 1))
-    dscale, dbias = jnp.sum(g * unit, rows), jnp.sum(g, rows)
+    dscale, dbias = sum_rows(g * unit), sum_rows(g)
     return ((du - shift) * inverse).astype(dtype), dscale.astype(scale.dtype), dbias.astype(scale.dtype)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from .._rows import along_rows
 from ..seams import held
 
 
@@ -63,7 +64,7 @@ class RMSNorm(nnx.Module):
             y = x.astype(jnp.float32)
             y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
             scale = scale.astype(jnp.float32) + self.offset if self.offset else scale
-            return (y * _last_axis(scale, y.ndim)).astype(x.dtype)
+            return (y * along_rows(scale, y)).astype(x.dtype)
 
         return norm(x, self.scale[...])
 
@@ -148,8 +149,3 @@ def in_front(virtual: int, shape: tuple[int, ...], mask: Any, segments: Any) -> 
     """
     text = jnp.ones(shape, bool) if mask is None else jnp.broadcast_to(mask != 0, shape)
     return {"text": jnp.pad(text, ((0, 0), (virtual, 0))), "segments": segments}
-
-
-def _last_axis(x: jax.Array, ndim: int) -> jax.Array:
-    """A vector as the last of `ndim` axes."""
-    return x.reshape((1,) * (ndim - 1) + x.shape)

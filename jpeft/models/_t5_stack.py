@@ -15,6 +15,7 @@ from . import _encoder_decoder
 from ._cache import KV
 from ._encoder_decoder import Context, Memory
 from ._layers import ACTIVATIONS, RMSNorm, gated, token_table
+from ._linear import Linear
 from ._relative import relative_buckets
 from ._t5_config import Config
 
@@ -173,7 +174,7 @@ def norm(config: Config, dtype: Any) -> RMSNorm:
     return RMSNorm(config.d_model, config.layer_norm_epsilon, dtype=dtype, start=config.initializer_factor)
 
 
-def linear(d_in: int, d_out: int, std: float, rngs: nnx.Rngs, dtype: Any) -> nnx.Linear:
+def linear(d_in: int, d_out: int, std: float, rngs: nnx.Rngs, dtype: Any) -> Linear:
     """A projection; none of T5's has a bias."""
     init = nnx.initializers.normal(std)
-    return nnx.Linear(d_in, d_out, use_bias=False, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
+    return Linear(d_in, d_out, use_bias=False, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)

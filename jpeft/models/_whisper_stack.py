@@ -19,6 +19,7 @@ from ._cache import KV
 from ._encoder_decoder import Context, Memory
 from ._layer_norm import LayerNorm
 from ._layers import ACTIVATIONS, token_table
+from ._linear import Linear
 from ._whisper_config import Config
 
 _EPS = 1e-5
@@ -161,10 +162,10 @@ class Decoder(Stack):
         return super().enter(x + self.embed_positions(places), places)
 
 
-def linear(config: Config, d_in: int, d_out: int, rngs: nnx.Rngs, dtype: Any, bias: bool = True) -> nnx.Linear:
+def linear(config: Config, d_in: int, d_out: int, rngs: nnx.Rngs, dtype: Any, bias: bool = True) -> Linear:
     """A projection, with first values as transformers draws them."""
     init = nnx.initializers.normal(config.init_std)
-    return nnx.Linear(d_in, d_out, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
+    return Linear(d_in, d_out, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
 
 
 def _convolution(config: Config, d_in: int, stride: int, rngs: nnx.Rngs, dtype: Any) -> nnx.Conv:

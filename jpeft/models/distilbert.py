@@ -24,6 +24,7 @@ from ._attention import attention
 from ._choices import ONE_PER_ROW, by_choice, check_packing, rows
 from ._layer_norm import LayerNorm
 from ._layers import ACTIVATIONS, in_front, positions_of, token_table
+from ._linear import Linear
 from ._table import TRANSPOSE, Entry, Ignore, Rule, module_names
 
 TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "MULTIPLE_CHOICE", "FEATURE_EXTRACTION")
@@ -176,7 +177,7 @@ class DistilBert(nnx.Module):
       remat, unroll: how the layers are run, see `jpeft.models.load`.
     """
 
-    pre_classifier: nnx.Linear  # of the tasks with one output per row
+    pre_classifier: Linear  # of the tasks with one output per row
 
     def __init__(
         self,
@@ -294,8 +295,8 @@ def _sinusoids(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jnp.asarray(np.where(columns % 2, np.cos(angles), np.sin(angles)), dtype)
 
 
-def _linear(config: Config, d_in: int, d_out: int, rngs: nnx.Rngs, dtype: Any) -> nnx.Linear:
-    return nnx.Linear(d_in, d_out, dtype=dtype, param_dtype=dtype, kernel_init=_normal(config), rngs=rngs)
+def _linear(config: Config, d_in: int, d_out: int, rngs: nnx.Rngs, dtype: Any) -> Linear:
+    return Linear(d_in, d_out, dtype=dtype, param_dtype=dtype, kernel_init=_normal(config), rngs=rngs)
 
 
 _LINEARS = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2")

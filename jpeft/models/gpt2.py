@@ -25,6 +25,7 @@ from ._attention import attention
 from ._cache import KV, Cache, check_step, empty, extended, filled, num_slots, or_nan, reach, step_scope
 from ._layer_norm import LayerNorm
 from ._layers import ACTIVATIONS, in_front, last_token, positions_of, token_table
+from ._linear import Linear
 from ._step_attention import step_attention
 from ._table import TRANSPOSE, Entry, Ignore, Rule, Tied, module_names
 
@@ -342,11 +343,11 @@ class GPT2(nnx.Module):
 
 def _linear(
     config: Config, d_in: int, d_out: int, rngs: nnx.Rngs, dtype: Any, bias: bool = True, onto_stream: bool = False
-) -> nnx.Linear:
+) -> Linear:
     """A projection; those onto the stream start smaller, as there are two of them in each layer."""
     std = config.initializer_range / (math.sqrt(2 * config.n_layer) if onto_stream else 1)
     init = nnx.initializers.normal(std)
-    return nnx.Linear(d_in, d_out, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
+    return Linear(d_in, d_out, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
 
 
 def _head(config: Config, task: str) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from ._attention import attention
 from ._bicubic import resized
 from ._layer_norm import LayerNorm
 from ._layers import ACTIVATIONS, in_front
+from ._linear import Linear
 from ._table import COPY, TRANSPOSE, Entry, How, Ignore, Rule, module_names
 from ._vit_config import PRESETS, Config
 
@@ -275,10 +276,8 @@ def _normal(config: Config) -> Any:
     return nnx.initializers.normal(config.initializer_range)
 
 
-def _linear(config: Config, d_in: int, d_out: int, rngs: nnx.Rngs, dtype: Any, bias: bool = True) -> nnx.Linear:
-    return nnx.Linear(
-        d_in, d_out, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=_normal(config), rngs=rngs
-    )
+def _linear(config: Config, d_in: int, d_out: int, rngs: nnx.Rngs, dtype: Any, bias: bool = True) -> Linear:
+    return Linear(d_in, d_out, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=_normal(config), rngs=rngs)
 
 
 #: torch's `Conv2d.weight` [out, in, height, width] as a kernel [height, width, in, out].
