@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A mesh of devices, batches on it, and values back from it, on one process or many.
 
-`data` splits the batch, `fsdp` the batch and the weights, `tensor` the weights alone.
+`data` splits the batch, `fsdp` the batch and the weights, `sequence` the tokens of a row, `tensor` the weights alone.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,15 @@ from jaxtyping import Int
 
 from ._stream import AXES, BATCH_AXES
 
+#: In front of an axis: its part over slices, or over hosts that a slower network joins.
+_DCN = "dcn."
+
 
 def mesh(axes: str | Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes `data`, `fsdp` and `tensor`, over all devices of all processes.
+    """A mesh with the axes `data`, `fsdp`, `sequence` and `tensor`, over all devices of all processes.
+
+    An axis may have two parts: `dcn.data` runs over the slices of a pod, or the hosts of a cluster, which a slower
+    network joins, and `data` within each. `"dcn.data=2,fsdp=4"` is `data=2,fsdp=4` with every `fsdp` inside a slice.
 
     Args:
       axes: `"data=2,fsdp=2,tensor=2"` or a mapping. An axis left out has size 1; one size may be -1, for what the
@@ -28,25 +35,48 @@ def mesh(axes: str | Mapping[str, int], devices: Sequence[Any] | None = None) ->
       devices: other devices than `jax.devices()`, which may be a described topology's.
 
     Raises:
-      ValueError: an unknown axis, a size that is no number, or a product that is not the number of devices.
+      ValueError: an unknown axis, a size that is no number, a product that is not the number of devices, or one of
+        `dcn` sizes that is not the number of slices.
 
     Example:
       >>> mesh = jpeft.mesh("fsdp=-1,tensor=2")
     """
     devices = jax.devices() if devices is None else list(devices)
-    shape = tuple(sizes(axes, len(devices)).values())
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    found = _filled(_given(axes), len(devices))
+    inner, outer = (tuple(found[part + name] for name in AXES) for part in ("", _DCN))
+    if math.prod(outer) == 1:
+        grid = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    else:
+        grid = _hybrid(inner, outer, devices)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def _hybrid(inner: tuple[int, ...], outer: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices with the axes `inner` in each slice (or process, where there are no slices) and `outer` over them."""
+    processes = getattr(devices[0], "slice_index", None) is None
+    key = "process_index" if processes else "slice_index"
+    counts = Counter(getattr(device, key) for device in devices)
+    if len(counts) != math.prod(outer) or {*counts.values()} != {math.prod(inner)}:
+        what = "processes" if processes else "slices"
+        raise ValueError(
+            f"the dcn axes of a mesh make up {math.prod(outer)} {what} of {math.prod(inner)} devices; there are "
+            f"{len(counts)}, of {', '.join(map(str, sorted({*counts.values()})))}"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, process_is_granule=processes, allow_split_physical_axes=True
+    )
+
+
 def sizes(axes: str | Mapping[str, int], num_devices: int) -> dict[str, int]:
-    """The size of every axis of `mesh(axes, devices)`; its errors."""
-    return _filled(_given(axes), num_devices)
+    """The size of every axis of `mesh(axes, devices)`, both of its parts together; its errors but for the slices'."""
+    found = _filled(_given(axes), num_devices)
+    return {name: found[name] * found[_DCN + name] for name in AXES}
 
 
 def written(sizes: Mapping[str, int]) -> str:
-    """`"data=2,fsdp=2,tensor=2"`."""
-    return ",".join(f"{name}={size}" for name, size in sizes.items())
+    """`"data=2,fsdp=2,tensor=2"`; `sequence` and parts over slices only where they split something."""
+    shown = {name: n for name, n in sizes.items() if n != 1 or not (name == "sequence" or name.startswith(_DCN))}
+    return ",".join(f"{name}={size}" for name, size in shown.items())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -140,21 +170,21 @@ def _ways(mesh: Mesh) -> int:
 
 
 def _given(axes: str | Mapping[str, int]) -> dict[str, int]:
-    """Size of every axis, as given."""
+    """Size of every axis and of its part over slices, as given."""
     if isinstance(axes, str):
         parts = [part.partition("=") for part in axes.replace(" ", "").split(",") if part]
         pairs = [(name, size) for name, _, size in parts]
     else:
         pairs = [(name, str(size)) for name, size in axes.items()]
     for name, size in pairs:
-        if name not in AXES:
+        if name.removeprefix(_DCN) not in AXES:
             raise ValueError(f"unknown mesh axis {name!r}; the axes are {', '.join(AXES)}, as in 'data=2,fsdp=4'")
         if size != "-1" and not (size.isdecimal() and int(size)):
             raise ValueError(f"mesh axis {name} needs a size of at least 1, or -1 for the rest; got {size!r}")
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError(f"an axis stands twice in the mesh {axes!r}")
-    return {name: int(found.get(name, 1)) for name in AXES}
+    return {name: int(found.get(name, 1)) for name in (*(_DCN + axis for axis in AXES), *AXES)}
 
 
 def _filled(sizes: dict[str, int], num_devices: int) -> dict[str, int]:

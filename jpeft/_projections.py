@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ._rows import along_rows
+from ._stream import token_ways
 
 
 class Dims(NamedTuple):
@@ -232,8 +233,10 @@ def rows_times(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """`x @ matrix`, `[..., n] @ [n, m]`, as a product of two plain matrices, whose gradients XLA computes faster.
 
     The checkpoint computes nothing again: it makes the backward pass keep `x` itself, which other layers keep too, and
-    not its flat copy.
+    not its flat copy. Rows whose tokens a mesh splits stay apart: laid end to end, all of them would be gathered.
     """
+    if x.ndim == 3 and token_ways(x) > 1:
+        return x @ matrix
     return (x.reshape(-1, matrix.shape[0]) @ matrix).reshape(*x.shape[:-1], matrix.shape[1])
 
 

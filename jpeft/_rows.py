@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._scope import platform
+from ._stream import token_ways
 
 
 def along_rows(vector: Float[Array, "*row"], rows: Float[Array, "*lead_and_row"]) -> Float[Array, "*lead_and_row"]:
@@ -26,7 +27,7 @@ def along_rows(vector: Float[Array, "*row"], rows: Float[Array, "*lead_and_row"]
 
 def sum_rows(rows: Float[Array, "*lead d"]) -> Float[Array, "d"]:
     """The sum over all axes but the last, in the rows' dtype."""
-    if platform() != "cpu":
+    if platform() != "cpu" or (rows.ndim > 2 and token_ways(rows) > 1):  # laid end to end, split tokens are gathered
         return rows.sum(tuple(range(rows.ndim - 1)))
     flat = rows.reshape(-1, rows.shape[-1])  # of more axes, the product would transpose its rows first
     return (jnp.ones((1, len(flat)), rows.dtype) @ flat)[0]

@@ -10,6 +10,7 @@
 The compiler (GSPMD) does the rest: no model knows of a mesh, and the numbers do not depend on it.
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ._bank import Bank
 from ._graft import ADAPTERS
 from ._masks import _pattern, mask
 from ._mesh import written
@@ -118,9 +120,10 @@ def shardings(leaves: Any, mesh: Mesh | AbstractMesh, rules: Rules = SHARDING_RU
 
 
 def shard(leaves: Any, mesh: Mesh, rules: Rules = SHARDING_RULES) -> Any:
-    """A model, or a flat dict of its arrays, with every leaf in its place; one that is there already is not copied.
+    """A model, a flat dict of its arrays, or a `Bank`, with every leaf in its place; one that is there is not copied.
 
-    With several processes each holds the same values, and keeps its own devices' slices of them.
+    With several processes each holds the same values, and keeps its own devices' slices of them. The adapters of a bank
+    lie as each alone does, all slots on every device.
 
     Raises:
       ValueError: as `shardings`.
@@ -129,7 +132,22 @@ def shard(leaves: Any, mesh: Mesh, rules: Rules = SHARDING_RULES) -> Any:
         graphdef, trainable, frozen = partition(leaves)
         placed = shard({**trainable, **frozen}, mesh, rules)
         return combine(graphdef, {p: placed[p] for p in trainable}, {p: placed[p] for p in frozen})
+    if isinstance(leaves, Bank):
+        return _bank_in_place(leaves, mesh, rules)
     return {path: _put(leaves[path], place) for path, place in shardings(leaves, mesh, rules).items()}
+
+
+def _bank_in_place(bank: Bank, mesh: Mesh, rules: Rules) -> Bank:
+    """A bank's base where it belongs, and every leaf of its adapters as one slot's, behind an axis of slots."""
+    slots = {**bank.trainable, **bank.constants}
+    one = {path: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for path, leaf in slots.items()}
+    places = shardings({**bank.frozen, **one}, mesh, rules)
+    behind = {path: NamedSharding(mesh, P(None, *places[path].spec)) for path in slots}
+    base = {path: _put(leaf, places[path]) for path, leaf in bank.frozen.items()}
+    trainable, constants = (
+        {path: _put(leaf, behind[path]) for path, leaf in half.items()} for half in (bank.trainable, bank.constants)
+    )
+    return dataclasses.replace(bank, trainable=trainable, constants=constants, frozen=base)
 
 
 def optimizer_state(tx: optax.GradientTransformation, trainable: Mapping[str, jax.Array]) -> Any:

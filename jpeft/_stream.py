@@ -5,6 +5,10 @@ Left alone, the compiler lets the stream follow the weights: a table or a kernel
 over those devices, which then all compute every row of the batch. The seams that the stream runs through say
 otherwise here, so weights are gathered where they are used and rows stay put. The mesh is read off the arrays; off a
 mesh, or where rows do not divide, nothing happens.
+
+Along `sequence` each device keeps its own tokens of a row, and what works token by token works on those. Attention
+alone needs more: the keys and values of all of a row's tokens are gathered, a layer at a time, and its queries stay.
+The program is that of one device, so positions, masks, segments and virtual tokens are as they are there.
 """
 
 import math
@@ -15,15 +19,15 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 #: The axes of a mesh, slowest first: devices next to each other, which talk most, differ in `tensor`.
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 
 #: The axes that the rows of a batch are split over.
 BATCH_AXES = ("data", "fsdp")
 
 
 def split_rows(x: jax.Array) -> jax.Array:
-    """`x` `[batch, ...]` with its rows split over `data` and `fsdp`."""
-    return _laid(x, BATCH_AXES)
+    """`x` `[batch, ...]` with its rows split over `data` and `fsdp`, and the tokens of a row over `sequence`."""
+    return _laid(x, BATCH_AXES, "sequence") if x.ndim == 3 else _laid(x, BATCH_AXES)
 
 
 def split_embedded(e: jax.Array) -> jax.Array:
@@ -32,15 +36,68 @@ def split_embedded(e: jax.Array) -> jax.Array:
     They are read as the table lies, with d_model split over `fsdp`, and then turned by one all-to-all: the direct way
     would have each device read the rows of all.
     """
-    return split_rows(_laid(e, "data", None, "fsdp") if e.ndim == 3 else e)
+    return split_rows(_laid(e, "data", "sequence", "fsdp") if e.ndim == 3 else e)
+
+
+def token_ways(x: jax.Array) -> int:
+    """In how many parts the tokens of `x` `[batch, seq, ...]` are split over `sequence`."""
+    mesh = _mesh_of(x)
+    ways = 1 if mesh is None else mesh.shape["sequence"]
+    return ways if x.shape[1] >= ways else 1
+
+
+def split_tokens(x: jax.Array) -> jax.Array:
+    """Queries, or what comes of them, `[batch, seq, heads, d_head]`: each device has its own tokens."""
+    return _laid(x, BATCH_AXES, "sequence", P.UNCONSTRAINED, P.UNCONSTRAINED)
+
+
+def whole_tokens(x: jax.Array) -> jax.Array:
+    """Keys or values `[batch, keys, kv_heads, d_head]`: the devices along `sequence` have all tokens of their rows."""
+    return _laid(x, BATCH_AXES, None, P.UNCONSTRAINED, P.UNCONSTRAINED)
+
+
+def everywhere(x: jax.Array) -> jax.Array:
+    """`x` whole on every device: what modules share, and each reads a part of.
+
+    Left alone, the compiler splits it as the module that reads most of it would have it, and the parts that others then
+    read have come out wrong (jax 0.10.2, slices of one matrix inside of a scan, over `data`, `fsdp` and `tensor`).
+    """
+    return _laid(x)
+
+
+def split_cache(x: jax.Array) -> jax.Array:
+    """Keys or values `[layers, batch, kv_heads, slots, d_head]`: rows as the stream's, heads over `tensor`.
+
+    So a device keeps what its own rows and heads have read, in every step of a loop. Heads that `tensor` does not
+    divide lie as the compiler has them.
+    """
+    mesh = _mesh_of(x)
+    uneven = mesh is None or x.shape[2] % mesh.shape["tensor"]
+    return _laid(x, None, BATCH_AXES, P.UNCONSTRAINED if uneven else "tensor")
 
 
 def _laid(x: jax.Array, *spec: Any) -> jax.Array:
-    mesh = jax.typeof(x).sharding.mesh
-    if not {*AXES} <= {*mesh.axis_names} or any(kind != AxisType.Auto for kind in mesh.axis_types) or mesh.size == 1:
+    """`x` with its axes split as the spec says, where rows and vectors divide.
+
+    Tokens need not: the compiler pads those, if there are as many as devices; fewer are whole.
+    """
+    mesh = _mesh_of(x)
+    if mesh is None:
         return x
-    for size, names in zip(x.shape, spec, strict=False):
-        axes = names if isinstance(names, tuple) else (names,) if names else ()
-        if size % math.prod(mesh.shape[name] for name in axes):
+    own = [None if name == "sequence" and size < mesh.shape[name] else name for size, name in _pairs(x, spec)]
+    for size, names in _pairs(x, own):
+        axes = names if isinstance(names, tuple) else (names,) if isinstance(names, str) else ()
+        if axes != ("sequence",) and size % math.prod(mesh.shape[name] for name in axes):
             return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*own)))
+
+
+def _pairs(x: jax.Array, spec: Any) -> Any:
+    return zip(x.shape, spec, strict=False)
+
+
+def _mesh_of(x: jax.Array) -> Any:
+    """The mesh that `x` lies on, if it is one of these axes and the compiler's to use."""
+    mesh = jax.typeof(x).sharding.mesh
+    ours = {*AXES} <= {*mesh.axis_names} and all(kind == AxisType.Auto for kind in mesh.axis_types)
+    return mesh if ours and mesh.size > 1 else None

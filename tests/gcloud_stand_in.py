@@ -31,6 +31,7 @@ def install(folder: Path, workers: int = 2) -> Path:
         "python3": f'mkdir -p "$3/bin"; cp "{programs}/pip" "$3/bin/pip"; cp "{programs}/python" "$3/bin/python"',
         "pip": f'echo "$@" >> "{folder}/pip.log"',
         "python": f'exec {sys.executable} "$@"',
+        "jpeft": f"exec {sys.executable} -c 'from jpeft.train.program import run; run()' \"$@\"",
     }
     for name, body in scripts.items():
         script = programs / name

@@ -163,11 +163,12 @@ def _single(tmp_path_factory):
     return folder, figures(folder / "one")
 
 
-def test_the_program_on_a_mesh_gives_the_losses_of_one_device(single):
+@pytest.mark.parametrize("axes", [MESH, "data=2,sequence=4"])
+def test_the_program_on_a_mesh_gives_the_losses_of_one_device(single, axes):
     """Dropout is on: the masks, too, are those of one device."""
     folder, (losses, evaluated) = single
-    main(["train", str(folder / "config.yaml"), "--out", str(folder / "mesh"), "--mesh", MESH])
-    on_mesh = figures(folder / "mesh")
+    main(["train", str(folder / "config.yaml"), "--out", str(folder / axes), "--mesh", axes])
+    on_mesh = figures(folder / axes)
     assert len(losses) == 4
     assert losses[0] - losses[-1] > 0.05
     np.testing.assert_allclose(on_mesh[0], losses, rtol=0, atol=SAME)

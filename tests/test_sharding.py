@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Places on a mesh, on 8 fake devices: rules, what derives from them, and that no number depends on them."""
 
+import dataclasses
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,21 +57,21 @@ def specs(leaves, mesh, **options):
 
 def test_mesh_has_auto_axes_in_order():
     mesh = jpeft.mesh("tensor=4, data=2")
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 4}
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
     assert mesh == jpeft.mesh({"data": 2, "tensor": 4})
     assert list(mesh.devices.flat) == jax.devices()
 
 
 def test_mesh_works_out_an_open_axis():
-    assert dict(jpeft.mesh("fsdp=-1,tensor=2").shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert dict(jpeft.mesh("fsdp=-1,tensor=2").shape) == {"data": 1, "fsdp": 4, "sequence": 1, "tensor": 2}
     assert jpeft.mesh({}, jax.devices()[:1]).size == 1
 
 
 @pytest.mark.parametrize(
     "axes, message",
     [
-        ("model=8", "unknown mesh axis 'model'; the axes are data, fsdp, tensor"),
+        ("model=8", "unknown mesh axis 'model'; the axes are data, fsdp, sequence, tensor"),
         ("data=two", "mesh axis data needs a size of at least 1, or -1 for the rest; got 'two'"),
         ("data", "mesh axis data needs a size of at least 1, or -1 for the rest; got ''"),
         ("data=8,tensor=0", "mesh axis tensor needs a size of at least 1"),
@@ -83,6 +85,59 @@ def test_mesh_works_out_an_open_axis():
 def test_mesh_refuses(axes, message):
     with pytest.raises(ValueError, match=message):
         jpeft.mesh(axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfASlice:
+    """A fake device that says which slice of a pod it is of."""
+
+    device: Any
+    slice_index: int
+
+    def __getattr__(self, name):
+        return getattr(self.device, name)
+
+
+def of_slices(count: int) -> list[OfASlice]:
+    """The fake devices, taking turns on the slices."""
+    return [OfASlice(device, i % count) for i, device in enumerate(jax.devices())]
+
+
+def test_the_parts_of_an_axis_over_slices():
+    """Every axis but `dcn`'s stays within a slice."""
+    mesh = jpeft.mesh("dcn.data=2,fsdp=2,tensor=-1", of_slices(2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
+    for slice_, grid in enumerate(mesh.devices):
+        assert {device.slice_index for device in grid.flat} == {slice_}
+    both = jpeft.mesh({"dcn.data": 2, "data": 2, "fsdp": 2}, of_slices(2))
+    assert [{device.slice_index for device in grid.flat} for grid in both.devices] == [{0}, {0}, {1}, {1}]
+    assert dict(both.shape) == {"data": 4, "fsdp": 2, "sequence": 1, "tensor": 1}
+    # what it computes: the fake devices in the same order
+    mesh = jax.sharding.Mesh(
+        np.vectorize(lambda d: d.device)(mesh.devices), mesh.axis_names, axis_types=mesh.axis_types
+    )
+    model, ids = Toy(rngs=nnx.Rngs(0)), np.arange(24).reshape(4, 6) % 24
+    expected = jax.jit(lambda m, x: m(x))(model, ids)
+    got = jax.jit(lambda m, x: m(x))(jpeft.shard(model, mesh), jpeft.shard_batch(ids, mesh))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "axes, message",
+    [
+        ("dcn.data=4,fsdp=2", "the dcn axes of a mesh make up 4 slices of 2 devices; there are 2, of 4"),
+        ("dcn.data=2,dcn.fsdp=2,fsdp=4", "a mesh of dcn.data=2,dcn.fsdp=2,data=1,fsdp=4,tensor=1 takes 16 devices"),
+        ("dcn.model=2", "unknown mesh axis 'dcn.model'"),
+    ],
+)
+def test_slices_that_are_not_there_are_refused(axes, message):
+    with pytest.raises(ValueError, match=message):
+        jpeft.mesh(axes, of_slices(2))
+
+
+def test_hosts_are_slices_where_there_are_none():
+    with pytest.raises(ValueError, match="the dcn axes of a mesh make up 2 processes of 4 devices; there are 1, of 8"):
+        jpeft.mesh("dcn.data=2,fsdp=4")
 
 
 # Rules and what derives from them

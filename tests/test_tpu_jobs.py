@@ -8,7 +8,11 @@ import subprocess
 from pathlib import Path
 
 import gcloud_stand_in as cloud
+import numpy as np
 import pytest
+from test_multiprocess import SAME, figures, recipe
+
+from jpeft.train.cli import main
 
 SCRIPTS = Path(__file__).parents[1] / "tpu_scripts"
 WHERE = ("pod", "us-central2-b", "project")
@@ -139,6 +143,30 @@ def test_a_job_goes_on_on_another_tpu_when_its_own_is_taken_away(folder):
         assert 3 <= start < steps, "it began anew"
     run("fetch.sh", "--bucket", "runs", "job", str(folder / "fetched"))
     assert json.loads((folder / "fetched" / "checkpoint.json").read_text())["step"] == steps
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_on_another_tpu(folder, monkeypatch):
+    """`jpeft train --resume` on two workers: taken away and gone on with, it has the losses of one process alone."""
+    bucket = folder / "buckets" / "runs"
+    bucket.mkdir(parents=True)
+    config, steps = recipe(bucket), ["train.max_steps=16", "train.save_every=2"]
+    main(["train", str(config), "--out", str(folder / "alone"), *steps])
+    for name, value in (("JAX_PLATFORMS", "cpu"), ("JAX_NUM_CPU_DEVICES", "1"), ("PYTHONPATH", str(SCRIPTS.parent))):
+        monkeypatch.setenv(name, value)
+    line = f"jpeft train {config} --resume --distributed auto --mesh data=2 --out ~/bucket/run {' '.join(steps)}"
+    log, status = sees_through(folder, line, until=lambda: len([*(bucket / "run" / "checkpoints").glob("[0-9]*")]) > 1)
+    said = [file.read_text() for file in folder.glob("vms/pod/worker-*/jpeft-job/log")]
+    assert status == 0, "\n".join([log, *said])
+    assert made(folder) == 2
+    assert any("resumed after update" in text for text in said), "it began anew"
+    losses, evaluated = figures(bucket / "run")
+    expected, expected_evaluation = figures(folder / "alone")
+    assert len(losses) == 16
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=SAME)
+    np.testing.assert_allclose(evaluated, expected_evaluation, rtol=0, atol=SAME)
+    names = [sorted(file.name for file in (run / "adapter").iterdir()) for run in (bucket / "run", folder / "alone")]
+    assert names[0] == names[1]
 
 
 @pytest.mark.slow

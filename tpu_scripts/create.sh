@@ -26,23 +26,14 @@ END
 }
 
 type="" version="" capacity=() network=() deadline=7200 poll=20 waits=true
-while (($#)); do
-  case $1 in
-    --dry-run) dry_run=true; shift ;;
-    --type) type=$(value_of "$@"); shift 2 ;;
-    --version) version=$(value_of "$@"); shift 2 ;;
-    --slices) slices=$(number_of "$@"); shift 2 ;;
-    --spot | --reserved) capacity+=("$1"); shift ;;
-    --reservation) capacity+=("--reservation=$(value_of "$@")"); shift 2 ;;
-    --network | --subnetwork) network+=("$1=$(value_of "$@")"); shift 2 ;;
-    --deadline) deadline=$(number_of "$@"); shift 2 ;;
-    --poll) poll=$(number_of "$@"); shift 2 ;;
-    --no-wait) waits=false; shift ;;
-    -h | --help) usage; exit 0 ;;
-    -*) wrong "unknown option $1" ;;
-    *) break ;;
-  esac
-done
+options=(
+  [--type]="text type" [--version]="text version" [--slices]="number slices"
+  [--spot]="word capacity" [--reserved]="word capacity" [--reservation]="pair capacity"
+  [--network]="pair network" [--subnetwork]="pair network"
+  [--deadline]="number deadline" [--poll]="number poll" [--no-wait]="false waits"
+)
+read_options "$@"
+set -- "${words[@]}"
 place "$@"
 (($# == 3)) || wrong "$4 stands behind TPU_NAME ZONE PROJECT; options come first"
 [[ -n $type ]] || wrong "--type is missing"

@@ -15,14 +15,8 @@ What stands on the workers' disks is lost; what is in a bucket stays.
 END
 }
 
-while (($#)); do
-  case $1 in
-    --dry-run) dry_run=true; shift ;;
-    -h | --help) usage; exit 0 ;;
-    -*) wrong "unknown option $1" ;;
-    *) break ;;
-  esac
-done
+read_options "$@"
+set -- "${words[@]}"
 place "$@"
 (($# == 3)) || wrong "$4 stands behind TPU_NAME ZONE PROJECT; options come first"
 need_gcloud

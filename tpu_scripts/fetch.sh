@@ -19,17 +19,9 @@ END
 }
 
 worker=0 slice="" bucket=""
-while (($#)); do
-  case $1 in
-    --dry-run) dry_run=true; shift ;;
-    --worker) worker=$(value_of "$@"); shift 2 ;;
-    --slice) slice=$(value_of "$@"); shift 2 ;;
-    --bucket) bucket=$(value_of "$@"); shift 2 ;;
-    -h | --help) usage; exit 0 ;;
-    -*) wrong "unknown option $1" ;;
-    *) break ;;
-  esac
-done
+options=([--worker]="text worker" [--slice]="text slice" [--bucket]="text bucket")
+read_options "$@"
+set -- "${words[@]}"
 [[ $worker =~ ^[0-9]+$ ]] || wrong "--worker takes a number, got $worker"
 [[ $slice =~ ^[0-9]*$ ]] || wrong "--slice takes a number, got $slice"
 if [[ -n $bucket ]]; then

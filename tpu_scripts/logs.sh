@@ -17,17 +17,9 @@ END
 }
 
 worker=0 follows=true slice=""
-while (($#)); do
-  case $1 in
-    --dry-run) dry_run=true; shift ;;
-    --worker) worker=$(value_of "$@"); shift 2 ;;
-    --slice) slice=$(value_of "$@"); shift 2 ;;
-    --no-follow) follows=false; shift ;;
-    -h | --help) usage; exit 0 ;;
-    -*) wrong "unknown option $1" ;;
-    *) break ;;
-  esac
-done
+options=([--worker]="text worker" [--slice]="text slice" [--no-follow]="false follows")
+read_options "$@"
+set -- "${words[@]}"
 place "$@"
 (($# == 3)) || wrong "$4 stands behind TPU_NAME ZONE PROJECT; options come first"
 [[ $worker =~ ^([0-9]+|all)$ ]] || wrong "--worker takes a number or all, got $worker"

@@ -29,23 +29,12 @@ END
 }
 
 create="" setup="" attempts=20 deadline=604800 poll=60
-while (($#)); do
-  case $1 in
-    --dry-run) dry_run=true; shift ;;
-    --create | --setup)
-      (($# > 1)) || wrong "$1 needs a value"
-      declare "${1#--}=$2"
-      shift 2
-      ;;
-    --slices) slices=$(number_of "$@"); shift 2 ;;
-    --attempts) attempts=$(number_of "$@"); shift 2 ;;
-    --deadline) deadline=$(number_of "$@"); shift 2 ;;
-    --poll) poll=$(number_of "$@"); shift 2 ;;
-    -h | --help) usage; exit 0 ;;
-    -*) wrong "unknown option $1" ;;
-    *) break ;;
-  esac
-done
+options=(
+  [--create]="any create" [--setup]="any setup" [--slices]="number slices"
+  [--attempts]="number attempts" [--deadline]="number deadline" [--poll]="number poll"
+)
+read_options "$@"
+set -- "${words[@]}"
 place "$@"
 (($# >= 4)) || wrong "needs TPU_NAME, ZONE, PROJECT and COMMAND; got $# of them"
 shift 3
@@ -80,9 +69,9 @@ look() {
 }
 
 delete_it() {
-  local options=()
-  if $dry_run; then options=(--dry-run); fi
-  "$here/delete.sh" "${options[@]}" "$tpu" "$zone" "$project"
+  local how=()
+  if $dry_run; then how=(--dry-run); fi
+  "$here/delete.sh" "${how[@]}" "$tpu" "$zone" "$project"
 }
 
 if $dry_run; then

@@ -21,19 +21,12 @@ END
 }
 
 wheel="" package="jpeft[train]" bucket="" copies=()
-while (($#)); do
-  case $1 in
-    --dry-run) dry_run=true; shift ;;
-    --slices) slices=$(number_of "$@"); shift 2 ;;
-    --wheel) wheel=$(value_of "$@"); shift 2 ;;
-    --package) package=$(value_of "$@"); shift 2 ;;
-    --bucket) bucket=$(value_of "$@"); shift 2 ;;
-    --copy) copies+=("$(value_of "$@")"); shift 2 ;;
-    -h | --help) usage; exit 0 ;;
-    -*) wrong "unknown option $1" ;;
-    *) break ;;
-  esac
-done
+options=(
+  [--slices]="number slices" [--wheel]="text wheel" [--package]="text package" [--bucket]="text bucket"
+  [--copy]="each copies"
+)
+read_options "$@"
+set -- "${words[@]}"
 place "$@"
 (($# == 3)) || wrong "$4 stands behind TPU_NAME ZONE PROJECT; options come first"
 for file in ${wheel:+"$wheel"} "${copies[@]}"; do

@@ -37,18 +37,46 @@ do_or_show() {
   fi
 }
 
-# value_of OPTION [VALUE]: the value, which must be there.
-value_of() {
-  (($# > 1)) && [[ -n $2 && $2 != --* ]] || wrong "$1 needs a value"
-  printf '%s' "$2"
-}
-
-# number_of OPTION [VALUE]: a whole number of at least 1.
-number_of() {
-  local value
-  value=$(value_of "$@") || exit 2
-  [[ $value =~ ^[1-9][0-9]*$ ]] || wrong "$1 takes a whole number of at least 1, got $value"
-  printf '%s' "$value"
+# read_options "$@": sets what the script's table `options` says of each, and leaves the words behind them in `words`.
+#
+#   declare -A options=([--type]="text type" [--spot]="word capacity")
+#
+# KIND VARIABLE: `true` and `false` set the variable to that; `text` to the value, which must not look like an option;
+# `any` to whatever stands behind it; `number` to a whole number of at least 1; `word` adds the option itself to an array,
+# `pair` adds OPTION=VALUE, and `each` the value. --dry-run and --help are every script's.
+declare -A options=()
+words=()
+read_options() {
+  local kind variable
+  options[--dry-run]="true dry_run"
+  while (($#)); do
+    case $1 in
+      -h | --help) usage; exit 0 ;;
+      -*) ;;
+      *) break ;;
+    esac
+    [[ -n ${options[$1]-} ]] || wrong "unknown option $1"
+    read -r kind variable <<<"${options[$1]}"
+    local -n added=$variable
+    case $kind in
+      true | false) printf -v "$variable" %s "$kind"; shift; continue ;;
+      word) added+=("$1"); shift; continue ;;
+      any) (($# > 1)) || wrong "$1 needs a value" ;;
+      *) (($# > 1)) && [[ -n $2 && $2 != --* ]] || wrong "$1 needs a value" ;;
+    esac
+    case $kind in
+      any | text) printf -v "$variable" %s "$2" ;;
+      number)
+        [[ $2 =~ ^[1-9][0-9]*$ ]] || wrong "$1 takes a whole number of at least 1, got $2"
+        printf -v "$variable" %s "$2"
+        ;;
+      pair) added+=("$1=$2") ;;
+      each) added+=("$2") ;;
+    esac
+    shift 2
+  done
+  # shellcheck disable=SC2034 # the scripts that source this use them
+  words=("$@")
 }
 
 # place NAME ZONE PROJECT ...: sets tpu, zone, project and where.

@@ -20,15 +20,9 @@ example:
 END
 }
 
-while (($#)); do
-  case $1 in
-    --dry-run) dry_run=true; shift ;;
-    --slices) slices=$(number_of "$@"); shift 2 ;;
-    -h | --help) usage; exit 0 ;;
-    -*) wrong "unknown option $1" ;;
-    *) break ;;
-  esac
-done
+options=([--slices]="number slices")
+read_options "$@"
+set -- "${words[@]}"
 place "$@"
 (($# >= 4)) || wrong "needs TPU_NAME, ZONE, PROJECT and COMMAND; got $# of them"
 shift 3

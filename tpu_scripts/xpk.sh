@@ -20,19 +20,12 @@ END
 }
 
 cluster="" device="" image="" restarts=20
-while (($#)); do
-  case $1 in
-    --dry-run) dry_run=true; shift ;;
-    --cluster) cluster=$(value_of "$@"); shift 2 ;;
-    --device) device=$(value_of "$@"); shift 2 ;;
-    --image) image=$(value_of "$@"); shift 2 ;;
-    --slices) slices=$(number_of "$@"); shift 2 ;;
-    --restarts) restarts=$(number_of "$@"); shift 2 ;;
-    -h | --help) usage; exit 0 ;;
-    -*) wrong "unknown option $1" ;;
-    *) break ;;
-  esac
-done
+options=(
+  [--cluster]="text cluster" [--device]="text device" [--image]="text image"
+  [--slices]="number slices" [--restarts]="number restarts"
+)
+read_options "$@"
+set -- "${words[@]}"
 place "$@"
 (($# <= 4)) || wrong "COMMAND is one line of shell; got $(($# - 3)) words"
 [[ -n $cluster ]] || wrong "--cluster is missing"

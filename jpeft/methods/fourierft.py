@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from .. import _mersenne, seams
@@ -125,4 +126,10 @@ def _change(c: jax.Array, places: jax.Array, site: Site) -> jax.Array:
     """Re IFFT2 of the spectrum with `c` `[*lead, n]` at `places`: `[*lead, d_in, d_out]`, in float32 or more."""
     size = site.d_in * site.d_out
     spread = jnp.vectorize(lambda c, at: jnp.zeros(size, c.dtype).at[at].add(c), signature="(n),(n)->(s)")
-    return jnp.fft.ifft2(spread(c, places).reshape(*c.shape[:-1], site.d_in, site.d_out)).real.astype(c.dtype)
+    spectrum = spread(c, places).reshape(*c.shape[:-1], site.d_in, site.d_out)
+    return _as_it_lies(jnp.fft.ifft2(_as_it_lies(spectrum + 0j))).real.astype(c.dtype)
+
+
+def _as_it_lies(x: jax.Array) -> jax.Array:
+    """`x`, and its gradient, with the last axis innermost: a CPU transforms no other, and a mesh may turn them."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 from .. import _mersenne, seams
 from .._fields import rate, selection, whole
 from .._method import Method, Site, Start, Targets, wide
+from .._stream import everywhere
 from ._default_targets import default_targets
 
 
@@ -95,9 +96,9 @@ class VeRA(Method):
     def after(self, adapter: Any, base: Any, y: jax.Array, *inputs: Any) -> Float[Array, "..."]:
         projection, x = seams.projection(base), jnp.asarray(inputs[0])
         x = adapter.dropout(x.astype(wide(x.dtype)), self.dropout)
-        hidden = projection.contract(base, x, adapter.shared.A[...][: adapter.site.d_in])
+        hidden = projection.contract(base, x, everywhere(adapter.shared.A[...])[: adapter.site.d_in])
         d = adapter.d[...] if all(adapter.site.active) else _where(adapter, adapter.d[...])
-        delta = seams.rows_times(_scaled(hidden, d), adapter.shared.B[...][:, : adapter.site.d_out])
+        delta = seams.rows_times(_scaled(hidden, d), everywhere(adapter.shared.B[...])[:, : adapter.site.d_out])
         delta = _scaled(delta, adapter.b[...])  # [..., d_out]
         return (y + projection.emit(base, delta)).astype(y.dtype)
 

@@ -4,6 +4,8 @@
 On CPU, and wherever weights are dropped out or scores bounded, a blocked kernel (`_blocked`): queries go in blocks of
 rows, keys that a whole block may not see are not computed, and the backward pass recomputes the weights, so that
 nothing is kept but q, k and v. Elsewhere `jax.nn.dot_product_attention`, which has kernels of its own.
+
+Where a mesh splits a row's tokens, each device has its own queries in one block, and the keys and values of all.
 """
 
 import dataclasses
@@ -18,6 +20,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from .. import _scope
 from .._dropout import keeps
+from .._stream import split_tokens, token_ways, whole_tokens
 from ..seams import EVERY_SEGMENT
 
 #: Query rows in a block: wide enough for a matrix product, narrow enough to skip most of what causality masks.
@@ -73,7 +76,10 @@ def attention(
         window = jnp.asarray(window)
     known = window if isinstance(window, int) else None
     limits = _Limits(window if isinstance(window, jax.Array) else None, mask, segment_ids, seed, places)
-    rules = _Rules(q.shape[1], k.shape[1], causal, known, scale, dropout, cap)
+    spread = token_ways(q) > 1
+    rules = _Rules(q.shape[1], k.shape[1], causal, known, scale, dropout, cap, q.shape[1] if spread else _ROWS)
+    if spread:
+        q, k, v = split_tokens(q), whole_tokens(k), whole_tokens(v)
     if _scope.platform() == "cpu" or seed is not None or cap is not None:
         return _blocked(q, k, v, bias, limits, rules)
     return _library(q, k, v, bias, limits, rules)
@@ -117,16 +123,17 @@ class _Rules:
     scale: float
     dropout: float = 0.0
     cap: float | None = None
+    rows: int = _ROWS
 
     @property
     def offset(self) -> int:
         """Query i stands at key i + offset."""
         return self.keys - self.seq
 
-    def blocks(self, rows: int) -> Iterator[tuple[range, range]]:
+    def blocks(self) -> Iterator[tuple[range, range]]:
         """Queries by `rows`, each block with the keys beyond which none of its queries sees."""
-        for start in range(0, self.seq, rows):
-            queries = range(start, min(start + rows, self.seq))
+        for start in range(0, self.seq, self.rows):
+            queries = range(start, min(start + self.rows, self.seq))
             last = queries.stop + self.offset if self.causal else self.keys
             first = 0 if self.window is None or self.offset else max(0, start - self.window + 1)
             yield queries, range(first, last)
@@ -197,7 +204,7 @@ def _forward(
     heads, kv_heads = q.shape[2], k.shape[2]
     k, v = _rows(k, kv_heads), _rows(v, kv_heads)
     qs, outs = [], []
-    for queries, keys in rules.blocks(_ROWS):
+    for queries, keys in rules.blocks():
         qs.append(_rows(_scaled(q[:, _cut(queries)], rules), kv_heads))
         p, share, _ = _softmax(qs[-1], k[:, :, _cut(keys)], bias, limits, rules, queries, keys)
         kept = _kept(limits, rules, p.shape, queries, keys)
@@ -214,7 +221,7 @@ def _backward(rules: _Rules, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
     qs, k, v, bias, limits = residuals
     heads, kv_heads = g.shape[2], k.shape[1]
     dq, dk, dv, dbias = [], [], [], []
-    for (queries, keys), q in zip(rules.blocks(_ROWS), qs, strict=True):
+    for (queries, keys), q in zip(rules.blocks(), qs, strict=True):
         span = _cut(keys)
         p, share, slope = _softmax(q, k[:, :, span], bias, limits, rules, queries, keys)
         rows = (_rows(g[:, _cut(queries)], kv_heads) * share).astype(g.dtype)

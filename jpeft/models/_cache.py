@@ -15,6 +15,7 @@ from jax import core
 from jaxtyping import Array, Bool, Float, Int
 
 from .._stack import apart, loops_apart
+from .._stream import split_cache
 from ..seams import InputEmbedding
 
 
@@ -91,7 +92,7 @@ def filled(cache: Cache, new: KV, mask: Any, places: Any, positions: Any) -> Cac
     seen = jnp.ones((batch, seq), bool) if mask is None else jnp.broadcast_to(mask != 0, (batch, seq))
 
     def put(old: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.pad(x.astype(old.dtype), ((0, 0), (0, 0), *room, (0, 0)))
+        return split_cache(jnp.pad(x.astype(old.dtype), ((0, 0), (0, 0), *room, (0, 0))))
 
     return cache._replace(
         kv=jax.tree.map(put, cache.kv, in_cache(new)),

@@ -12,7 +12,6 @@ z-loss, whose gradients come from the same softmax.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from .._method import wide
 from .._scope import scope
+from .._stream import token_ways
 
 #: A label that is ignored, as in torch.
 IGNORED = -100
@@ -120,21 +120,44 @@ def head_log_probs(
         return _unless_empty(t, lambda: log_probs(chunked.call(h, index, reads), t))
 
     found = jax.lax.map(lambda chunk: of_chunk(*chunk, chunked.reads), _chunks(size, hidden, targets, order))
-    found = jnp.moveaxis(found, 0, 1).reshape(groups, -1)
-    found = jnp.take_along_axis(found, jnp.argsort(order, axis=1), axis=1)
-    return found[:, : math.prod(shape) // groups].reshape(shape)
+    found = jnp.moveaxis(found, 0, 1).reshape(len(order), -1)
+    return _rows(jnp.take_along_axis(found, jnp.argsort(order, axis=1), axis=1), shape, groups)
 
 
 def _grouped(
     head: Head, hidden: jax.Array, targets: jax.Array, groups: int, chunk_logits: int
 ) -> tuple[jax.Array, jax.Array, int]:
-    """Both as `[groups positions ...]`, padded to whole chunks, and the size of a chunk."""
-    hidden, targets = (x.reshape(groups, -1, *x.shape[2:]) for x in (hidden, targets))
+    """Both as `[groups positions ...]`, padded to whole chunks, and the size of a chunk.
+
+    Where a mesh splits the tokens of a row, its parts are groups of their own.
+    """
+    parts = token_ways(hidden)
+    pad = -targets.shape[1] % parts
+    hidden = _parts(jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))), groups, parts)
+    targets = _parts(jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORED), groups, parts)
     vocab = jax.eval_shape(head, hidden[:, :1]).shape[-1]
-    size = min(targets.shape[1], max(1, chunk_logits // (groups * vocab)))
+    size = min(targets.shape[1], max(1, chunk_logits // (len(targets) * vocab)))
     pad = -targets.shape[1] % size
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
     return hidden, jnp.pad(targets, ((0, 0), (0, pad)), constant_values=IGNORED), size
+
+
+def _parts(x: jax.Array, groups: int, parts: int) -> jax.Array:
+    """`[batch seq ...]` as `[groups * parts, positions, ...]`: rows in `groups`, and their tokens in `parts`."""
+    if parts == 1:
+        return x.reshape(groups, -1, *x.shape[2:])
+    x = x.reshape(groups, x.shape[0] // groups, parts, x.shape[1] // parts, *x.shape[2:])
+    return jnp.swapaxes(x, 1, 2).reshape(groups * parts, -1, *x.shape[4:])
+
+
+def _rows(x: jax.Array, shape: tuple[int, ...], groups: int) -> jax.Array:
+    """The inverse of `_grouped`, of one number a position: `[batch seq]`."""
+    (batch, seq), parts = shape, len(x) // groups
+    width = -(-seq // parts)
+    x = x[:, : batch * width // groups].reshape(groups, parts, batch // groups, -1) if parts > 1 else x
+    return (
+        jnp.swapaxes(x, 1, 2).reshape(batch, -1)[:, :seq] if parts > 1 else x[:, : batch * seq // groups].reshape(shape)
+    )
 
 
 def _closed(head: Head, hidden: jax.Array, key: jax.Array | None) -> _Chunked:

@@ -167,3 +167,17 @@ MODELS = {
     ),
     "tied llama": Model(_zoo(TIED, "CAUSAL_LM"), ("v_proj", "gate_proj", "embed_tokens"), ("v_proj",), caches=True),
 }
+
+#: The same, wide enough that a mesh divides them. No number of theirs is another's, so that a program's arrays tell.
+WIDE = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 40}
+WIDER = WIDE | {"hidden_size": 64, "intermediate_size": 192}  # whole blocks of 64 in every column
+WIDE_T5 = T5 | {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 48, "vocab_size": 40}
+MODELS |= {
+    "wide bert": dataclasses.replace(MODELS["bert"], build=_zoo(BERT | WIDE, "TOKEN_CLS")),
+    "wide llama": dataclasses.replace(MODELS["llama"], build=_zoo(LLAMA | WIDE, "CAUSAL_LM")),
+    "wide t5": dataclasses.replace(MODELS["t5"], build=_zoo(WIDE_T5, "SEQ_2_SEQ_LM")),
+    "wide quantized llama": dataclasses.replace(
+        MODELS["quantized llama"],
+        build=lambda: jpeft.quantize(_zoo(LLAMA | WIDER, "CAUSAL_LM")(), "nf4"),
+    ),
+}

@@ -119,20 +119,21 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
     """What devices say to each other in a program: kind -> (how many operations, bytes that come out of them)."""
     count: Counter[str] = Counter()
     size: Counter[str] = Counter()
-    for kind, arrays in _found(text):
+    for kind, arrays in said(text):
         count[kind] += 1
-        size[kind] += sum(arrays)
+        size[kind] += sum(_size(dtype, dims) for dtype, dims in arrays)
     return {kind: (count[kind], size[kind]) for kind in sorted(count)}
 
 
-def _found(text: str) -> Iterator[tuple[str, list[int]]]:
-    for shape, kind in re.findall(rf"= (\(?[^=]*?) ({_COLLECTIVES})(?:-start)?\(", text):
-        yield kind, [_size(dtype, dims) for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)]
+def said(text: str) -> Iterator[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
+    """Every collective operation of a program: its kind, and type and shape of each array that comes out of it."""
+    for shape, kind in re.findall(rf" = (.*?) ({_COLLECTIVES})(?:-start)?\(", text):
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
+        yield kind, [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in arrays]
 
 
-def _size(dtype: str, dims: str) -> int:
-    numbers = math.prod(int(n) for n in dims.split(",") if n)
-    return numbers * (8 if dtype.startswith("f8") else _BITS.get(dtype, 32)) // 8
+def _size(dtype: str, dims: tuple[int, ...]) -> int:
+    return math.prod(dims) * (8 if dtype.startswith("f8") else _BITS.get(dtype, 32)) // 8
 
 
 def _devices(machine: Machine) -> Any:
