@@ -15,6 +15,7 @@ examples:
   jpeft train sst2.yaml                                   train as the file says
   jpeft train sst2.yaml optimizer.lr=1e-3 --seed 1        with other values
   jpeft train sst2.yaml --dry-run                         only look: data, shapes, counts
+  jpeft sweep ranks.yaml                                  many configurations in one step, and the best of them
   jpeft predict --adapter runs/sst2/adapter "what a film"
   jpeft eval --task sst2 --adapter runs/sst2/adapter      by a task, with intervals
   jpeft generate --model DIR --temperature 0.8 "Once upon a time"

@@ -142,7 +142,12 @@ def dump(config: Config) -> str:
     """The configuration as YAML, every key written out; `parse` reads it back equal."""
     import yaml
 
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    return yaml.safe_dump(plain(config), sort_keys=False)
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The configuration as plain values, every key among them; `parse` reads them back equal."""
+    return _plain(dataclasses.asdict(config))
 
 
 def method(options: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> "Method | Hybrid":

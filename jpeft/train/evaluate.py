@@ -3,7 +3,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -66,19 +66,32 @@ class Evaluator:
         for number, batch in enumerate(order, 1):
             roll.at(f"batch {number} of an evaluation")
             outcomes.append(self._compute(trainable, frozen, devices.place(batches.collate(batch), self._mesh)))
-        outcomes = jax.device_get(outcomes)
-        rows = [outcome.pop("predicted", None) for outcome in outcomes]
-        sums = {name: np.sum([outcome[name] for outcome in outcomes], axis=0, dtype=np.float64) for name in outcomes[0]}
-        loss = float(sums["loss"] / sums["labels"])
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of the evaluation is {loss}")
-        metrics = {"loss": loss, **self._measure.figures(sums)}
-        if rows[0] is None:
-            return Evaluation(metrics)
-        predicted = np.empty(len(batches.examples), np.int32)
-        for batch, found in zip(order, rows, strict=True):
-            predicted[np.asarray(batch.rows)] = found[: len(batch.rows)]
-        return Evaluation(metrics, predicted)
+        return assembled(self._measure, batches, jax.device_get(outcomes))
+
+
+def assembled(measure: Measure, batches: Batches, outcomes: Sequence[Mapping[str, np.ndarray]]) -> Evaluation:
+    """The evaluation that the batches of `batches.buckets.in_order()` come to.
+
+    Args:
+      measure: what was measured.
+      batches: what it was measured on.
+      outcomes: what `measure.sums` gave for every batch.
+
+    Raises:
+      FloatingPointError: the loss is not finite.
+    """
+    totals = [name for name in outcomes[0] if name != "predicted"]
+    sums = {name: np.sum([outcome[name] for outcome in outcomes], axis=0, dtype=np.float64) for name in totals}
+    loss = float(sums["loss"] / sums["labels"])
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss of the evaluation is {loss}")
+    metrics = {"loss": loss, **measure.figures(sums)}
+    if "predicted" not in outcomes[0]:
+        return Evaluation(metrics)
+    predicted = np.empty(len(batches.examples), np.int32)
+    for batch, outcome in zip(batches.buckets.in_order(), outcomes, strict=True):
+        predicted[np.asarray(batch.rows)] = outcome["predicted"][: len(batch.rows)]
+    return Evaluation(metrics, predicted)
 
 
 def predict(

@@ -135,20 +135,23 @@ def build(config: Config, label_names: tuple[str, ...] | None, mesh: Mesh | None
       FileNotFoundError, CheckpointError, ConfigError, ValueError: the folder or the method is not right.
     """
     method = configuration.method(config.method)
-    head, start = _keys(config)
-    base = models.load(
+    model = adapt(load_base(config, label_names, mesh), method, key=start_key(config))
+    counts, reason = summary(model), no_form_in_peft(model)
+    return Parts(*partition(model if mesh is None else shard(model, mesh)), counts, reason)
+
+
+def load_base(config: Config, label_names: tuple[str, ...] | None, mesh: Mesh | None = None) -> Any:
+    """The base model, with a new head where it needs one. Raises as `models.load`."""
+    return models.load(
         config.model.path,
         config.model.task,
         config.model.dtype,
-        key=head,
+        key=jax.random.fold_in(jax.random.key(config.train.seed), 0),
         num_labels=None if label_names is None else len(label_names),
         remat=config.model.remat,
         sharding=None if mesh is None else placement(mesh),
         quantize=config.model.quantize,
     )
-    model = adapt(base, method, key=start)
-    counts, reason = summary(model), no_form_in_peft(model)
-    return Parts(*partition(model if mesh is None else shard(model, mesh)), counts, reason)
 
 
 def by_shape(config: Config, label_names: tuple[str, ...] | None) -> Any:
@@ -165,6 +168,11 @@ def by_shape(config: Config, label_names: tuple[str, ...] | None) -> Any:
         return adapt(base if scheme is None else quantize(base, scheme), method, key=key)
 
     return nnx.eval_shape(adapted)
+
+
+def start_key(config: Config) -> jax.Array:
+    """The key of the adapter's first values."""
+    return jax.random.fold_in(jax.random.key(config.train.seed), 1)
 
 
 def dropout_key(config: Config) -> jax.Array | None:
@@ -195,9 +203,3 @@ def describe(config: Config, dataset: Dataset) -> str:
     if dataset.train.examples.unended and dataset.train.examples.unended == len(dataset.train.examples.tokens):
         lines.append("WARNING: no row learns an end of text, so the model will not learn to stop")
     return "\n".join(lines)
-
-
-def _keys(config: Config) -> tuple[jax.Array, jax.Array]:
-    """Keys of a new head's and of the adapter's first values."""
-    key = jax.random.key(config.train.seed)
-    return jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)

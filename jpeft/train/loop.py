@@ -92,7 +92,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
         raise FileExistsError(f"{config.out} holds a finished run; --overwrite replaces it, out= names another")
     roll.at("the data")
     dataset = job.read_data(config)
-    _check_plan(method, dataset.num_updates)
+    check_plan(method, dataset.num_updates)
     mesh = job.make_mesh(config)
     say(job.describe(config, dataset))
     roll.at("the model")
@@ -107,7 +107,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
     return loop.resume() if resume else loop.begin()
 
 
-def _check_plan(method: Any, num_updates: int) -> None:
+def check_plan(method: Any, num_updates: int) -> None:
     """Refuses a method that plans for a training of another length."""
     parts = getattr(method, "methods", (method,))
     planned = next((p.total_steps for p in parts if getattr(p, "total_steps", num_updates) != num_updates), None)
@@ -118,7 +118,8 @@ def _check_plan(method: Any, num_updates: int) -> None:
         )
 
 
-def _max_skips(config: Config) -> int:
+def max_skips(config: Config) -> int:
+    """Updates that a run may leave out."""
     return config.train.max_skips if config.train.on_nan == "skip" else 0
 
 
@@ -130,7 +131,7 @@ class Loop:
         self._tx = optimizer(make_optimizer(config.optimizer, dataset.num_updates), model=parts.graphdef)
         (sums, measure), groups = objective(config), devices.num_groups(mesh)
         self._update = make_step(
-            parts.graphdef, sums, self._tx, groups=groups, ema=config.train.ema, max_skips=_max_skips(config)
+            parts.graphdef, sums, self._tx, groups=groups, ema=config.train.ema, max_skips=max_skips(config)
         )
         self._evaluate = Evaluator(parts.graphdef, measure, mesh)
         self._key = job.dropout_key(config)

@@ -23,7 +23,7 @@ from .._adapt import penalty
 from .._bank import Bank
 from .._partition import Leaves, combine
 from .losses import Batch, Sums
-from .step import Compiled, Metrics, State, advance, fresh
+from .step import Compiled, Metrics, State, advance, first_state
 
 _LOG = logging.getLogger("jpeft")
 
@@ -135,14 +135,57 @@ def begin_many(tx: Optimizer, bank: Bank, fixed: Fixed) -> State:
     """The state before the first update, every leaf `[adapters, ...]`. Its arrays are its own."""
 
     def first(trainable: Leaves, options: Mapping[str, jax.Array], sizes: Mapping[str, jax.Array]) -> State:
-        transform = _transform(tx, options, sizes)
-        return State(jax.tree.map(jnp.copy, trainable), transform.init(trainable), *fresh())
+        return first_state(_transform(tx, options, sizes), trainable)
 
     return jax.jit(jax.vmap(first))(_filled(bank.trainable), fixed.options, fixed.sizes)
 
 
+def begin_one(tx: Optimizer, trainable: Leaves, options: Mapping[str, Any], *, average: bool = False) -> State:
+    """One adapter's part of such a state, at the adapter's own size: what `join` takes and `part` gives.
+
+    Args:
+      tx, options: as of `train_many`, the options of this adapter.
+      trainable: its leaves.
+      average: keep a moving average, for a step with `ema`.
+    """
+    transform = _transform(tx, {name: jnp.asarray(value) for name, value in options.items()}, {})
+    return jax.jit(lambda leaves: first_state(transform, leaves, average=average))(trainable)
+
+
+def join(states: Sequence[State]) -> State:
+    """States of adapters of one make as the state of their bank: padded with zeros to the largest, and stacked."""
+
+    def stacked(*leaves: Any) -> jax.Array:
+        whole = np.zeros(
+            (len(leaves), *np.max([np.shape(leaf) for leaf in leaves], axis=0).astype(int)), np.asarray(leaves[0]).dtype
+        )
+        for at, leaf in enumerate(leaves):
+            whole[(at, *map(slice, np.shape(leaf)))] = leaf
+        return jnp.asarray(whole)
+
+    return jax.tree.map(stacked, *jax.device_get(list(states)))
+
+
+def part(state: State, at: int, like: State) -> State:
+    """One adapter's part of a bank's state, at the size of `like`; NumPy arrays.
+
+    Args:
+      state: of a bank, on the host.
+      at: which adapter, from 0.
+      like: a state of that adapter, or its shapes.
+    """
+    return jax.tree.map(lambda leaf, own: np.asarray(leaf)[at][tuple(map(slice, own.shape))].copy(), state, like)
+
+
 def make_step_many(
-    bank: Bank, sums: Callable[..., Sums], tx: Optimizer, *, own_batches: bool = False, groups: int = 1
+    bank: Bank,
+    sums: Callable[..., Sums],
+    tx: Optimizer,
+    *,
+    own_batches: bool = False,
+    groups: int = 1,
+    ema: float | None = None,
+    max_skips: int = 0,
 ) -> Compiled:
     """`update(state, fixed, batch, key) -> (state, metrics)`, compiled; as `make_step`, with an axis in front.
 
@@ -150,6 +193,7 @@ def make_step_many(
       bank: whose adapters are trained; of it only the graphdef is used.
       sums, tx, own_batches: as of `train_many`.
       groups: number of devices that a batch's rows are split over.
+      ema, max_skips: as of `make_step`.
     """
     graphdef, count = bank.graphdef, len(bank) - 1
 
@@ -163,7 +207,12 @@ def make_step_many(
             def of_one(trainable: Leaves, batch: Batch, key: jax.Array | None) -> Sums:
                 return sums(model(trainable), batch, key, groups)
 
-            return advance(of_one, _transform(tx, options, sizes), state, batch, key, lambda t: penalty(model(t)))
+            transform = _transform(tx, options, sizes)
+
+            def added(leaves: Leaves) -> jax.Array | None:
+                return penalty(model(leaves))
+
+            return advance(of_one, transform, state, batch, key, added, ema=ema, max_skips=max_skips)
 
         axes = (0, 0, 0, 0, 0 if own_batches else None, 0 if _many(key) else None)
         return jax.vmap(one, axes)(state, fixed.constants, fixed.options, fixed.sizes, batch, key)

@@ -78,6 +78,8 @@ class _Kind:
 def make_optimizer(config: Optimizer, num_updates: int) -> optax.GradientTransformation:
     """Clipping by the norm of the whole trainable tree, then the rule, at each group's own rate and decay.
 
+    The numbers `lr`, `weight_decay` and `clip` may be traced, as those of many adapters that are trained at once.
+
     Raises:
       ValueError: at once, the schedule does not fit the run; by `init`, a group or Muon finds no leaf.
     """
@@ -85,18 +87,18 @@ def make_optimizer(config: Optimizer, num_updates: int) -> optax.GradientTransfo
     rules = {}
     for index in range(-1, len(config.groups)):
         group = config.groups[index] if index >= 0 else None
-        top = config.lr if group is None or group.lr is None else group.lr
+        relative = 1.0 if group is None or group.lr is None else group.lr / config.lr
         own = None if group is None else group.weight_decay
         for faster in (False, True):
-            scaled = _times(rate, top / config.lr * (ratio if faster else 1.0))
+            scaled = _times(rate, relative * (ratio if faster else 1.0))
             for matrix in (False, True) if config.name == "muon" else (False,):
                 rules[_Kind(index, faster, matrix)] = _rule(config, scaled, own, matrix)
     tx = optax.partition(rules, lambda tree: _kinds(config, tree))
     return tx if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), tx)
 
 
-def _times(rate: optax.Schedule, factor: float) -> optax.Schedule:
-    return rate if factor == 1.0 else lambda count: factor * rate(count)
+def _times(rate: optax.Schedule, factor: Any) -> optax.Schedule:
+    return rate if isinstance(factor, float) and factor == 1.0 else lambda count: factor * rate(count)
 
 
 def _kinds(config: Optimizer, tree: Mapping[str, Any]) -> dict[str, _Kind]:

@@ -87,9 +87,22 @@ def few_examples(tables: Sequence[Table], folder: str | Path) -> Path | None:
 
 
 def heat_map(
-    values: np.ndarray, rows: Sequence[Any], columns: Sequence[Any], names: tuple[str, str, str], file: str | Path
+    values: np.ndarray,
+    rows: Sequence[Any],
+    columns: Sequence[Any],
+    names: tuple[str, str, str],
+    file: str | Path,
+    notes: Mapping[tuple[int, int], str] | None = None,
 ) -> Path:
-    """A grid of figures, each written into its cell; `names` are those of the rows, the columns and the figure."""
+    """A grid of figures, each written into its cell.
+
+    Args:
+      values: by row and column; NaN is said to have diverged.
+      rows, columns: their labels.
+      names: of the rows, the columns and the figure.
+      file: the SVG; a PNG comes beside it.
+      notes: a second line for some cells.
+    """
 
     def plot(axes: Any, values: Any) -> bool:
         image = axes.imshow(values, cmap="cividis", aspect="auto")
@@ -97,6 +110,8 @@ def heat_map(
         for row, column in np.ndindex(values.shape):
             value = values[row, column]
             said = "diverged" if np.isnan(value) else f"{value:.3f}"
+            if notes and (row, column) in notes:
+                said += f"\n{notes[row, column]}"
             axes.text(column, row, said, ha="center", va="center", color="black" if value > middle else "white")
         axes.set_xticks(range(len(columns)), map(str, columns))
         axes.set_yticks(range(len(rows)), map(str, rows))
@@ -107,6 +122,46 @@ def heat_map(
 
     file = Path(file)
     drawn = _drawn(plot, np.asarray(values, float), file.parent, file.stem)
+    assert drawn is not None
+    return drawn
+
+
+def scatter(
+    values: Sequence[Any], scores: Sequence[float], ended: Sequence[bool], names: tuple[str, str], file: str | Path
+) -> Path:
+    """Scores against the values of one key: filled where a training came to its end, hollow where it did not.
+
+    Args:
+      values: numbers, or what else a key may be: then each has a place of its own.
+      scores: beside them.
+      ended: beside them.
+      names: of the key and of the score.
+      file: the SVG; a PNG comes beside it.
+    """
+
+    def plot(axes: Any, _: Any) -> bool:
+        numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        known = list(dict.fromkeys(map(str, values)))
+        places = np.array([value if numeric else known.index(str(value)) for value in values], float)
+        for end, face, label in ((True, COLOURS[0], "to the end"), (False, "none", "dropped before")):
+            chosen = np.array(ended) == end
+            if chosen.any():
+                axes.scatter(
+                    places[chosen], np.array(scores)[chosen], s=36, marker="o" if end else "s",
+                    facecolors=face, edgecolors=COLOURS[0 if end else 7], label=label,
+                )  # fmt: skip
+        if not numeric:
+            axes.set_xticks(range(len(known)), known)
+        elif places.min() > 0 and places.max() >= 10 * places.min():
+            axes.set_xscale("log")
+        axes.set_xlabel(names[0])
+        axes.set_ylabel(names[1])
+        axes.grid(axis="y", alpha=0.3)
+        _legend(axes)
+        return True
+
+    file = Path(file)
+    drawn = _drawn(plot, None, file.parent, file.stem)
     assert drawn is not None
     return drawn
 
