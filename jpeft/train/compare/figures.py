@@ -244,8 +244,9 @@ def _latency(axes: Any, table: Table) -> bool:
         for n in ("forward ms", "merged ms", "decode ms/token", "merged decode ms/token")
         if any(r.costs[n] for r in rows)
     ]
+    lost = any(not row.costs[name] for row in rows for name in names)
     _bars(axes, rows, names)
-    axes.set_xlabel("ms (no bar: it cannot be merged)" if any(r.costs["merged ms"] is None for r in rows) else "ms")
+    axes.set_xlabel("ms (no bar: it cannot be merged, or could not be told)" if lost else "ms")
     return bool(rows)
 
 
