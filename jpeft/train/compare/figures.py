@@ -184,6 +184,7 @@ def _scores(axes: Any, table: Table) -> bool:
             capsize=3,
         )
     names = [row.method + (f" (collapsed {row.collapsed} of {row.seeds})" if row.collapsed else "") for row in rows]
+    _scaled(axes.xaxis, table)
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel(f"{table.main} on {table.examples:,} test examples, mean over seeds and 95 % interval")
@@ -223,6 +224,7 @@ def _forgetting(axes: Any, table: Table) -> bool:
         )  # fmt: skip
     axes.axvline(0, color="black", lw=0.8, ls=":")
     axes.set_xlabel("loss per token on general text, after minus before (right: more was forgotten)")
+    _scaled(axes.yaxis, table)
     axes.set_ylabel(f"{table.main} on {table.examples:,} test examples")
     axes.grid(alpha=0.3)
     _legend(axes)
@@ -249,6 +251,7 @@ def _pareto(axes: Any, table: Table) -> bool:
     axes.set_xscale("log")
     hollow = "; hollow: collapsed" if any(row.all_collapsed for row in rows) else ""
     axes.set_xlabel(f"trained parameters (dotted: the best for at most so many{hollow})")
+    _scaled(axes.yaxis, table)
     axes.set_ylabel(table.main)
     _legend(axes)
     return len(rows) > 1
@@ -296,8 +299,9 @@ def _latency(axes: Any, table: Table) -> bool:
         for n in ("forward ms", "merged ms", "decode ms/token", "merged decode ms/token")
         if any(r.costs[n] for r in rows)
     ]
+    lost = any(not row.costs[name] for row in rows for name in names)
     _bars(axes, rows, names)
-    axes.set_xlabel("ms (no bar: it cannot be merged)" if any(r.costs["merged ms"] is None for r in rows) else "ms")
+    axes.set_xlabel("ms (no bar: it cannot be merged, or could not be told)" if lost else "ms")
     return bool(rows)
 
 
@@ -310,6 +314,7 @@ def _curves(axes: Any, table: Table) -> bool:
         axes.plot(updates, seeds.mean(1), ls=_of(DASHES, at), color=colour, label=row.method, **marks)
         axes.fill_between(updates, seeds.min(1), seeds.max(1), color=colour, alpha=0.12, lw=0)
     axes.set_xlabel("updates (line: mean over seeds; band: from the lowest to the highest)")
+    _scaled(axes.yaxis, table)
     axes.set_ylabel(f"{table.main} on the validation split")
     _legend(axes)
     return bool(rows)
@@ -379,6 +384,17 @@ def _bars(axes: Any, rows: Sequence[Row], costs: Sequence[str]) -> None:
     axes.invert_yaxis()
     axes.figure.set_figheight(1.4 + (0.24 + 0.16 * len(costs)) * len(rows))
     _legend(axes)
+
+
+def _scaled(axis: Any, table: Table) -> None:
+    """A perplexity is an exponential: where equal ratios are equally long, the good methods are not all in a corner."""
+    from matplotlib import ticker
+
+    if table.main == "perplexity":
+        getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+        axis.set_major_formatter(ticker.ScalarFormatter())
+        axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _legend(axes: Any) -> None:
