@@ -11,7 +11,7 @@ import yaml
 
 from jpeft.train import cli, config
 from jpeft.train.advising import evidence
-from jpeft.train.advising.advice import advise, ordered
+from jpeft.train.advising.advice import advise, fitting, ordered
 from jpeft.train.advising.candidates import CANDIDATES
 from jpeft.train.advising.needs import KINDS, LATENCIES, Needs, size
 from jpeft.train.advising.rules import RULES
@@ -31,7 +31,7 @@ def order(needs):
     return [candidate.name for candidate, _ in ordered(needs, out)], out
 
 
-@pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="an installed package has no benchmarks")
+@pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="absent: the benchmarks of the source tree")
 def test_the_evidence_is_what_the_results_say():
     written = runpy.run_path(str(ROOT / "benchmarks" / "evidence.py"))["text"]()
     held = ROOT / "jpeft" / "train" / "advising" / "evidence.json"
@@ -102,12 +102,13 @@ def test_advice_fits_is_a_configuration_and_plans_what_fits(bert, tmp_path, caps
 
 
 def test_less_memory_halves_the_batch_before_it_gives_up(bert):
-    roomy = advise(Needs(str(bert), "classification", batch=8, seq=32)).choices[0]
-    tight = advise(Needs(str(bert), "classification", batch=8, seq=32, memory=0.6 * roomy.plan.memory.total)).choices[0]
-    assert tight.plan.fits
-    request = tight.plan.request
-    assert request.remat == "full" or request.batch < 8
-    assert request.batch * request.accumulation == 8
+    roomy = fitting(Needs(str(bert), "classification", batch=16, seq=64), CANDIDATES[0])
+    assert (roomy.request.remat, roomy.request.batch) == ("none", 16)
+    less = Needs(str(bert), "classification", batch=16, seq=64, memory=0.3 * roomy.memory.total)
+    tight = fitting(less, CANDIDATES[0])
+    assert tight.fits
+    assert tight.request.batch < 16
+    assert tight.request.batch * tight.request.accumulation == 16
 
 
 def test_demands_that_collide_are_named(bert):
