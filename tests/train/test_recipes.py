@@ -29,7 +29,7 @@ FAST = ("sst2_minilm_lora", "gsm8k_llama_lora")
 def data(tmp_path_factory, llama):
     """A folder as the recipes' $JPEFT_DATA, and $PAIRS."""
     folder = tmp_path_factory.mktemp("data")
-    names = {"sst2": ("train_sentences", "validation"), "gsm8k": ("train", "test"), "pubmedqa": ("train_cv", "test")}
+    names = {"sst2": ("train_sentences", "validation"), "gsm8k": ("train",), "pubmedqa": ("train_cv",)}
     for name, row in ROWS.items():
         (folder / name).mkdir()
         others = {"label": 0} if "label" in row else {"final_decision": "no"} if "final_decision" in row else {}
@@ -66,3 +66,16 @@ def test_a_recipe_says_its_command_and_what_was_measured(name):
     text = recipes.text(name)
     assert f"jpeft train jpeft/train/recipes/{name}.yaml" in text
     assert yaml.safe_load(text)["out"] == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", recipes.listed())
+def test_a_recipe_looks_at_no_test_split(name):
+    """What is looked at while training is a part of its own of the training rows, or a split made for that."""
+    rows = yaml.safe_load(recipes.text(name))["data"]
+    files = [
+        source if isinstance(source, dict) else {"path": source}
+        for key in ("train", "eval")
+        if (source := rows.get(key))
+    ]
+    assert not [source for source in files if "test" in source["path"].rpartition("/")[2]]
+    assert len({json.dumps(source) for source in files}) == len(files)
