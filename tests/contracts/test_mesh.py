@@ -40,8 +40,8 @@ FAST = (
 
 #: How often a program's text may gather what it needs, a layer counted once: forward, backward, and a part again.
 TIMES = 2.5
-#: Methods that make a matrix as large as a kernel of few numbers, whose gradient is summed as such.
-DENSE = ("fourierft", "oft")
+#: Methods that make larger matrices of few numbers, whose gradients are summed as such.
+DENSE = ("fourierft", "oft", "loha", "compacter")
 
 ROWS, SEQ, KEY = 16, 6, jax.random.key(9)
 #: Virtual tokens that a method of the table may put in front, and the widest states of the models.
