@@ -146,7 +146,7 @@ def _figure(file: Path, x: str, *labels: str) -> Iterator[Any]:
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     yield panels
     figure.savefig(file, dpi=130)
 
