@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from ._bank import Bank, apply_bank, bank, select, vote
     from ._eva import eva
     from ._fold import fold
+    from ._fused_rule import quantized_products
     from ._hybrids import MAM, UniPELT
     from ._loftq import loftq
     from ._masks import labels, mask, optimizer
@@ -42,6 +43,7 @@ _WHERE: dict[str, tuple[str, ...]] = {
     "_adapt": ("adapt", "merge", "penalty", "strip"),
     "_eva": ("eva",),
     "_fold": ("fold",),
+    "_fused_rule": ("quantized_products",),
     "_hybrids": ("MAM", "UniPELT"),
     "_scale": ("disable", "scale"),
     "_bank": ("bank", "Bank", "select", "apply_bank", "vote"),
@@ -133,6 +135,7 @@ __all__ = [
     "prompt_tokens",
     "push",
     "quantize",
+    "quantized_products",
     "register",
     "scale",
     "seams",

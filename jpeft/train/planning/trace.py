@@ -79,6 +79,8 @@ def _inner(equation: Any) -> Iterator[core.Jaxpr]:
 
 
 def _times(equation: Any) -> int:
+    if equation.primitive.name == "pallas_call":
+        return math.prod(equation.params["grid_mapping"].grid)
     return equation.params["length"] if equation.primitive.name == "scan" else 1
 
 
