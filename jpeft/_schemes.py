@@ -66,10 +66,11 @@ def _from_scaled(leaves: Mapping[str, jax.Array], d_in: int, d_out: int) -> jax.
 
 def _to_table(matrix: jax.Array, table: np.ndarray) -> Leaves:
     *lead, d_in, d_out = matrix.shape
-    codes, scale = _nf4.quantize(jnp.swapaxes(matrix, -1, -2).reshape(*lead, -1), table)
     if d_in % _nf4.BLOCK:
+        codes, scale = _nf4.quantize(jnp.swapaxes(matrix, -1, -2).reshape(*lead, d_out * d_in), table)
         return {"flat_codes": codes, "flat_scales": scale}
-    return {"codes": _in_columns(codes, d_out), "scales": _in_columns(scale, d_out)}
+    codes, scale = _nf4.quantize_columns(matrix, table)
+    return {"codes": codes, "scales": scale}
 
 
 def _from_table(leaves: Mapping[str, jax.Array], d_in: int, d_out: int, table: np.ndarray) -> jax.Array:
