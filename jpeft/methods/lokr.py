@@ -105,7 +105,8 @@ class LoKr(Method):
         n, first, second = w2[0].shape[0], _FIRST[len(w1)], _SECOND[len(w2)]
         if isinstance(projection, seams.Lookup):
             rows = w1[0][x // n], *w1[1:], w2[0][x % n], *w2[1:]
-            delta = split_rows(jnp.einsum(f"...{first[1:]},...{second[1:]}->...lk", *rows))
+            delta = jnp.einsum(f"...{first[1:]},...{second[1:]}->...lk", *rows)
+            delta = split_rows(delta.reshape(*x.shape, -1)).reshape(delta.shape)
         else:
             x = projection.rows(base, x.astype(wide(x.dtype)))
             delta = jnp.einsum(f"...mn,{first},{second}->...lk", x.reshape(*x.shape[:-1], -1, n), *w1, *w2)
