@@ -57,6 +57,7 @@ def test_classes_and_groups(table):
     assert head == ["method", "accuracy on far [95 %]", "accuracy on near [95 %]"]
     assert [cells[0] for cells in rows] == ["good", "half", "stuck"]
     assert rows[0][1:] == ["0.5000 [0.4000, 0.6000]", "0.7500 [0.7000, 0.8000]"]
+    assert rows[2][1:] == ["collapsed", "collapsed"]
 
 
 def test_every_plot_is_drawn_and_read_back(table, tmp_path):

@@ -205,7 +205,7 @@ def _groups(axes: Any, table: Table) -> bool:
             ls="none", marker=_of(MARKERS, at), color=_of(COLOURS, at),
         )  # fmt: skip
     axes.set_yticks(range(len(rows)), [row.method for row in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(f"{table.main} on each group alone, mean over seeds and 95 % interval")
     axes.grid(axis="x", alpha=0.3)
     axes.figure.set_figheight(1.6 + 0.4 * len(rows))
