@@ -5,9 +5,10 @@ Numbers are the seed, the learning rate, the weight decay, the clipping norm, an
 constant of each slot: ranks, alphas, numbers of virtual tokens, sizes of bottlenecks. Whether a bank takes two methods
 is asked of the bank itself, by shape, so nothing here names a method.
 
-Each trial is to be what `jpeft train` alone would make of it, so three things keep trials apart that a step could hold
+Each trial is to be what `jpeft train` alone would make of it, so four things keep trials apart that a step could hold
 together: an optimizer that looks at whole matrices would see the padding; dropout is drawn by place, so rows must not
-grow by another's virtual tokens, and prompts of other lengths did not train as alone even without it; and with several widths of rows the seeds differ in the order of widths.
+grow by another's virtual tokens; prompts of other lengths did not train as alone even without dropout; and with several
+widths of rows the seeds differ in the order of widths.
 """
 
 import dataclasses
