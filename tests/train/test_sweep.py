@@ -108,7 +108,6 @@ def test_seeds_are_lanes_of_one_step_where_rows_have_one_width(tree, tmp_path):
 @pytest.mark.parametrize(
     "method, key, values, dropout",
     [
-        ({"kind": "prompt_tuning"}, "method.num_tokens", [2, 5], False),
         ({"kind": "prefix_tuning"}, "method.num_tokens", [2, 5], False),
         ({"kind": "pfeiffer"}, "method.reduction_factor", [4, 8], True),
         ({"kind": "dora", "alpha": 3}, "method.rank", [2, 5], True),
@@ -139,7 +138,8 @@ def test_other_methods_are_what_they_would_be_alone(method, key, values, dropout
         ({"optimizer": {"name": "adafactor"}}, "method.rank", [2, 4], [1, 1]),
         ({"optimizer": {"name": "adafactor"}}, "optimizer.lr", [1e-3, 1e-2], [2]),
         ({"method": {"kind": "prompt_tuning"}}, "method.num_tokens", [2, 4], [1, 1]),
-        ({"method": {"kind": "prompt_tuning"}, "dropout": False}, "method.num_tokens", [2, 4], [2]),
+        ({"method": {"kind": "prompt_tuning"}, "dropout": False}, "method.num_tokens", [2, 4], [1, 1]),
+        ({"method": {"kind": "prefix_tuning"}, "dropout": False}, "method.num_tokens", [2, 4], [2]),
         ({"method": {"kind": "prompt_tuning"}}, "optimizer.lr, optimizer.clip", [[1e-3, 0.1], [1e-2, 1.0]], [2]),
         ({"lanes": 2}, "optimizer.lr", [1e-4, 1e-3, 1e-2], [2, 1]),
     ],
