@@ -3,7 +3,7 @@
 
     python benchmarks/quantized.py [--schemes nf4 nf4_double int8] [--repeats 7] [--json FILE]
 
-A Llama of 4 layers, d=512, 4 rows of 256 tokens, LoRA of rank 8 on all projections, AdamW. Prints each one's median, its
+A Llama of 4 layers, d=512, 4 rows of 256 tokens, LoRA of rank 8 on all projections, AdamW. Prints each median, its
 rate against the float base's (0.8 is asked for), its loss, and the bytes of the base's leaves.
 """
 

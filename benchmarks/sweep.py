@@ -92,7 +92,7 @@ def timed(arguments: list[str], file: Path) -> dict[str, Any]:
         subprocess.run([sys.executable, "-m", "jpeft.train.program", *arguments], check=True)
         seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
         computed = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        told = {"seconds": round(seconds, 1), "cpu_seconds": round(computed, 1)}
+        told: dict[str, Any] = {"seconds": round(seconds, 1), "cpu_seconds": round(computed, 1)}
         told["load"] = [round(x, 1) for x in (load, os.getloadavg()[0])]
         file.write_text(json.dumps(told) + "\n")
     return json.loads(file.read_text())

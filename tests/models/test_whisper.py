@@ -124,7 +124,7 @@ def test_suppressed_tokens_would_have_been_written():
 def test_a_cache_changes_nothing(method):
     """The written tokens are the likeliest of a call that reads them all, on an adapted model."""
     alike = {"decoder_layers": 2, "decoder_attention_heads": 3}  # as in the encoder: one table of prefixes is for both
-    model = subjects.fill(jpeft.adapt(build(WHISPER.config | alike, LM), method, key=KEY))
+    model = subjects.fill(jpeft.adapt(build({**WHISPER.config, **alike}, LM), method, key=KEY))
     features = batch(WHISPER)["input_features"]
     found = np.asarray(models.generate(model, features, max_new_tokens=5))
     ids = np.concatenate([np.full((3, 1), 3), found[:, :-1]], 1)

@@ -265,3 +265,13 @@ def test_a_sweep_that_is_made_is_not_made_again(whole, monkeypatch, tmp_path, ca
     with pytest.raises(SystemExit):
         cli.main(["sweep", str(file), "base.train.max_steps=9"])
     assert "was begun with another base" in capsys.readouterr().err
+
+
+def test_an_interrupted_sweep_ends_with_a_code_of_its_own(tree, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(interruption.Interruption, "after", lambda self, number: number == 1)
+    file = tmp_path / "sweep.yaml"
+    file.write_text(json.dumps(dataclasses.asdict(with_(tree, metric="loss"))))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sweep", str(file)])
+    assert ended.value.code == 75
+    assert "interrupted after update 1 of 4 trials" in capsys.readouterr().err

@@ -21,7 +21,7 @@ class Fact(NamedTuple):
 @functools.cache
 def facts() -> Mapping[str, Fact]:
     """All facts by name: `step/KIND`, `score/STUDY/TASK/KIND`, `latency/STUDY/TASK/KIND`, `collapse/STUDY`."""
-    text = resources.files(__package__).joinpath("evidence.json").read_text(encoding="utf-8")
+    text = resources.files("jpeft.train.advising").joinpath("evidence.json").read_text(encoding="utf-8")
     return {name: Fact(**values) for name, values in json.loads(text).items()}
 
 

@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(_described(what))
         return
-    from .. import interruption
+    from .. import exits, interruption
     from ..sweep import report, runner
 
     conduct = runner.Conduct(what)
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
         made = conduct.run()
     except interruption.Interrupted as stop:
         print(f"jpeft: interrupted {stop}", file=sys.stderr)
-        raise SystemExit(interruption.EXIT_CODE) from None
+        raise SystemExit(exits.INTERRUPTED) from None
     page = report.write(what, made, conduct.cost)
     print(f"report: {page}\nbest:   {page.parent / 'best.yaml'}")
 
