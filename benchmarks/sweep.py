@@ -8,14 +8,17 @@ Whole processes: `jpeft sweep STUDY.yaml` from its start to its table, against `
 spread evenly over them, with the same updates and one evaluation at the end; all trials are taken to need the mean of
 these. The losses of every update are compared. A process whose time is known (OUT/*.json) is not run again.
 
-Steps alone: the lanes of one seed in their one compiled step, against each of them in `jpeft train`'s, in this process,
-in turns, compiled beforehand; medians.
+Of processes both the time and the seconds of computing are given: on a machine that others use, the latter say more.
+
+Steps alone (`--steps` makes nothing else): the lanes of one seed in their one compiled step, against `jpeft train`'s
+step of one trial of each method among them, in this process, in turns, compiled beforehand; medians.
 """
 
 import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +29,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from jpeft import partition
 from jpeft.train import config, devices, job
@@ -45,7 +49,7 @@ def main(study: str, alone: int, out: Path, turns: int) -> None:
     together = timed(["sweep", study, f"out={sweep.out}"], out / "together.json")
     legs = [json.loads(file.read_text()) for file in sorted(Path(sweep.out).glob("legs/*/leg.json"))]
     found = [one_by_one(trials[at], sweep, out) for at in np.linspace(0, len(trials) - 1, alone).round().astype(int)]
-    mean = float(np.mean([run["seconds"] for run in found]))
+    mean = {key: float(np.mean([run[key] for run in found])) for key in ("seconds", "cpu_seconds")}
     result = {
         "trials": len(trials),
         "updates": legs[0]["stop"],
@@ -56,7 +60,7 @@ def main(study: str, alone: int, out: Path, turns: int) -> None:
             "compile_seconds": round(sum(leg["compile_seconds"] for leg in legs), 1),
         },
         "alone": found,
-        "speed_up_processes": round(mean * len(trials) / together["seconds"], 2),
+        "speed_up": {key: round(mean[key] * len(trials) / together[key], 2) for key in mean},
         "steps": steps([trial for trial in trials if trial.seed == sweep.seeds[0]][: sweep.lanes], turns),
         "largest_relative_error_of_losses": max(run["error"] for run in found),
         "cores": len(os.sched_getaffinity(0)),
@@ -84,16 +88,18 @@ def one_by_one(trial: space.Trial, sweep: space.Sweep, out: Path) -> dict[str, A
 def timed(arguments: list[str], file: Path) -> dict[str, Any]:
     """Seconds of `jpeft ...` in a process of its own, and the machine's load before and after, kept in `file`."""
     if not file.exists():
-        start, before = time.perf_counter(), os.getloadavg()[0]
+        start, load, before = time.perf_counter(), os.getloadavg()[0], resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "jpeft.train.program", *arguments], check=True)
-        seconds = round(time.perf_counter() - start, 1)
-        told = {"seconds": seconds, "load": [round(x, 1) for x in (before, os.getloadavg()[0])]}
+        seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        computed = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        told = {"seconds": round(seconds, 1), "cpu_seconds": round(computed, 1)}
+        told["load"] = [round(x, 1) for x in (load, os.getloadavg()[0])]
         file.write_text(json.dumps(told) + "\n")
     return json.loads(file.read_text())
 
 
 def steps(trials: list[space.Trial], turns: int) -> dict[str, Any]:
-    """Milliseconds of one update of all lanes together, and of each alone, at the widest rows."""
+    """Milliseconds of one update of all lanes together, and of one of each method alone, at the widest rows."""
     material, options = Material(), trials[0].config
     dataset = material.dataset(options)
     widest = max(dataset.train.buckets.epoch(0, 0), key=lambda batch: batch.width)
@@ -105,34 +111,37 @@ def steps(trials: list[space.Trial], turns: int) -> dict[str, Any]:
     )
     given = {name: [numbers(trial.config)[name] for trial in trials] for name in numbers(options)}
     tx, (sums, _) = lanes.optimizer_of(options, dataset.num_updates, bank.graphdef), objective(options)
-    runs: list[Callable[[], None]] = [
-        stepping(make_step_many(bank, sums, tx), join(states), fix(bank, given), batch, key)
-    ]
-    for trial, model, state in zip(trials, models, states, strict=True):
-        graphdef, _, frozen = partition(model)
-        own = lanes.optimizer_of(trial.config, dataset.num_updates, graphdef)(**numbers(trial.config))
-        runs.append(stepping(make_step(graphdef, sums, jax_chain(own)), state, frozen, batch, key))
+    start = time.perf_counter()
+    runs = [stepping(make_step_many(bank, sums, tx), join(states), fix(bank, given), batch, key)]
+    compiling = [time.perf_counter() - start]
+    kinds = {str(trial.config.method): at for at, trial in enumerate(trials)}
+    for at in kinds.values():
+        graphdef, _, frozen = partition(models[at])
+        own = lanes.optimizer_of(trials[at].config, dataset.num_updates, graphdef)(**numbers(trials[at].config))
+        start = time.perf_counter()
+        runs.append(stepping(make_step(graphdef, sums, as_lane(own)), states[at], frozen, batch, key))
+        compiling.append(time.perf_counter() - start)
     taken: list[list[float]] = [[] for _ in runs]
     for _ in range(turns):
         for run, times in zip(runs, taken, strict=True):
             start = time.perf_counter()
             run()
             times.append(1000 * (time.perf_counter() - start))
-    middle = [statistics.median(times) for times in taken]
+    middle, least = [statistics.median(times) for times in taken], [min(times) for times in taken]
     return {
         "lanes": len(trials),
         "rows": [int(n) for n in batch["input_ids"].shape[1:]],
         "together_ms": round(middle[0], 1),
         "alone_ms": [round(x, 1) for x in middle[1:]],
-        "speed_up": round(sum(middle[1:]) / middle[0], 2),
-        "fastest": round(sum(map(min, taken[1:])) / min(taken[0]), 2),
+        "speed_up": round(statistics.mean(middle[1:]) * len(trials) / middle[0], 2),
+        "speed_up_of_fastest_turns": round(statistics.mean(least[1:]) * len(trials) / least[0], 2),
+        "compile_s": [round(x, 1) for x in compiling],
+        "load": round(os.getloadavg()[0], 1),
     }
 
 
-def jax_chain(tx: Any) -> Any:
+def as_lane(tx: Any) -> Any:
     """With the empty state that a lane's optimizer has at its end."""
-    import optax
-
     return optax.chain(tx, optax.stateless(lambda updates, _: updates))
 
 
@@ -160,5 +169,11 @@ if __name__ == "__main__":
     parser.add_argument("--alone", type=int, default=3)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("runs/sweep_benchmark"))
+    parser.add_argument("--steps", action="store_true")
     given = parser.parse_args()
-    main(given.study, given.alone, given.out, given.turns)
+    if given.steps:
+        study = space.load(given.study)
+        points = space.points(study)[: study.lanes]
+        print(json.dumps(steps([space.trials(study, i, p)[0] for i, p in enumerate(points)], given.turns), indent=1))
+    else:
+        main(given.study, given.alone, given.out, given.turns)

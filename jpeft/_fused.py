@@ -16,6 +16,7 @@ from flax import nnx
 from jax.custom_batching import custom_vmap
 
 from . import _fused_rule
+from ._rows import along_rows
 
 Leaves = Mapping[str, jax.Array]
 
@@ -50,7 +51,8 @@ def takes(module: Any, base: type, matrix: Matrix | None, inputs: tuple[Any, ...
     """Whether a call of `module`, an `nnx.Linear` before it was quantized, goes through `linear`."""
     if matrix is None or options or len(inputs) != 1 or _fused_rule.way() == "xla":
         return False
-    plain = base.__call__ is nnx.Linear.__call__ and module.dot_general is jax.lax.dot_general
+    linear = base.__call__ is nnx.Linear.__call__ or vars(base).get("computes_as_linear", False)
+    plain = linear and module.dot_general is jax.lax.dot_general
     if not plain or module.precision is not None or module.preferred_element_type is not None:
         return False
     x = inputs[0]
@@ -66,7 +68,7 @@ def linear(module: Any, matrix: Matrix, leaves: Leaves, x: jax.Array) -> jax.Arr
     x, bias = _promoted(module, x, matrix)
     rows: Any = product(matrix, x.reshape(-1, matrix.d_in), leaves)
     y = rows.reshape(*x.shape[:-1], matrix.d_out)
-    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+    return y if bias is None else y + along_rows(bias, y)
 
 
 def _promoted(module: Any, x: jax.Array, matrix: Matrix) -> tuple[jax.Array, Any]:

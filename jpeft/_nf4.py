@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NF4: a weight as one of 16 quantiles of a normal distribution, times its block's largest magnitude.
+"""NF4 and FP4: a weight as one of 16 values of a table, times its block's largest magnitude.
 
-Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, bit for bit as bitsandbytes computes it: blocks of 64
+NF4's values are quantiles of a normal distribution (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314), FP4's
+those of a sign, two bits of exponent and one of mantissa. Bit for bit as bitsandbytes computes them: blocks of 64
 consecutive weights of torch's `[d_out, d_in]`, the last one as short as it comes. With double quantization the
 magnitudes themselves, less their mean, are codes of 8 bits in blocks of 256 (`CODE_BOOK`). Everything here is about
 flat rows of numbers, `[*lead, n]`, in that order.
@@ -27,6 +28,9 @@ NF4 = np.array(
     np.float32,
 )  # fmt: skip
 
+#: The values of FP4 by code, from bitsandbytes: its 0.0625, 8, 12, 4, 6, 2 and 3 over 12; the high bit is the sign.
+FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / np.float32(12)
+
 
 def _dynamic_map() -> np.ndarray:
     """256 values of which each has an exponent of 0 to 6 bits and, in what is left, a linear fraction."""
@@ -48,24 +52,37 @@ def _between(start: np.float32, end: np.float32, count: int) -> np.ndarray:
 CODE_BOOK = _dynamic_map()
 
 
-def quantize(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def quantize(weights: jax.Array, table: np.ndarray = NF4) -> tuple[jax.Array, jax.Array]:
     """`[*lead, n]` as packed codes `[*lead, ceil(n / 2)]`, the first of two in the high half, and magnitudes.
 
     The magnitudes are `[*lead, ceil(n / 64)]`, float32.
     """
     blocks = _blocks(weights.astype(jnp.float32), BLOCK)
     absmax, scaled = _scaled(blocks, short=weights.shape[-1] % BLOCK > 0)
-    codes = _nearest(scaled, NF4).reshape(*weights.shape[:-1], -1)[..., : 2 * math.ceil(weights.shape[-1] / 2)]
+    codes = _code_of(scaled, table).reshape(*weights.shape[:-1], -1)[..., : 2 * math.ceil(weights.shape[-1] / 2)]
     return codes[..., ::2] << 4 | codes[..., 1::2], absmax
 
 
-def dequantize(packed: jax.Array, absmax: jax.Array, n: int) -> jax.Array:
+def quantize_columns(matrix: jax.Array, table: np.ndarray = NF4) -> tuple[jax.Array, jax.Array]:
+    """The same of every column of `[*lead, d_in, d_out]`, where 64 divides d_in, without turning the matrix.
+
+    Packed codes are `[*lead, d_in / 2, d_out]`, magnitudes `[*lead, d_in / 64, d_out]`.
+    """
+    *lead, d_in, d_out = matrix.shape
+    blocks = matrix.astype(jnp.float32).reshape(*lead, d_in // BLOCK, BLOCK, d_out)
+    absmax = jnp.abs(blocks).max(-2)
+    scaled = jnp.clip(blocks * (1 / jnp.where(absmax > 0, absmax, 1))[..., None, :], -1, 1)
+    codes = _code_of(scaled, table).reshape(*lead, d_in // 2, 2, d_out)
+    return codes[..., 0, :] << 4 | codes[..., 1, :], absmax
+
+
+def dequantize(packed: jax.Array, absmax: jax.Array, n: int, table: np.ndarray = NF4) -> jax.Array:
     """The inverse of `quantize`, as far as there is one: `[*lead, n]`, float32 (float64 of such magnitudes)."""
     codes = jnp.stack([packed >> 4, packed & 15], -1).reshape(*packed.shape[:-1], -1)[..., :n]
-    return (_blocks(values(codes), BLOCK) * absmax[..., None]).reshape(*packed.shape[:-1], -1)[..., :n]
+    return (_blocks(values(codes, table), BLOCK) * absmax[..., None]).reshape(*packed.shape[:-1], -1)[..., :n]
 
 
-def values(codes: jax.Array) -> jax.Array:
+def values(codes: jax.Array, table: np.ndarray = NF4) -> jax.Array:
     """The value of every code, by selections alone: accelerators are slow to look up."""
 
     def among(table: np.ndarray) -> Any:
@@ -74,7 +91,7 @@ def values(codes: jax.Array) -> jax.Array:
         half = len(table) // 2
         return jnp.where(codes & half > 0, among(table[half:]), among(table[:half]))
 
-    return among(NF4)
+    return among(table)
 
 
 def pairs(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -124,7 +141,21 @@ def _scaled(blocks: jax.Array, short: bool) -> tuple[jax.Array, jax.Array]:
     return absmax, jnp.clip(scaled, -1, 1)
 
 
+def _code_of(scaled: jax.Array, table: np.ndarray) -> jax.Array:
+    """The code of the nearest of 16 values, of two as near the lower: by selections; a search is far slower."""
+    order = np.argsort(table, kind="stable").astype(np.uint8)
+    bounds = (table[order][:-1] + table[order][1:]) / np.float32(2)
+
+    def among(first: int, last: int) -> Any:
+        if last - first == 1:
+            return order[first]
+        half = (first + last) // 2
+        return jnp.where(scaled > bounds[half - 1], among(half, last), among(first, half))
+
+    return among(0, len(order))
+
+
 def _nearest(scaled: jax.Array, table: np.ndarray) -> jax.Array:
-    """The code of the nearest value, of two as near the lower."""
+    """The place of the nearest value of a sorted table, of two as near the lower."""
     bounds = (table[:-1] + table[1:]) / np.float32(2)
     return jnp.searchsorted(jnp.asarray(bounds), scaled).astype(jnp.uint8)

@@ -11,7 +11,8 @@ from . import seams
 from ._fields import names
 from ._graft import adapters, base_type, grafts, rebase
 from ._method import Targets
-from ._quantized import QuantizedKernel, check_scheme, origin, quantize_module
+from ._quantized import QuantizedKernel, origin, quantize_module
+from ._schemes import check_scheme
 from ._targets import ALL_LINEAR, chosen
 from ._walk import Found, modules, own_leaves
 
@@ -25,14 +26,17 @@ def quantize(model: nnx.Module, scheme: str = "nf4", targets: Any = None, exclud
 
     Args:
       model: any model, without adapters.
-      scheme: `"nf4"` (4.5 bits per weight), `"nf4_double"` (4.127, by double quantization), as in bitsandbytes; or
-        `"int8"` (8 bits and a scale per output).
+      scheme: `"nf4"` (4.5 bits per weight) and `"nf4_double"` (4.127, by double quantization), `"fp4"` and
+        `"fp4_double"`, as in bitsandbytes; `"int8"` (8 bits and a scale per output); `"int4_128"`, `"int4_64"`,
+        `"int4_32"` (groups of so many inputs), with a zero of their own as `"int4_128_asymmetric"`; `"fp8_e4m3"`,
+        `"fp8_e5m2"` (a scale per output), with one scale as `"fp8_e4m3_tensor"`.
       targets: which matrix products, by the rules of `jpeft.LoRA`; None for all but the task's head.
       exclude: names left out of `targets`, by the same rules.
 
     Raises:
-      ValueError: an unknown scheme; a selection that matches nothing, in part, or something that is no matrix product;
-        a kernel that is quantized already, shared, or not finite; a model with adapters.
+      ValueError: an unknown scheme, or one that this device has no numbers for; a selection that matches nothing, in
+        part, or something that is no matrix product; a kernel that is quantized already, shared, or not finite; a model
+        with adapters.
 
     Example:
       >>> model = jpeft.quantize(model, "nf4_double")

@@ -5,135 +5,29 @@ The module around it stays what it is and where it is. Its class becomes a subcl
 called, inside a `jax.checkpoint`: the backward pass builds it again, so that nowhere two layers' arrays exist at once.
 Codes get no gradient; that of the input is the array's, exactly.
 
-The leaves of a kernel seen as a matrix `[d_in, d_out]`, below its own path, after the layer axes:
-
-  int8             codes [d_in, d_out] int8; scales [1, d_out] float32
-  nf4              codes [d_in / 2, d_out] uint8, row 2 i in the high half of row i and 2 i + 1 in the low one;
-                   scales [d_in / 64, d_out] float32. Transposed they are bitsandbytes' bytes of torch's [d_out, d_in].
-                   Where 64 does not divide d_in a block runs from one column into the next, so both are left as they
-                   are there: flat_codes [ceil(d_in d_out / 2)], flat_scales [ceil(d_in d_out / 64)].
-  nf4_double       the same, with scales or flat_scales as uint8 codes, whose values scale_largest
-                   [ceil(blocks / 256)] and scale_mean [], both float32, give.
+The leaves, below the kernel's own path, are those of its scheme (`_schemes`).
 """
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from . import _fused, _nf4
-from ._method import wide
+from . import _fused
 from ._projections import Matmul
-
-Leaves = dict[str, jax.Array]
+from ._schemes import FORMATS, SCHEMES, Leaves
 
 
 class Quantized(nnx.Variable):
     """A leaf of a quantized kernel; it is frozen."""
 
 
-class Scheme(NamedTuple):
-    """`quantize`: a matrix `[*lead, d_in, d_out]` -> leaves by name; `dequantize`: they, d_in, d_out -> the matrix.
-
-    `reading`: how the Pallas kernel reads leaves of the name `codes`; None for a scheme that it does not know.
-    """
-
-    quantize: Callable[[jax.Array], Leaves]
-    dequantize: Callable[[Mapping[str, jax.Array], int, int], jax.Array]
-    reading: _fused.Reading | None = None
-
-
-def _to_int8(matrix: jax.Array) -> Leaves:
-    """Every column over its largest magnitude, times 127, rounded (Dettmers et al. 2022, without outliers)."""
-    matrix = matrix.astype(jnp.float32)
-    largest = jnp.abs(matrix).max(-2, keepdims=True)
-    codes = jnp.round(matrix * (127 / jnp.where(largest > 0, largest, 1)))
-    return {"codes": codes.astype(jnp.int8), "scales": largest / 127}
-
-
-def _from_int8(leaves: Mapping[str, jax.Array], d_in: int, d_out: int) -> jax.Array:
-    return leaves["codes"].astype(wide(leaves["scales"].dtype)) * leaves["scales"]
-
-
-def _to_nf4(matrix: jax.Array) -> Leaves:
-    *lead, d_in, d_out = matrix.shape
-    codes, scale = _nf4.quantize(jnp.swapaxes(matrix, -1, -2).reshape(*lead, -1))
-    if d_in % _nf4.BLOCK:
-        return {"flat_codes": codes, "flat_scales": scale}
-    return {"codes": _in_columns(codes, d_out), "scales": _in_columns(scale, d_out)}
-
-
-def _from_nf4(leaves: Mapping[str, jax.Array], d_in: int, d_out: int) -> jax.Array:
-    if "flat_codes" in leaves:
-        codes, scale = leaves["flat_codes"], leaves["flat_scales"]
-        flat = _nf4.dequantize(codes, scale.astype(wide(scale.dtype)), d_in * d_out)
-        return jnp.swapaxes(flat.reshape(*flat.shape[:-1], d_out, d_in), -1, -2)
-    codes, scale = leaves["codes"], leaves["scales"].astype(wide(leaves["scales"].dtype))
-    codes = jnp.stack([codes >> 4, codes & 15], -2)  # [*lead, d_in / 2, 2, d_out]
-    values = _nf4.values(codes.reshape(*scale.shape[:-1], _nf4.BLOCK, d_out)) * scale[..., None, :]
-    return values.reshape(*scale.shape[:-2], d_in, d_out)
-
-
-def _to_nf4_double(matrix: jax.Array) -> Leaves:
-    leaves = _to_nf4(matrix)
-    name = "scales" if "scales" in leaves else "flat_scales"
-    flat = leaves[name] if name == "flat_scales" else _flat(leaves[name])
-    codes, largest, mean = _nf4.quantize_scales(flat)
-    codes = codes if name == "flat_scales" else _in_columns(codes, matrix.shape[-1])
-    return {**leaves, name: codes, "scale_largest": largest, "scale_mean": mean}
-
-
-def _from_nf4_double(leaves: Mapping[str, jax.Array], d_in: int, d_out: int) -> jax.Array:
-    if "scales" in leaves:
-        return _from_nf4({**leaves, "scales": _scales(leaves, d_out)}, d_in, d_out)
-    scale = _nf4.dequantize_scales(leaves["flat_scales"], leaves["scale_largest"], leaves["scale_mean"])
-    return _from_nf4({**leaves, "flat_scales": scale}, d_in, d_out)
-
-
-def _scales(leaves: Mapping[str, jax.Array], d_out: int) -> jax.Array:
-    """The scales of `nf4_double`, where they stand in columns."""
-    found = _nf4.dequantize_scales(_flat(leaves["scales"]), leaves["scale_largest"], leaves["scale_mean"])
-    return _in_columns(found, d_out)
-
-
-def _in_columns(flat: jax.Array, d_out: int) -> jax.Array:
-    """`[*lead, d_out n]`, one column after another, as `[*lead, n, d_out]`."""
-    return jnp.swapaxes(flat.reshape(*flat.shape[:-1], d_out, -1), -1, -2)
-
-
-def _flat(columns: jax.Array) -> jax.Array:
-    """The inverse of `_in_columns`."""
-    return jnp.swapaxes(columns, -1, -2).reshape(*columns.shape[:-2], -1)
-
-
-_NF4 = _fused.Reading(lambda leaves, d_out: (leaves["codes"], leaves["scales"]), _nf4.pairs)
-_INT8 = _NF4._replace(values=lambda codes: (codes.astype(jnp.float32),))
-
-#: `scheme=` by name.
-SCHEMES: Mapping[str, Scheme] = {
-    "nf4": Scheme(_to_nf4, _from_nf4, _NF4),
-    "nf4_double": Scheme(
-        _to_nf4_double,
-        _from_nf4_double,
-        _NF4._replace(columns=lambda leaves, d_out: (leaves["codes"], _scales(leaves, d_out))),
-    ),
-    "int8": Scheme(_to_int8, _from_int8, _INT8),
-}
-
-
-def check_scheme(scheme: Any) -> None:
-    """Raises a ValueError unless `scheme` is the name of one."""
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}; got {scheme!r}")
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _dequantized(leaves: Leaves, scheme: str, d_in: int, d_out: int, dtype: Any) -> jax.Array:
-    return jax.lax.stop_gradient(SCHEMES[scheme].dequantize(leaves, d_in, d_out).astype(dtype))
+    return jax.lax.stop_gradient(FORMATS[scheme].dequantize(leaves, d_in, d_out).astype(dtype))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -152,18 +46,16 @@ class QuantizedKernel(nnx.Module):
     """In the place of a kernel's Param: `[...]`, `shape` and `dtype` are those of the array that it stands for.
 
     Args:
-      matrix: the kernel as `[*lead, d_in, d_out]`.
-      scheme: one of `SCHEMES`.
+      leaves: codes and scales, by name.
+      scheme: one of `FORMATS`.
       layout: of the kernel, as `Matmul.layout` gives it.
       dtype: of the array that it stands for.
     """
 
-    def __init__(
-        self, matrix: jax.Array, scheme: str, layout: tuple[tuple[int, ...], tuple[int, ...], int], dtype: Any
-    ):
+    def __init__(self, leaves: Leaves, scheme: str, layout: tuple[tuple[int, ...], tuple[int, ...], int], dtype: Any):
         self.scheme, self.dtype = scheme, dtype
         self.sizes, self.order, self.inputs = layout
-        for name, leaf in _codes(matrix, scheme).items():
+        for name, leaf in leaves.items():
             setattr(self, name, Quantized(leaf))
 
     @property
@@ -187,7 +79,7 @@ class QuantizedKernel(nnx.Module):
     @property
     def fused(self) -> _fused.Matrix | None:
         """What the Pallas kernel reads, if it knows the scheme and the layout."""
-        scheme, (d_in, d_out) = SCHEMES[self.scheme], self._matrix_sizes
+        scheme, (d_in, d_out) = FORMATS[self.scheme], self._matrix_sizes
         if scheme.reading is None or not hasattr(self, "codes"):
             return None
         return _fused.Matrix(self.scheme, scheme.reading, scheme.dequantize, d_in, d_out, jnp.dtype(self.dtype).name)
@@ -245,10 +137,20 @@ def origin(module_type: type) -> type:
 def quantize_module(module: Any, projection: Matmul, scheme: str) -> None:
     """Puts codes and scales in the place of `module`'s kernel, in place."""
     put_codes(module, projection, projection.read(module), scheme)
-    object.__setattr__(module, "__class__", quantized_type(type(module), projection.kernel))
+    become_quantized(module, projection)
 
 
 def put_codes(module: Any, projection: Matmul, matrix: jax.Array, scheme: str) -> None:
     """Puts the codes of `matrix` in the place of `module`'s kernel, in place; they stand for an array of its dtype."""
-    kernel = QuantizedKernel(matrix, scheme, projection.layout(module), getattr(module, projection.kernel).dtype)
+    put_leaves(module, projection, _codes(matrix, scheme), scheme)
+
+
+def put_leaves(module: Any, projection: Matmul, leaves: Leaves, scheme: str) -> None:
+    """Puts codes and scales that are there already in the place of `module`'s kernel, in place."""
+    kernel = QuantizedKernel(leaves, scheme, projection.layout(module), getattr(module, projection.kernel).dtype)
     setattr(module, projection.kernel, kernel)
+
+
+def become_quantized(module: Any, projection: Matmul) -> None:
+    """Makes a module, in the place of whose kernel there are codes, one that unpacks them."""
+    object.__setattr__(module, "__class__", quantized_type(type(module), projection.kernel))

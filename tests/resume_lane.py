@@ -52,10 +52,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "accumulation": {"data": {"num_widths": 2}, "train": {"batch_size": 4, "accumulation": 4}},
     "a stream": {"data": {"streaming": True, "window": 50, "num_widths": 2}, "train": {"batch_size": 4, "ema": 0.9}},
     "a packed stream": {"data": {"streaming": True, "window": 50, "packing": "best_fit"}, "train": {"batch_size": 4}},
-    "preferences": {"data": {"template": "plain", "num_widths": 1}, "train": {"batch_size": 4, "objective": "dpo"}},
+    "preferences": {"data": {"template": "plain", "num_widths": 1}, "train": {"batch_size": 12, "objective": "dpo"}},
     "preferences, precomputed": {
         "data": {"template": "plain", "num_widths": 1},
-        "train": {"batch_size": 4, "objective": "dpo"},
+        "train": {"batch_size": 12, "objective": "dpo"},
         "preference": {"precompute": True},
     },
 }
@@ -259,34 +259,46 @@ def _run(tree: dict[str, Any], moment: str | None, number: float, log: Path) -> 
     return code != 0
 
 
-def page(rows: list[dict[str, Any]], seconds: float) -> str:
-    """docs/results/resume.md."""
+def cells(rows: list[dict[str, Any]], seconds: float) -> list[str]:
+    """A configuration's line of the page."""
     import jax
 
-    same = sum(row["same"] for row in rows)
+    counts = [str(sum(row["moment"] == moment for row in rows) or "") for moment in MOMENTS]
+    same = f"{sum(row['same'] for row in rows)} of {len(rows)}"
+    run = f"{time.strftime('%Y-%m-%d')}, jax {jax.__version__}, {os.cpu_count()} cores, {seconds:.0f} s"
+    return [rows[0]["method"], rows[0]["shape"], *counts, same, run]
+
+
+def page(table: list[list[str]]) -> str:
+    """docs/results/resume.md."""
+    same, kills = (sum(int(line[-2].split(" of ")[at]) for line in table) for at in (0, 1))
     out = [
         "# Killed and resumed\n",
-        f"Written by `make resume` (`tests/resume_lane.py`). A Llama of 2 layers and d=32 is trained for {UPDATES} "
-        "updates with dropout, a cosine schedule with warm-up, an evaluation every 6 updates, the best adapter kept "
-        "and a checkpoint every 4 updates. Processes are killed by SIGKILL and started again with `--resume` until "
-        "the run is through. It counts "
+        f"Written by `make resume` (`tests/resume_lane.py`), on a CPU. A Llama of 2 layers and d=32 is trained for "
+        f"{UPDATES} updates with dropout, a cosine schedule with warm-up, an evaluation every 6 updates, the best "
+        "adapter kept and a checkpoint every 4 updates. Processes are killed by SIGKILL and started again with "
+        "`--resume` until the run is through. It counts "
         "as the same where every line of metrics.jsonl (all losses, gradient norms, learning rates, evaluations; times "
         "left out) and every byte of adapter/ and best/ equal those of a run that was never stopped.\n",
-        f"**{same} of {len(rows)} kills: the same run, bit for bit.** {time.strftime('%Y-%m-%d')}, jax "
-        f"{jax.__version__}, on {os.cpu_count()} cores of a CPU, {seconds:.0f} s.\n",
-        "| method | with | " + " | ".join(MOMENTS) + " | same |",
-        "|---|---|" + "---|" * (len(MOMENTS) + 1),
+        f"**{same} of {kills} kills: the same run, bit for bit.**\n",
+        "| method | with | " + " | ".join(MOMENTS) + " | same | run |",
+        "|---|---|" + "---|" * (len(MOMENTS) + 2),
+        *(f"| {' | '.join(line)} |" for line in table),
     ]
-    for method, shape in dict.fromkeys((row["method"], row["shape"]) for row in rows):
-        own = [row for row in rows if (row["method"], row["shape"]) == (method, shape)]
-        counts = [str(sum(row["moment"] == moment for row in own) or "") for moment in MOMENTS]
-        out.append(f"| {method} | {shape} | {' | '.join(counts)} | {sum(r['same'] for r in own)} of {len(own)} |")
     return "\n".join(out) + "\n"
+
+
+def kept(text: str) -> dict[tuple[str, str], list[str]]:
+    """The lines of a page, by method and shape."""
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    return {(line[0], line[1]): line for line in split if (line[0], *line[1:2]) in CASES}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="TEXT", help="configurations with this in 'method, shape', and no page")
+    parser.add_argument(
+        "--only", metavar="TEXT", help="configurations with this in 'method, shape'; the page keeps the rest"
+    )
     parser.add_argument("--kills", type=int, default=len(MOMENTS), help="of each configuration")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -294,7 +306,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for module in "jpeft.train.loop orbax.checkpoint transformers tokenizers datasets pydantic yaml matplotlib".split():
         importlib.import_module(module)  # before the forks
-    rng, rows, start = random.Random(options.seed), [], time.time()
+    place, failed = ROOT / "docs" / "results" / "resume.md", False
+    table = kept(place.read_text()) if options.only and place.is_file() else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if child(prepare, folder):
@@ -303,14 +316,12 @@ def main() -> None:
             if (options.only or "") not in f"{method}, {shape}":
                 continue
             begun = time.time()
-            found = case(folder, method, shape, options.kills, rng)
-            rows += found
-            same = sum(row["same"] for row in found)
-            if not options.only:
-                (ROOT / "docs" / "results" / "resume.md").write_text(page(rows, time.time() - start))
-            print(f"{method}, {shape}: {same} of {len(found)} the same ({time.time() - begun:.0f} s)", flush=True)
-    if not all(row["same"] for row in rows):
-        raise SystemExit(1)
+            found = case(folder, method, shape, options.kills, random.Random(f"{options.seed} {method} {shape}"))
+            failed = failed or not all(row["same"] for row in found)
+            table[method, shape] = cells(found, time.time() - begun)
+            place.write_text(page([table[case] for case in CASES if case in table]))
+            print(f"{method}, {shape}: {table[method, shape][-2]} the same", flush=True)
+    raise SystemExit(failed)
 
 
 if __name__ == "__main__":

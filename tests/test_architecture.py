@@ -40,10 +40,10 @@ SOURCES = [
 ]
 LIMIT = 400
 #: The bottom: a method, a model or the core may build on these, which know nothing of them.
-_BASE = "_method _site seams _projections _grouped _quantized _nf4 _matching _fields _scope _dropout _stack _stream"
-FOUNDATION = {f"jpeft.{n}" for n in f"{_BASE} _rows _text _mersenne _neftune _fused _fused_rule _fused_kernels".split()}
-#: What one import name is called on PyPI, where the two differ.
-DISTRIBUTION = {"orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+_BASE = "_method _site seams _projections _grouped _matching _fields _scope _dropout _stack _stream _rows _text"
+_CODES = "_quantized _schemes _groups _nf4 _fused _fused_rule _fused_kernels _mersenne _neftune"
+FOUNDATION = {f"jpeft.{name}" for name in f"{_BASE} {_CODES}".split()}
+DISTRIBUTION = {"orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "yaml": "pyyaml"}  # import name -> PyPI's
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,11 @@ from flax import nnx
 import jpeft
 from jpeft import _fused_kernels, _fused_rule, _nf4
 from jpeft._fused import product
-from jpeft._quantized import SCHEMES
+from jpeft._schemes import SCHEMES as ALL
 from jpeft.train.planning.trace import product_flops
 
+#: Those that the kernels read.
+SCHEMES = [name for name, scheme in ALL.items() if scheme.reading is not None]
 KEY = jax.random.key(0)
 #: Rounding of the result to bfloat16, whose step is 2^-8, and of nothing else.
 BFLOAT16 = 2**-8

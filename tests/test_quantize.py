@@ -16,13 +16,17 @@ from jax.sharding import PartitionSpec as P
 
 import jpeft
 from jpeft import _nf4
-from jpeft._quantized import SCHEMES, QuantizedKernel
+from jpeft._quantized import QuantizedKernel
+from jpeft._schemes import SCHEMES
 
 KEY = jax.random.key(0)
 GOLDEN = np.load(Path(__file__).parent / "golden" / "bnb.npz")
 CASES = ("rows", "across", "odd", "many", "half")
 IDS = np.arange(8).reshape(2, 4)
 WIDE = LLAMA | {"hidden_size": 64, "intermediate_size": 128}
+
+#: One of each kind of layout.
+KINDS = ("nf4", "nf4_double", "int8", "int4_32_asymmetric", "fp8_e4m3")
 
 #: The mean of the magnitudes, which every device sums in an order of its own.
 ULP = 1.2e-7
@@ -63,6 +67,14 @@ def test_nf4_is_that_of_bitsandbytes_bit_for_bit(case):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_fp4_is_that_of_bitsandbytes_bit_for_bit(case):
+    kernel = quantized(case, "fp4")
+    np.testing.assert_array_equal(in_torchs_order(kernel.leaves, "codes"), GOLDEN[f"{case}/fp4/packed"][:, 0])
+    np.testing.assert_array_equal(in_torchs_order(kernel.leaves, "scales"), GOLDEN[f"{case}/fp4/absmax"])
+    np.testing.assert_array_equal(kernel[...].T.astype(jnp.float32), GOLDEN[f"{case}/fp4/dequantized"])
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_double_quantization_is_that_of_bitsandbytes_bit_for_bit_around_its_mean(case):
     """The mean itself, which bitsandbytes sums as each device likes, is the same to an ulp; from it all follows."""
     kernel = quantized(case, "nf4_double")
@@ -97,7 +109,7 @@ def test_int8_is_that_of_bitsandbytes(case):
 
 
 @pytest.mark.parametrize("d_in", [64, 10], ids=["columns", "flat"])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", KINDS)
 def test_every_layer_of_a_stack_is_quantized_on_its_own(scheme, d_in):
     kernels = np.random.default_rng(0).standard_normal((3, d_in, 6)) * np.array([1, 5, 0.1])[:, None, None]
     stacked = linear(kernels[0])
@@ -119,7 +131,7 @@ MODULES = {
 INPUTS = {"LinearGeneral": (3, 2, 3)}
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", KINDS)
 @pytest.mark.parametrize("kind", MODULES)
 def test_a_module_computes_what_its_dequantized_kernel_does(kind, scheme):
     """Its gradient with respect to the input is that kernel's too."""
@@ -143,8 +155,12 @@ def test_a_kernel_of_zeros_stays_zero():
         assert (jpeft.quantize(linear(np.zeros((64, 3))), scheme, targets=".*").kernel[...] == 0).all()
 
 
-@pytest.mark.parametrize("scheme, bound", [("nf4", 0.1), ("nf4_double", 0.1), ("int8", 0.01)])
-def test_the_error_is_what_the_bits_allow(scheme, bound):
+BOUNDS = {"int8": 0.01, "fp8_e4m3": 0.04, "fp8_e5m2": 0.08, "fp4": 0.2, "fp4_double": 0.2, "int4_128": 0.2}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_error_is_what_the_bits_allow(scheme):
+    bound = BOUNDS.get(scheme.removesuffix("_tensor"), 0.15)
     weight = np.random.default_rng(0).standard_normal((128, 96))
     error = subjects.error(jpeft.quantize(linear(weight), scheme, targets=".*").kernel[...], weight)
     assert bound / 10 < error < bound
@@ -235,7 +251,7 @@ def test_methods_from_the_kernel_start_from_the_dequantized_one():
         np.testing.assert_array_equal(adapted(IDS), model(IDS))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", KINDS)
 def test_loading_quantizes_as_quantize_does(tmp_path, scheme):
     jpeft.models.save(wide_llama(), tmp_path / "model")
     model = jpeft.models.load(tmp_path / "model", quantize=scheme)
@@ -253,8 +269,8 @@ def test_loading_quantized_with_a_new_head_trains_that(tmp_path):
 
 
 def test_a_quantized_model_is_saved_after_dequantize(tmp_path):
-    model = jpeft.quantize(wide_llama())
-    with pytest.raises(jpeft.models.CheckpointError, match="and dequantize, before saving"):
+    model = jpeft.quantize(wide_llama(), "int4_64")
+    with pytest.raises(jpeft.models.CheckpointError, match=r"kept as int4_64; .* and dequantize, before saving"):
         jpeft.models.save(model, tmp_path / "model")
     jpeft.models.save(jpeft.dequantize(model), tmp_path / "model")
     np.testing.assert_array_equal(jpeft.models.load(tmp_path / "model")(IDS), model(IDS))
@@ -322,7 +338,7 @@ def test_what_trains_other_parts_whole_is_not():
 
 def test_what_cannot_be_quantized():
     base = MODELS["llama"].build()
-    with pytest.raises(ValueError, match="scheme must be one of nf4, nf4_double, int8; got 'nf3'"):
+    with pytest.raises(ValueError, match=r"scheme must be one of nf4, nf4_double, fp4, .*; got 'nf3'"):
         jpeft.quantize(base, "nf3")
     with pytest.raises(ValueError, match="embed_tokens, a TokenTable, is no product with a matrix"):
         jpeft.quantize(base, targets=["embed_tokens"])

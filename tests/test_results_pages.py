@@ -20,7 +20,7 @@ def _pages():
 
 
 def test_there_are_pages():
-    assert {page.stem for page in PAGES} >= {"pubmedqa"}
+    assert {page.stem for page in PAGES} >= {"pubmedqa", "sentiment", "stories"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

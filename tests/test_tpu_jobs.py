@@ -180,8 +180,9 @@ def test_a_loop_of_shell_goes_on_where_it_was(folder):
     assert "jpeft[train] jax[tpu]" in (folder / "pip.log").read_text()
 
 
-def test_a_command_that_was_interrupted_is_started_again(folder):
-    line = "[ -e again ] && exit 0; touch again; exit 75"
+@pytest.mark.parametrize("code", ["75", "$((SLURM_PROCID ? 69 : 75))"], ids=["interrupted", "one is lost"])
+def test_a_command_that_can_go_on_is_started_again(folder, code):
+    line = f"[ -e again ] && exit 0; touch again; exit {code}"
     done = run("resume.sh", "--create", " ".join(TYPE), "--poll", "1", *WHERE, line)
     assert done.stderr.splitlines()[-1] == "resume.sh: done"
     assert sum("setsid" in call[-1] for call in cloud.calls(folder)) == 2

@@ -20,7 +20,8 @@ usage: resume.sh [--dry-run] [OPTION ...] TPU_NAME ZONE PROJECT COMMAND [ARGUMEN
   COMMAND             one that goes on from its own checkpoints, as `jpeft train CONFIG --resume` does, which lie in the
                       bucket: a TPU's disk goes with the TPU
 
-A command that ends with 75 was interrupted and can go on, as `jpeft train` says it: it is started again.
+A command that ends with 75 was interrupted and can go on, and one that ends with 69 lost another worker, as
+`jpeft train` says it: where no worker ends otherwise, it is started again.
 A TPU that is there is used, and a job that runs on it is left running.
 
 exit status: 0 when the command ended with 0 on all workers, 1 when it failed on one, 3 when the attempts are used up,
@@ -95,8 +96,8 @@ while ((SECONDS < deadline)); do
       # A TPU may go while it is asked: what it then says is no answer.
       if found=$(look 2>/dev/null); then
         if grep -qx running <<<"$found"; then
-          if grep -Eqx '[1-9][0-9]*' <<<"$found" && ! grep -qx 75 <<<"$found"; then say "a worker failed: ${found//$'\n'/ }"; exit 1; fi
-        elif grep -Eqx 'none|75' <<<"$found" && ! grep -Evqx '0|none|75' <<<"$found"; then
+          if grep -Ex '[1-9][0-9]*' <<<"$found" | grep -Evqx '69|75'; then say "a worker failed: ${found//$'\n'/ }"; exit 1; fi
+        elif grep -Eqx 'none|69|75' <<<"$found" && ! grep -Evqx '0|none|69|75' <<<"$found"; then
           start_it || say "could not start; looking again"
         elif grep -qvx 0 <<<"$found"; then
           say "the command failed, worker by worker: ${found//$'\n'/ }"

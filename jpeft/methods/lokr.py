@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from .. import seams
 from .._fields import Frozen, one_of
 from .._method import Method, Site, Start, Targets, wide
+from .._stream import split_rows
 from ._lycoris import Ranks, check, draw, dropped, padded, ranks, select
 
 
@@ -105,6 +106,7 @@ class LoKr(Method):
         if isinstance(projection, seams.Lookup):
             rows = w1[0][x // n], *w1[1:], w2[0][x % n], *w2[1:]
             delta = jnp.einsum(f"...{first[1:]},...{second[1:]}->...lk", *rows)
+            delta = split_rows(delta.reshape(*x.shape, -1)).reshape(delta.shape)
         else:
             x = projection.rows(base, x.astype(wide(x.dtype)))
             delta = jnp.einsum(f"...mn,{first},{second}->...lk", x.reshape(*x.shape[:-1], -1, n), *w1, *w2)

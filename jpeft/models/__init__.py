@@ -31,6 +31,9 @@ from ._folder import replacing
 from ._hub import model_folder
 from ._quantizing import reading
 from ._safetensors import Tensor
+from ._stored import Codes
+from ._stored_config import stored
+from ._stored_writing import described, kernels, written
 from ._table import Entry
 from ._weights import Sharding, load_leaves, save_leaves
 from .generate import Options, generate, stream
@@ -69,6 +72,8 @@ def load(
 ) -> Any:
     """A model from a Hugging Face folder: config.json and model.safetensors, or its shards.
 
+    Weights that a folder keeps as codes (bitsandbytes in 4 and 8 bits, GPTQ, AWQ) stay the codes that they are.
+
     Args:
       path: the folder; or, where there is no folder of that name, an id on the hub, `"org/name"`.
       task: `CAUSAL_LM`, `SEQ_2_SEQ_LM`, `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS`, `MULTIPLE_CHOICE`, `IMAGE_CLS` or
@@ -101,18 +106,22 @@ def load(
     folder, asked = model_folder(path, revision, local_files_only), task
     hf = read_config(folder)
     with about(folder / "config.json"):
+        kept, hf = stored(hf)
+        if kept is not None and quantize is not None:
+            raise ValueError(f"it says that its weights are codes already ({kept.method}); load it without quantize=")
         family, saved = family_of(hf), saved_task(hf)
         config, task = _configure(family, hf, task, num_labels)
     options = _options(jnp.float32 if dtype is None else dtype, remat, unroll)
     with about(folder):
-        tensors = open_checkpoint(folder)
+        codes = Codes(open_checkpoint(folder), kept, sharding)
+        tensors = codes.tensors
         if dtype is None:
-            options["dtype"] = common_dtype(tensors)
+            options["dtype"] = common_dtype(codes.plain)
         abstract = family.abstract(config, task, options)
         _, shapes = _flatten(abstract)
         changed = asked not in (None, saved) or num_labels not in (None, family.config(hf).num_labels)
         heads = family.module.HEADS if changed else ()
-        codes, kernels, convert = reading(abstract, quantize, sharding)
+        model, quantized, convert = reading(abstract, quantize, sharding)
         leaves = load_leaves(
             _without(tensors, abstract.head) if changed and saved else tensors,
             family.module.WEIGHTS(config, task),
@@ -122,14 +131,16 @@ def load(
             droppable=[f"{head}." for head in heads],
             fresh=[f"{head}/" for head in heads or getattr(family.module, "OPTIONAL", ())],
             convert=convert,
+            codes=codes.leaves,
         )
-    fresh = sorted({*shapes} - {*leaves} - {*kernels})
+        model = codes.model(model, leaves)
+    fresh = sorted({*shapes} - {*leaves} - {*quantized} - {*codes.schemes})
     if fresh:
         _LOG.warning("initialised anew, to be trained: %s", ", ".join(fresh))
         leaves |= _first_values(
             family, config, task, options, jax.random.key(0) if key is None else key, fresh, sharding
         )
-    graphdef, shapes = _flatten(codes)
+    graphdef, shapes = _flatten(model)
     return nnx.graph.unflatten(graphdef, [leaves[path] for path in shapes])
 
 
@@ -184,18 +195,23 @@ def save(model: Any, path: str | Path) -> None:
 
     The folder is written beside its place and renamed, so a save that is killed leaves an older one as it was. What
     else an older folder holds, such as a tokenizer, stays. Adapters are not saved here: merge or strip them first.
+    Kernels in NF4 or FP4 are written as bitsandbytes writes them, codes and all; those of other schemes are not.
 
     Raises:
       CheckpointError: the model has leaves that its table does not know.
       FileExistsError: `path` holds something that is no model folder.
     """
-    family = FAMILIES[model.config.model_type]
-    _, leaves = _flatten(model)
+    family, codes = FAMILIES[model.config.model_type], kernels(model)
+    inside = tuple(f"{path}/" for path in codes)
+    leaves = {path: leaf for path, leaf in _flatten(model)[1].items() if not path.startswith(inside)}
     dtype = max(leaves.values(), key=lambda leaf: leaf.size).dtype.name
     hf = model.config.to_hf() | {"architectures": [family.architecture(model.task)], "dtype": dtype}
     hf.pop("torch_dtype", None)
+    if codes:
+        hf["quantization_config"] = described(weights(model), codes)
+    entries = tuple(entry for entry in weights(model) if getattr(entry, "path", None) not in codes)
     with replacing(Path(path)) as folder:
-        save_leaves(folder, weights(model), leaves)
+        save_leaves(folder, entries, leaves, codes=written(weights(model), codes))
         (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

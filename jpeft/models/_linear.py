@@ -14,6 +14,9 @@ from .._scope import platform
 class Linear(nnx.Linear):
     """`nnx.Linear`, whose kernel and bias have gradients that a CPU computes fast."""
 
+    #: Told to what may compute it otherwise (`_fused`): the numbers are those of `nnx.Linear`.
+    computes_as_linear = True
+
     def __call__(self, inputs: Float[Array, "*batch d_in"], out_sharding: Any = None) -> Float[Array, "*batch d_out"]:
         if out_sharding is not None or platform() != "cpu":
             return super().__call__(inputs, out_sharding)

@@ -9,7 +9,8 @@ import jax
 from flax import nnx
 
 from .._projections import Matmul, registered
-from .._quantized import SCHEMES, QuantizedKernel, check_scheme, quantize_module
+from .._quantized import QuantizedKernel, quantize_module
+from .._schemes import SCHEMES, check_scheme
 from ._weights import Sharding
 
 Convert = Callable[[str, jax.Array], Mapping[str, jax.Array]]

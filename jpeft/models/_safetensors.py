@@ -37,7 +37,9 @@ _BITS = {word: 8 * dtype.itemsize for word, dtype in FLOATS.items()} | {
     )
     for word in words.split()
 }
-_WORDS = {dtype: word for word, dtype in FLOATS.items()}
+#: The dtypes of codes.
+_CODES = {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32)}
+_WORDS = {dtype: word for word, dtype in (FLOATS | _CODES).items()}
 #: What is read at a time: it stays in a core's cache while it is checked, converted and turned.
 _BLOCK_BYTES = 2**20
 _ALIGNMENT = 64
@@ -139,6 +141,34 @@ def read(tensor: Tensor, targets: Sequence[tuple[tuple[slice, ...], np.ndarray]]
                 block = _converted(tensor, block, takers[0].out.dtype)
                 for taker in takers:
                     taker.take(row, block)
+
+
+def read_bytes(tensor: Tensor) -> np.ndarray:
+    """All bytes of a tensor.
+
+    Raises:
+      CheckpointError: the file ends too early.
+    """
+    found = np.empty(tensor.stop - tensor.start, np.uint8)
+    with open(tensor.file, "rb", buffering=0) as stream:
+        stream.seek(tensor.start)
+        _fill(stream, found, tensor.file)
+    return found
+
+
+def read_whole(tensor: Tensor, words: Sequence[str], shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of one of these dtypes, in safetensors' words, and of this shape.
+
+    Raises:
+      CheckpointError: it is of another; the file ends too early; a float is not finite.
+    """
+    if tensor.dtype not in words or tensor.shape != shape:
+        raise CheckpointError(
+            f"{tensor.file}: {names([tensor.name])} is {tensor.dtype} {list(tensor.shape)}; it must be "
+            f"{' or '.join(words)} {list(shape)}"
+        )
+    found = read_bytes(tensor).view((FLOATS | _CODES)[tensor.dtype]).reshape(shape)
+    return _converted(tensor, found, found.dtype) if tensor.dtype in FLOATS else found
 
 
 class _Target:

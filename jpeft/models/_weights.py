@@ -42,6 +42,7 @@ def load_leaves(
     droppable: Sequence[str] = (),
     fresh: Sequence[str] = (),
     convert: Callable[[str, jax.Array], Mapping[str, jax.Array]] = lambda path, leaf: {path: leaf},
+    codes: Callable[[str, Sequence[Tensor], Sequence[int]], Mapping[str, jax.Array] | None] = lambda *_: None,
 ) -> dict[str, jax.Array]:
     """Reads every leaf, each device's slice straight to its dtype and place.
 
@@ -55,6 +56,7 @@ def load_leaves(
       droppable: starts of names (after the prefix) that another task's checkpoint may hold; dropped and logged.
       fresh: starts of paths that may be absent from the checkpoint; they are then absent from the result.
       convert: (path, leaf) -> what is kept of it, by path; a leaf is read when the one before is converted.
+      codes: (path, its tensors, layer axes) -> the same of a leaf whose tensors are codes; None of one in floats.
 
     Raises:
       CheckpointError: naming every unmapped key, missing key, leaf without a rule, wrong shape and wrong dtype.
@@ -83,8 +85,10 @@ def load_leaves(
     if dropped:
         _LOG.warning("dropped weights of another task: %s", names(dropped, len(dropped)))
     kept: dict[str, jax.Array] = {}
-    for path in parts:
-        kept |= convert(path, _leaf(path, parts[path], tensors, shapes[path], sharding))
+    for path, own in parts.items():
+        lead = shapes[path].shape[: -len(own[0].shape)] if own[0].shape else shapes[path].shape
+        found = codes(path, [tensors[part.key] for part in own], lead)
+        kept |= convert(path, _leaf(path, own, tensors, shapes[path], sharding)) if found is None else found
     return kept
 
 
@@ -204,11 +208,12 @@ def save_leaves(
     entries: Sequence[Entry],
     leaves: Mapping[str, jax.Array],
     *,
+    codes: Mapping[str, Source] | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes every leaf under its Hugging Face name, in files of at most `shard_bytes` (or one tensor), with an index.
 
-    One leaf at a time is held in host memory.
+    One leaf at a time is held in host memory. `codes` are tensors that are written beside them, by name.
 
     Raises:
       CheckpointError: a leaf without a rule, or a rule without its leaf.
@@ -220,7 +225,7 @@ def save_leaves(
             "dequantize, before saving"
         )
     sources = {key: source for path, leaf in leaves.items() for key, source in _sources(how[path], leaf).items()}
-    write_checkpoint(folder, sources, shard_bytes)
+    write_checkpoint(folder, sources | dict(codes or {}), shard_bytes)
 
 
 def _sources(rule: Rule, leaf: jax.Array) -> dict[str, Source]:

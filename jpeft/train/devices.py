@@ -3,6 +3,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -51,7 +52,9 @@ def _place(spec: str, arrival: float) -> tuple[str, int, int, Any]:
         from jax._src import clusters  # what `initialize()` itself asks
 
         ask = clusters.ClusterEnv.auto_detect_unset_distributed_params
-        address, count, own, local = ask(None, None, None, None, None, int(arrival))
+        address, count, own, local = ask(
+            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, int(arrival)
+        )
         if address is None or count is None or own is None:
             raise ValueError("--distributed auto: this environment (no TPU pod, no Slurm) does not say who takes part")
         return address, count, own, local

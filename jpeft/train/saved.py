@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import models
-from .._quantized import SCHEMES
+from .._schemes import SCHEMES
 from ..io import Drift, Sample, export_adapters, export_merged, export_peft, import_adapters, import_peft
 from ..io import _peft_folder as peft
 from ..io._peft_folder import INFO

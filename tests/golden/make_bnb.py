@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes bnb.npz: what bitsandbytes 0.50.2 makes of some weights, in 4 bits (NF4) and in 8, on a CPU.
+"""Writes bnb.npz: what bitsandbytes 0.50.2 makes of some weights, in 4 bits (NF4, FP4) and in 8, on a CPU.
 
 It needs an environment of its own:
 
@@ -8,7 +8,8 @@ It needs an environment of its own:
 
 The file holds the code book of the scales (`map`) and for every case the weight `[d_out, d_in]` (bfloat16 ones as
 float32), the packed codes, the largest magnitude of every block and the dequantized weight; under `double/` the codes
-of these magnitudes, their own blocks' magnitudes, their mean and the weight that results; under `int8/` the codes and
+of these magnitudes, their own blocks' magnitudes, their mean and the weight that results; under `fp4/` what
+FP4 makes of it; under `int8/` the codes and
 the largest magnitude of every row.
 """
 
@@ -60,6 +61,8 @@ def results(weight: torch.Tensor) -> dict[str, np.ndarray]:
         "double/mean": state.offset,
         "double/dequantized": bnb.dequantize_4bit(packed, state),
     }
+    packed, state = bnb.quantize_4bit(weight, quant_type="fp4", blocksize=64)
+    found |= {"fp4/packed": packed, "fp4/absmax": state.absmax, "fp4/dequantized": bnb.dequantize_4bit(packed, state)}
     codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(weight.float())
     found |= {"int8/codes": codes, "int8/absmax": absmax}
     whole = (torch.uint8, torch.int8)

@@ -360,6 +360,6 @@ def test_blocks_cover_every_pair_that_is_visible():
     ]:
         seen = visible(seq, keys, causal, window)[0]
         covered = np.zeros((seq, keys), bool)
-        for queries, span in _attention._Rules(seq, keys, causal, window, 1.0).blocks(64):
+        for queries, span in _attention._Rules(seq, keys, causal, window, 1.0, rows=64).blocks():
             covered[queries.start : queries.stop, span.start : span.stop] = True
         assert covered[seen].all()

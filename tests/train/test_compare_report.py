@@ -3,7 +3,7 @@
 
 import pytest
 
-from jpeft.train.compare import figures, report
+from jpeft.train.compare import figures, latency, report
 from jpeft.train.compare.digest import Digest, dumped, read
 from jpeft.train.compare.statistics import Difference, Interval
 from jpeft.train.compare.table import COSTS, Row, Table
@@ -57,6 +57,7 @@ def test_classes_and_groups(table):
     assert head == ["method", "accuracy on far [95 %]", "accuracy on near [95 %]"]
     assert [cells[0] for cells in rows] == ["good", "half", "stuck"]
     assert rows[0][1:] == ["0.5000 [0.4000, 0.6000]", "0.7500 [0.7000, 0.8000]"]
+    assert rows[2][1:] == ["collapsed", "collapsed"]
 
 
 def test_every_plot_is_drawn_and_read_back(table, tmp_path):
@@ -75,3 +76,12 @@ def test_every_plot_is_drawn_and_read_back(table, tmp_path):
     assert (tmp_path / "images" / "one.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="no plot 'rader' of this table; there are scores, groups"):
         figures.draw_one(table, "rader", tmp_path / "no.png")
+
+
+@pytest.mark.parametrize("took, each", [((10.0, 42.0), 2.0), ((10.0, 9.0), None)])
+def test_a_token_takes_no_negative_time(took, each, monkeypatch):
+    """What else a machine does may make the longer generation the faster one: then a token's time is not known."""
+    times = iter(took)
+    monkeypatch.setattr(latency, "_timed", lambda call: next(times))
+    monkeypatch.setattr(latency, "_ids", lambda model, length: [[1] * length])
+    assert latency._decode(None, 64) == each

@@ -9,12 +9,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+import transformers
 import yaml
 from safetensors.numpy import load_file
 
 import jpeft
 from jpeft.train import cli, config, data, placing
-from jpeft.train.demo import find_encoder
 from jpeft.train.examples import IGNORED, Examples
 from jpeft.train.items import Asked, Tagged
 from jpeft.train.marked import asked, tagged
@@ -28,14 +28,9 @@ CONTEXT = (
 
 
 @pytest.fixture(scope="module")
-def wordpieces():
+def wordpieces(minilm):
     """jpeft's tokenizer and transformers' of the same real encoder."""
-    transformers = pytest.importorskip("transformers")
-    try:
-        folder = find_encoder()
-    except (ImportError, FileNotFoundError) as error:
-        pytest.skip(f"the encoder's package is absent: {error}")
-    return load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    return load(minilm), transformers.AutoTokenizer.from_pretrained(minilm)
 
 
 @pytest.mark.parametrize("size", [64, 12])

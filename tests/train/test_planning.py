@@ -89,6 +89,21 @@ def test_the_parts_of_a_step_have_the_bytes_of_their_shapes(small):
     assert codes.weights == 4 * (base - kernels) + kernels // 2 + kernels // 64 * 4
 
 
+def test_what_no_axis_divides_is_not_gathered(small):
+    """Scales of nf4 have four rows here, which 8 devices keep whole; the largest kernel is then that of the codes."""
+    found = subject(request_of(small, count=8, mesh="fsdp=8", batch=8, quantize="nf4"))
+    assert found.frozen["layers/self_attn/q_proj/kernel/scales"].sharding.is_fully_replicated
+    codes, decoded, logits = 256 * 688 // 2, 256 * 688 * 4, 64 * 2048 * 10
+    assert memory(found).working == 2 * codes + decoded + logits
+
+
+def test_copies_of_weights_lie_as_the_weights(small):
+    """Trained in float32 and multiplied in bfloat16: what is kept of that is each device's own part."""
+    options = {"count": 8, "mesh": "fsdp=8", "batch": 8, "dtype": "bfloat16", "remat": "full"}
+    full, lora = (memory(subject(request_of(small, method, **options))) for method in (FULL, LORA))
+    assert abs(full.activations - lora.activations) < 1.5 * full.weights  # a device's share of the base, in bfloat16
+
+
 def test_a_cache_is_counted(small):
     found = memory(subject(request_of(small, dtype="bfloat16", generate=100)))
     assert found.cache == 2 * 6 * 4 * 100 * 4 * 32 * 2

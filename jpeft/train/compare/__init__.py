@@ -10,5 +10,5 @@ statistics.py  intervals over seeds and examples, paired tests
 table.py       runs of one method put together: a row of the report
 digest.py      all that a report shows, as one small file
 report.py      Markdown, CSV and one HTML page
-figures.py     the plots
+figures.py     the plots; radar.py the one of ranks
 """

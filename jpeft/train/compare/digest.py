@@ -36,7 +36,7 @@ def digested(study: Study, runs: Sequence[Done]) -> Digest:
 
 
 def dumped(digest: Digest) -> str:
-    """As JSON, numbers to six digits; `read` gives it back."""
+    """As JSON, numbers to nine digits; `read` gives it back."""
     values = dataclasses.asdict(digest)
     tables = [{**table, "rows": [_short(row) for row in table["rows"]]} for table in values["tables"]]
     return json.dumps({**values, "tables": tables}, indent=1, allow_nan=False) + "\n"
@@ -54,9 +54,9 @@ def read(text: str) -> Digest:
 
 
 def _short(value: Any) -> Any:
-    """With six significant digits of every float that is no whole number: counts stay exact."""
+    """With nine significant digits of every float that is no whole number: counts stay exact."""
     if isinstance(value, float):
-        return value if value.is_integer() else float(f"{value:.6g}")
+        return value if value.is_integer() else float(f"{value:.9g}")
     if isinstance(value, Mapping):
         return {key: _short(inner) for key, inner in value.items()}
     return [_short(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -3,13 +3,13 @@
 kind of colour vision tells apart (Okabe and Ito), so that they read the same in print.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .radar import radar
 from .table import Row, Table
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
@@ -53,7 +53,7 @@ def _plots() -> Mapping[str, Callable[[Any, Table], bool]]:
         "memory": _memory,
         "latency": _latency,
         "learning curves": _curves,
-        "radar": _radar,
+        "radar": radar,
     }
 
 
@@ -184,6 +184,7 @@ def _scores(axes: Any, table: Table) -> bool:
             capsize=3,
         )
     names = [row.method + (f" (collapsed {row.collapsed} of {row.seeds})" if row.collapsed else "") for row in rows]
+    _scaled(axes.xaxis, table)
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel(f"{table.main} on {table.examples:,} test examples, mean over seeds and 95 % interval")
@@ -204,7 +205,7 @@ def _groups(axes: Any, table: Table) -> bool:
             ls="none", marker=_of(MARKERS, at), color=_of(COLOURS, at),
         )  # fmt: skip
     axes.set_yticks(range(len(rows)), [row.method for row in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(f"{table.main} on each group alone, mean over seeds and 95 % interval")
     axes.grid(axis="x", alpha=0.3)
     axes.figure.set_figheight(1.6 + 0.4 * len(rows))
@@ -223,6 +224,7 @@ def _forgetting(axes: Any, table: Table) -> bool:
         )  # fmt: skip
     axes.axvline(0, color="black", lw=0.8, ls=":")
     axes.set_xlabel("loss per token on general text, after minus before (right: more was forgotten)")
+    _scaled(axes.yaxis, table)
     axes.set_ylabel(f"{table.main} on {table.examples:,} test examples")
     axes.grid(alpha=0.3)
     _legend(axes)
@@ -249,6 +251,7 @@ def _pareto(axes: Any, table: Table) -> bool:
     axes.set_xscale("log")
     hollow = "; hollow: collapsed" if any(row.all_collapsed for row in rows) else ""
     axes.set_xlabel(f"trained parameters (dotted: the best for at most so many{hollow})")
+    _scaled(axes.yaxis, table)
     axes.set_ylabel(table.main)
     _legend(axes)
     return len(rows) > 1
@@ -296,8 +299,9 @@ def _latency(axes: Any, table: Table) -> bool:
         for n in ("forward ms", "merged ms", "decode ms/token", "merged decode ms/token")
         if any(r.costs[n] for r in rows)
     ]
+    lost = any(not row.costs[name] for row in rows for name in names)
     _bars(axes, rows, names)
-    axes.set_xlabel("ms (no bar: it cannot be merged)" if any(r.costs["merged ms"] is None for r in rows) else "ms")
+    axes.set_xlabel("ms (no bar: it cannot be merged, or could not be told)" if lost else "ms")
     return bool(rows)
 
 
@@ -310,62 +314,10 @@ def _curves(axes: Any, table: Table) -> bool:
         axes.plot(updates, seeds.mean(1), ls=_of(DASHES, at), color=colour, label=row.method, **marks)
         axes.fill_between(updates, seeds.min(1), seeds.max(1), color=colour, alpha=0.12, lw=0)
     axes.set_xlabel("updates (line: mean over seeds; band: from the lowest to the highest)")
+    _scaled(axes.yaxis, table)
     axes.set_ylabel(f"{table.main} on the validation split")
     _legend(axes)
     return bool(rows)
-
-
-#: What the radar shows beside the main figure; less of each is better.
-_SPOKES = ("trained", "peak MB", "step ms", "forward ms", "adapter KB", "calibration error")
-
-
-def _radar(axes: Any, table: Table) -> bool:
-    """Ranks, not values: each spoke goes from the worst method (the middle) to the best (the rim). A web a method, for
-    more than three or four on top of each other cannot be told apart.
-    """
-    rows = [row for row in table.rows if row.scores and row.costs["trained"]]
-    sign = -1 if table.more_is_better else 1
-    merits = [math.inf if row.all_collapsed else sign * row.scores[table.main].mean for row in rows]
-    spokes = {table.main: merits}
-    for cost in _SPOKES:
-        values = [row.costs[cost] for row in rows]
-        if all(value is not None for value in values):
-            spokes[cost] = [float(value) for value in values if value is not None]
-    if len(rows) < 2 or len(spokes) < 3:
-        return False
-    figure = axes.figure
-    axes.remove()
-    angles = np.linspace(0, 2 * np.pi, len(spokes), endpoint=False)
-    ranks = np.array([_ranks(values) for values in spokes.values()])  # [spokes, methods]
-    lines = math.ceil(len(rows) / 4)
-    figure.set_figheight(0.5 + 1.9 * lines)
-    figure.suptitle("rank on every figure: the rim is the best method, the middle the worst", fontsize=10)
-    for at, row in enumerate(rows):
-        polar = figure.add_subplot(lines, 4, at + 1, projection="polar")
-        web = np.append(ranks[:, at], ranks[0, at])
-        polar.fill(np.append(angles, angles[0]), web, color=COLOURS[0], alpha=0.25)
-        polar.plot(np.append(angles, angles[0]), web, color=COLOURS[0], marker="o", ms=3)
-        polar.set_xticks(angles, [_broken(name) for name in spokes], fontsize=7)
-        polar.tick_params(axis="x", pad=-1)
-        for label, angle in zip(polar.get_xticklabels(), angles, strict=True):  # beside the rim, not on it
-            side = np.cos(angle)
-            label.set_horizontalalignment("center" if abs(side) < 0.3 else "left" if side > 0 else "right")
-        polar.set_yticks(range(1, len(rows) + 1), [""] * len(rows))
-        polar.grid(color="#dddddd", lw=0.5)
-        polar.set_ylim(0, len(rows))
-        polar.set_title(row.method, fontsize=9, fontweight="bold")
-    return True
-
-
-def _broken(name: str) -> str:
-    """A name of two words on two lines."""
-    return name.replace(" ", "\n", 1)
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    """1 for the largest value up to their number for the smallest; equal values share the mean of theirs."""
-    x = np.asarray(values)
-    return (x[None] > x[:, None]).sum(1) + ((x[None] == x[:, None]).sum(1) + 1) / 2
 
 
 def _bars(axes: Any, rows: Sequence[Row], costs: Sequence[str]) -> None:
@@ -379,6 +331,17 @@ def _bars(axes: Any, rows: Sequence[Row], costs: Sequence[str]) -> None:
     axes.invert_yaxis()
     axes.figure.set_figheight(1.4 + (0.24 + 0.16 * len(costs)) * len(rows))
     _legend(axes)
+
+
+def _scaled(axis: Any, table: Table) -> None:
+    """A perplexity is an exponential: where equal ratios are equally long, the good methods are not all in a corner."""
+    from matplotlib import ticker
+
+    if table.main == "perplexity":
+        getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+        axis.set_major_formatter(ticker.ScalarFormatter())
+        axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _legend(axes: Any) -> None:

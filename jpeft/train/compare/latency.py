@@ -19,7 +19,8 @@ TOKENS = 16
 
 def latencies(model: Any, length: int) -> dict[str, float | None]:
     """Milliseconds of one row of `length` tokens: `adapted` and `merged` for a whole forward pass (a language model's
-    reading of a prompt), `decode` and `merged_decode` for each token that follows it; None where it cannot be merged.
+    reading of a prompt), `decode` and `merged_decode` for each token that follows it; None where it cannot be merged,
+    and where a busy machine hides what a token takes.
     """
     try:
         plain = merge(model)
@@ -41,13 +42,16 @@ def _forward(model: Any, length: int) -> float:
     return _timed(lambda: jax.block_until_ready(run(trainable, frozen, ids)))
 
 
-def _decode(model: Any, length: int) -> float:
-    """From the times of two generations of different length: what is read and set up is in both."""
+def _decode(model: Any, length: int) -> float | None:
+    """From the times of two generations of different length: what is read and set up is in both.
+
+    None where the longer one took less time: that is what else the machine did, and no time of a token.
+    """
     from ...models import generate
 
     ids = _ids(model, max(1, length - 2 * TOKENS))  # so that what is written has positions too
     short, long = (_timed(lambda n=n: np.asarray(generate(model, ids, max_new_tokens=n))) for n in (1, 1 + TOKENS))
-    return max(long - short, 0.0) / TOKENS
+    return (long - short) / TOKENS if long > short else None
 
 
 def _ids(model: Any, length: int) -> np.ndarray:

@@ -191,7 +191,11 @@ def classes(table: Table) -> tuple[list[str], list[list[str]]]:
 def groups(table: Table) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the main figure on every group of the test examples."""
     names = list(dict.fromkeys(name for row in table.rows for name in row.groups))
-    rows = [[row.method, *(_interval(row.groups[name]) for name in names)] for row in _ranked(table) if row.groups]
+    rows = [
+        [row.method, *("collapsed" if row.all_collapsed else _interval(row.groups[name]) for name in names)]
+        for row in _ranked(table)
+        if row.groups
+    ]
     return ["method", *(f"{table.main} on {name} [95 %]" for name in names)], rows
 
 

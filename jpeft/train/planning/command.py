@@ -3,10 +3,11 @@
 
 import argparse
 import json
-from typing import Any
+from typing import Any, get_args
 
 from .. import _yaml
 from ..config import ConfigError
+from ..sections.model import Scheme
 from . import devices
 from .request import Request
 
@@ -34,7 +35,7 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--remat", default="none", choices=("none", "dots", "full", "names", "offload"), help="what layers keep (none)"
     )
-    plan.add_argument("--quantize", choices=("nf4", "nf4_double", "int8"), help="of the base's linear layers")
+    plan.add_argument("--quantize", choices=get_args(Scheme), help="of the base's linear layers")
     plan.add_argument("--mesh", metavar="AXES", help="such as fsdp=4,tensor=2 (fsdp over all devices)")
     where = plan.add_mutually_exclusive_group()
     where.add_argument("--topology", metavar="SLICE", help="TPUs: v5e:2x4, or v5e-8 as Google names it")

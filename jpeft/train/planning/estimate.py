@@ -142,12 +142,17 @@ def _working(found: Subject, one_layer: int) -> int:
     A layer computes `one_layer` bytes anew where it is rematerialised. Of its weights the two largest are whole along
     `fsdp` at a time, one in use and the next on its way; of quantized ones, one is there in float32.
     """
-    leaves = {**found.frozen, **found.state.trainable}
-    split = found.mesh.shape["fsdp"]
-    kernels = [device_bytes(leaves[path]) * split // count for count, paths in _layers(found.model) for path in paths]
+    leaves, split = _leaves(found), found.mesh.shape["fsdp"]
+    kernels = [_along_fsdp(leaves[path]) // count for count, paths in _layers(found.model) for path in paths]
     gathered = sum(sorted(kernels)[-2:]) if split > 1 else 0
     recomputed = one_layer if found.request.remat != "none" else 0
     return recomputed + gathered + _decoded(found) + _head(found)
+
+
+def _along_fsdp(leaf: Any) -> int:
+    """Bytes of a placed leaf that is made whole along `fsdp`, on one device."""
+    split = leaf.sharding.mesh.shape["fsdp"] if "fsdp" in leaf.sharding.spec else 1
+    return device_bytes(leaf) * split
 
 
 def _decoded(found: Subject) -> int:
@@ -172,7 +177,17 @@ def _kept(found: Subject, request: Request) -> list[jax.ShapeDtypeStruct]:
     one = Machine(Chip(platform, platform, None, None, None, ""), 1)
     arrays = _traced(request.but(machine=one, mesh=None, batch=request.batch // found.ways, generate=0, share=1.0))
     tensor, width = found.mesh.shape["tensor"], getattr(found.model.config, "hidden_size", 0)
-    return [x if x.shape and x.shape[-1] == width else _split(x, tensor) for x in arrays]
+    weights = {leaf.shape: leaf.sharding.shard_shape(leaf.shape) for leaf in _leaves(found).values() if leaf.ndim > 1}
+    return [
+        jax.ShapeDtypeStruct(weights[x.shape], x.dtype)  # weights in the products' dtype lie as they themselves do
+        if x.shape in weights
+        else (x if x.shape and x.shape[-1] == width else _split(x, tensor))
+        for x in arrays
+    ]
+
+
+def _leaves(found: Subject) -> dict[str, Any]:
+    return {**found.frozen, **found.state.trainable}
 
 
 @functools.lru_cache(maxsize=256)
