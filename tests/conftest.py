@@ -20,6 +20,9 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # child processes neither. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test` tests what users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+# A program that a test starts keeps no compiled programs in the user's folder.
+os.environ.setdefault("JPEFT_COMPILATION_CACHE", "off")
+
 
 def pytest_configure(config):
     """Sets JAX up before a test module can start its backend."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversation with a model and its adapters: messages made text by the tokenizer's template, answers as they come.
+"""A conversation with a model and its adapters: messages made text by a template, answers as they come.
 
 All adapters lie in one bank, so another one is another argument of the same compiled program.
 """
@@ -11,7 +11,7 @@ from typing import Any
 from .. import models
 from .._bank import bank, select
 from ..io import import_peft
-from ..models._hub import model_folder
+from ..models._hub import adapter_folder, model_folder
 from . import templates, tokenizer
 from .writer import Writer
 
@@ -41,7 +41,8 @@ class Conversation:
           model: the folder.
           adapters: by name.
           system: message that stands before the conversation.
-          template: as `data.template`, which the adapters were trained with; None is the tokenizer's own.
+          template: as `data.template`, for all; None takes the one beside each adapter, and where there is none the
+            tokenizer's own.
 
         Raises:
           ValueError: there is no chat template; the adapters do not fit one bank; a name is taken.
@@ -52,8 +53,10 @@ class Conversation:
             raise ValueError(f"{BASE} is the name of the model without an adapter; give {adapters[BASE]} another")
         model = model_folder(model)
         self._words = tokenizer.load(model)
-        self._template = templates.load(self._words, template)
+        self._names = {name: template or templates.beside(adapter_folder(at)) for name, at in adapters.items()}
+        self._given = template
         self.names, self.speaker, self.system = (BASE, *adapters), [*adapters, BASE][0], system
+        self._template = self._template_of(self.speaker)
         self._ends = tokenizer.ends(model, self._words)
         self._base = models.load(model, "CAUSAL_LM")
         adapted = [import_peft(self._base, folder) for folder in adapters.values()]
@@ -64,11 +67,15 @@ class Conversation:
         """Another one answers from now on; what was said stays.
 
         Raises:
-          ValueError: there is none of this name.
+          ValueError: there is none of this name, or no template for it.
         """
         if name not in self.names:
             raise ValueError(f"no adapter is called {name!r}; there are {', '.join(self.names)}")
+        self._template = self._template_of(name)
         self.speaker = name
+
+    def _template_of(self, name: str) -> templates.Template:
+        return templates.load(self._words, self._names.get(name, self._given))
 
     def reset(self) -> None:
         """Forgets what was said, but for the system's message."""

@@ -42,6 +42,7 @@ class Config:
       method: `kind`, one of `jpeft.METHODS`, and that method's own options; or a list of them, for a hybrid.
       out: the run's folder, which must not hold a run yet.
       mesh: `"data=2,fsdp=2,tensor=2"`; None is one device.
+      compilation_cache: folder that keeps compiled programs for later runs; `auto` is the user's, None keeps none.
     """
 
     __pydantic_config__: ClassVar = FORBID
@@ -54,6 +55,7 @@ class Config:
     preference: Preference = dataclasses.field(default_factory=Preference)
     logging: Logging = dataclasses.field(default_factory=Logging)
     mesh: str | None = None
+    compilation_cache: str | None = "auto"
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -305,7 +307,7 @@ def _expanded(tree: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(tree.get(section), dict):
             values = tree[section]
             tree[section] = values | {key: expanded_path(values[key]) for key in keys if key in values}
-    return tree | {"out": expanded_path(tree["out"])} if "out" in tree else tree
+    return tree | {key: expanded_path(tree[key]) for key in ("out", "compilation_cache") if key in tree}
 
 
 def expanded_path(value: Any) -> Any:

@@ -76,6 +76,14 @@ class Encoder:
             self._templates[name] = templates.load(self._tokenizer, name)
         return self._templates[name]
 
+    def spoken(self, readers: Sequence[Reader]) -> templates.Template | None:
+        """The template of the conversations among several forms; None where there are none.
+
+        Where the forms differ it is that of messages, not that of rows which are one text after another.
+        """
+        talks = sorted((r for r in readers if r.form.talks), key=lambda r: r.form.template is not None)
+        return self.template(talks[0]) if talks else None
+
     def identity(self, reader: Reader) -> dict[str, Any]:
         """What the tokens of a form follow from beside the rows and options, as plain values."""
         template = self.template(reader) if reader.form.talks else None

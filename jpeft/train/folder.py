@@ -7,7 +7,7 @@ metrics.jsonl   one line per log interval and per evaluation
 samples.jsonl   what the model wrote after every evaluation, where `train.samples` wants any
 plots/          the figures as pictures
 profile/        a trace, where `logging.profile` wants one
-tensorboard/, wandb/   of the loggers that `logging.to` names
+tensorboard/, wandb/   of the loggers that `logging.to` names; loggers.json: what they call the run
 adapter/        in PEFT's format, or jpeft's own where PEFT has none for it; tokenizer, label names, a model card
 best/           the same after the best evaluation so far, where `train.best` follows one; at the end also adapter/
 checkpoints/    the newest states, from which `--resume` goes on
@@ -214,7 +214,7 @@ def remove_run(path: str | Path) -> None:
         raise FileExistsError(f"{folder} holds something that is no run; it is not replaced")
     for name in ("adapter", "best", "checkpoints", "failure", "plots", "profile", "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl"):
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "loggers.json"):
         (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()

@@ -21,7 +21,7 @@ from .config import Config
 from .job import Dataset, Parts
 
 #: May differ without a word: where things lie, and what is only shown.
-FREE = ("out", "logging.", "train.save_every", "train.keep")
+FREE = ("out", "compilation_cache", "logging.", "train.save_every", "train.keep")
 #: May differ, and is said: on other machines results are equal up to rounding, not bit for bit.
 STATED = ("mesh", "processes", "device", "version.", "train.on_nan", "train.max_skips")
 _VERSIONS = ("jpeft", "jax", "jaxlib", "flax", "optax")

@@ -39,6 +39,7 @@ class Dataset:
       eval: batches of one evaluation, or None.
       num_updates: updates of the whole run.
       stream: what is trained on in the place of `train`, where rows are not all held.
+      template: that made the conversations text, in jinja; None where there are none.
     """
 
     tokenizer: tokenizer.Tokenizer
@@ -47,6 +48,7 @@ class Dataset:
     eval: Batches | None
     num_updates: int
     stream: Streamed | None = None
+    template: str | None = None
 
     @property
     def feed(self) -> Batches | Streamed:
@@ -105,7 +107,8 @@ def read_data(config: Config) -> Dataset:
     if configuration.paths(options.eval):
         held = data.batches_like(train, data.encode(data.read_rows(options, task, "eval"), options, words, names))
     updates = config.train.max_steps or (config.train.epochs or 1) * train.buckets.num_batches
-    return Dataset(words, names, train, held, updates, streamed)
+    spoken = Encoder(options, words, names).spoken([part.reader for part in rows])
+    return Dataset(words, names, train, held, updates, streamed, spoken and spoken.source)
 
 
 def with_references(dataset: Dataset, parts: Parts, mesh: Mesh | None) -> Dataset:

@@ -302,4 +302,4 @@ class Loop:
         model = combine(self._parts.graphdef, trainable, self._parts.frozen)
         info = Info(self._dataset.label_names, data.max_length, config.model.quantize)
         with replaced(folder) as fresh:
-            save_adapter(model, fresh, config.model.path, info, card, config.method)
+            save_adapter(model, fresh, config.model.path, info, card, config.method, self._dataset.template)

@@ -23,7 +23,7 @@ from ..models import _safetensors as safetensors
 from ..models._checkpoint import read_config
 from ..models._files import is_file, read_json, write_text
 from ..models._hub import adapter_folder, is_id, model_folder
-from . import own, tokenizer
+from . import own, templates, tokenizer
 from .config import CLASSIFYING
 
 #: Lines of a text file that a drift is measured on.
@@ -54,6 +54,7 @@ class Opened:
       tokenizer, info: of its folder.
       base: the base's folder.
       name: what the base was named by: the folder, or an id on the hub.
+      template: file of the chat template that the adapter was trained with; None is the tokenizer's own.
     """
 
     model: Any
@@ -61,15 +62,17 @@ class Opened:
     info: Info
     base: Path
     name: str
+    template: str | None = None
 
 
 def save_adapter(
-    model: Any, folder: str | Path, base: str | Path, info: Info, card: Card, method: own.Options | None = None
-) -> Path:
+    model: Any, folder: str | Path, base: str | Path, info: Info, card: Card,
+    method: own.Options | None = None, template: str | None = None,
+) -> Path:  # fmt: skip
     """Writes an adapter with `info` and the tokenizer of the base, a folder or an id, beside it.
 
     In PEFT's format where that has a form for it; else in jpeft's own, given the `method` as its configuration
-    describes it.
+    describes it. A chat `template`, in jinja, stands beside it as well; transformers takes it for the tokenizer's.
 
     Raises:
       ValueError: PEFT has no form for it, and no `method` was given.
@@ -79,6 +82,8 @@ def save_adapter(
     else:
         folder = own.write(model, method, folder, base, card)
     models.copy_tokenizer(model_folder(base), folder)
+    if template is not None:
+        write_text(folder / templates.FILE, template)
     write_text(folder / INFO, json.dumps(dataclasses.asdict(info), indent=2) + "\n")
     return folder
 
@@ -95,6 +100,7 @@ def no_form_in_peft(model: Any) -> str | None:
 def save_for_adapters(opened: Opened, folder: str | Path) -> None:
     """Writes an adapter in AdapterHub's format, with the base's tokenizer beside it."""
     models.copy_tokenizer(opened.base, export_adapters(opened.model, folder))
+    _copy_template(opened, folder)
 
 
 def save_merged(opened: Opened, folder: str | Path, text: str | Path | None = None) -> Drift:
@@ -108,12 +114,24 @@ def save_merged(opened: Opened, folder: str | Path, text: str | Path | None = No
     """
     sample = None if text is None else _sample(opened, Path(text))
     drift = export_merged(opened.model, folder, tokenizer_from=opened.base, sample=sample, base=str(opened.base))
+    _copy_template(opened, folder)
     if opened.info.label_names is not None:
         file = Path(folder) / "config.json"
         names = dict(enumerate(opened.info.label_names))
         labels = {"id2label": {str(i): name for i, name in names.items()}, "label2id": {v: k for k, v in names.items()}}
         write_text(file, json.dumps(read_config(folder) | labels, indent=2, sort_keys=True) + "\n")
     return drift
+
+
+def _copy_template(opened: Opened, folder: str | Path) -> None:
+    source = template_source(opened)
+    if source is not None:
+        write_text(Path(folder) / templates.FILE, source)
+
+
+def template_source(opened: Opened) -> str | None:
+    """The chat template that an adapter was trained with, in jinja; None is the tokenizer's own."""
+    return None if opened.template is None else Path(opened.template).read_text(encoding="utf-8")
 
 
 def _sample(opened: Opened, file: Path) -> Sample:
@@ -162,7 +180,8 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
     with _without_warnings():  # of a head without weights: the adapter brings it
         loaded = models.load(base, config.get("task_type"), num_labels=num_labels, quantize=info.quantize)
     adapted = own.read(loaded, folder) if ours else import_peft(loaded, folder)
-    return Opened(adapted, tokenizer.load(base), _with_labels(info, loaded), base, str(name))
+    info = _with_labels(info, loaded)
+    return Opened(adapted, tokenizer.load(base), info, base, str(name), templates.beside(folder))
 
 
 def _is_hubs(folder: Path) -> bool:
@@ -185,7 +204,8 @@ def _open_hubs(model: str | Path | None, folder: Path) -> Opened:
     labels = said.get("label2id")
     names = tuple(sorted(labels, key=lambda name: labels[name])) if labels and loaded.task in CLASSIFYING else None
     info = _with_labels(Info(names, None), loaded)
-    return Opened(import_adapters(loaded, folder), tokenizer.load(base), info, base, str(model))
+    adapted = import_adapters(loaded, folder)
+    return Opened(adapted, tokenizer.load(base), info, base, str(model), templates.beside(folder))
 
 
 def _with_labels(info: Info, loaded: Any) -> Info:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How messages become text: the tokenizer's own chat template, or one of a few by name.
 
-One function serves training and chatting, so that a model is asked as it was taught.
+One function serves training and chatting, and an adapter has the template that it was trained with beside it, so that
+a model is asked as it was taught.
 """
 
 import dataclasses
@@ -11,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..models._files import is_file
 from . import tokenizer as tokenizers
 from .tokenizer import Tokenizer
 
-#: Templates by name. `bos_token` is empty where the tokenizer starts no text with it.
+#: Templates by name.
 NAMED: Mapping[str, str] = {
     "chatml": (
         "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -42,6 +44,8 @@ _WRITES = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 }
+#: Stands before one of these where the tokenizer starts no text with its `bos_token`, so that nor does a conversation.
+_WITHOUT_START = "{% set bos_token = '' %}"
 #: The file that a folder's template stands in, as transformers reads and writes it.
 FILE = "chat_template.jinja"
 
@@ -110,8 +114,21 @@ def load(words: Tokenizer, name: str | None = None) -> Template:
         )
     if name not in _WRITES and not tokens.get("eos_token"):
         raise ValueError(f"the template {name} ends an answer with the tokenizer's eos_token, and {folder} has none")
-    start = tokens.get("bos_token", "")
-    return Template(name, NAMED[name], tokens | {"bos_token": start if words.starts_with(start) else ""})
+    starts = words.starts_with(tokens.get("bos_token", ""))
+    return Template(name, NAMED[name] if starts else _WITHOUT_START + NAMED[name], tokens)
+
+
+def beside(folder: str | Path) -> str | None:
+    """The template in an adapter's folder as `load` takes it; None where there is none."""
+    file = Path(folder) / FILE
+    return str(file) if is_file(file) else None
+
+
+def asked(prompts: Sequence[str], words: Tokenizer, name: str | None) -> list[list[int]]:
+    """Token ids of prompts as messages of a user's, with what stands before an answer. `words`, `name` as of `load`."""
+    template = load(words, name)
+    talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return [words.encode_plain(template(talk, generation=True)) for talk in talks]
 
 
 @functools.cache

@@ -23,7 +23,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
     group.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that sum to P")
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="of a text (as the task says)")
-    group.add_argument("--chat", action="store_true", help="a prompt is a message in the model's chat template")
+    group.add_argument(
+        "--chat", action="store_true", help="a prompt is a message in the adapter's or model's chat template"
+    )
     group.add_argument("--out", metavar="FILE", help="the record, in JSON (TASK.json)")
 
 

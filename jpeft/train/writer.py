@@ -43,7 +43,10 @@ class Writer:
         Raises:
           ValueError: as `jpeft.models.generate`; a stop string is empty.
         """
-        ids = self.tokenizer.encode(prompts)
+        return self.write_on(self.tokenizer.encode(prompts), stop=stop, **options)
+
+    def write_on(self, ids: Sequence[list[int]], *, stop: Sequence[str] = (), **options: Any) -> list[list[str]]:
+        """As `write`, of prompts that are token ids, special ones included."""
         if options.get("num_beams", 1) > 1:
             return [[text.last() for text in row] for row in self._searched(ids, stop, options)]
         written = [["" for _ in range(options.get("num_return_sequences") or 1)] for _ in ids]

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from jpeft.train import loggers
+from jpeft.train import config, loggers
 from jpeft.train.sections import Logging
 
 SETTINGS = {"optimizer": {"lr": 0.01}, "out": "runs/films"}
@@ -25,7 +25,7 @@ TOLD = {
 
 def tell(which, folder, **options):
     """What a run tells one logger."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (logger,) = loggers.opened(Logging(to=(which,), **options), folder, SETTINGS)
     for line in LINES:
         logger.log(line["update"], loggers.figures(line))
@@ -73,6 +73,34 @@ def test_wandb_keeps_them_without_a_network(tmp_path, monkeypatch):
             found |= {(name, items["_step"]): value for name, value in items.items()}
         at += 7 + size
     assert TOLD.items() <= found.items()
+
+
+def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is absent")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = [tell("wandb", tmp_path / "run", project="films")._run.id for _ in range(2)]
+    other = tell("wandb", tmp_path / "other", project="films")._run.id
+    assert ids == [loggers.kept(tmp_path / "run")["wandb"]] * 2
+    assert other != ids[0]
+
+
+def test_mlflow_goes_on_with_its_run(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is absent")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'store'}")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    first = tell("mlflow", tmp_path / "run", project="films")
+    (again,) = loggers.opened(Logging(to=("mlflow",), project="films"), tmp_path / "run", SETTINGS)
+    client = mlflow.MlflowClient()
+    assert (again._run, client.get_run(again._run).info.status) == (first._run, "RUNNING")
+    again.log(30, {"train/loss": 0.125})
+    again.close()
+    run = client.get_run(first._run)
+    assert (run.data.metrics["train/loss"], run.info.status) == (0.125, "FINISHED")
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+    (tmp_path / "run" / "loggers.json").write_text(json.dumps({"mlflow": "0" * 32}))
+    with pytest.raises(config.ConfigError, match=r"none of this MLflow's .*delete loggers.json"):
+        loggers.opened(Logging(to=("mlflow",), project="films"), tmp_path / "run", SETTINGS)
 
 
 def test_mlflow_keeps_them_in_its_store(tmp_path, monkeypatch):

@@ -4,10 +4,13 @@
 import json
 
 import chat_tokenizer as tiny
+import jax
 import numpy as np
 import pytest
 
-from jpeft.train import config, data, masking, templates, tokenizer
+from jpeft import models
+from jpeft.train import chat, cli, config, data, loop, masking, saved, templates, tokenizer
+from jpeft.train.encoding import Encoder
 from jpeft.train.examples import IGNORED
 from jpeft.train.formats import Message
 
@@ -204,3 +207,59 @@ def test_preference_pairs_share_their_prompt(tmp_path):
         assert arrays["input_ids"].shape[:2] == (1, 4)
         assert [int((row != IGNORED).sum()) for row in arrays["labels"][0]] == [6, 13, 0, 0]
         assert made.sizes(batch) == (sum(map(len, examples.tokens)), arrays["input_ids"].size)
+
+
+@pytest.mark.parametrize("name, starts", [("alpaca", True), ("plain", False)])
+def test_an_adapter_is_asked_as_it_was_taught(llama, tmp_path, capsys, name, starts):
+    """Its template stands beside it, though its base has none; transformers, a chat and `generate --chat` take it."""
+    from transformers import AutoTokenizer
+
+    base = tmp_path / "base"
+    sizes = {"vocab_size": 256 + len(tiny.SPECIAL), "max_position_embeddings": 128}
+    models.save(models.build(json.loads((llama / "config.json").read_text()) | sizes, key=jax.random.key(0)), base)
+    tiny.write(base, starts=starts)
+    rows = tmp_path / "rows.jsonl"
+    said = [{"role": "user", "content": "a film"}, {"role": "assistant", "content": "was good"}]
+    rows.write_text((json.dumps({"messages": said}) + "\n") * 4)
+    tree = {
+        "model": {"path": str(base), "task": "CAUSAL_LM"},
+        "data": {"train": str(rows), "template": name, "max_length": 96},
+        "method": {"kind": "lora", "rank": 2, "alpha": 4, "targets": ["q_proj"]},
+        "train": {"max_steps": 1, "batch_size": 2},
+        "out": str(tmp_path / "run"),
+    }
+    adapter = loop.train(config.parse(tree)).adapter
+    talk = chat.Conversation(base, {"it": adapter})
+    theirs = AutoTokenizer.from_pretrained(adapter)
+    ids = talk.prompt(said[:1])
+    assert ids == theirs.apply_chat_template(said[:1], add_generation_prompt=True, return_dict=False)
+    assert (ids[:1] == [tokenizer.load(base).bos_id]) == starts
+    assert talk.prompt(said) == theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    with pytest.raises(ValueError, match="has no chat template"):
+        talk.switch("base")
+    assert talk.speaker == "it"
+    opened = saved.open_model(None, adapter)
+    assert templates.asked(["a film"], opened.tokenizer, opened.template) == [ids]
+    capsys.readouterr()
+    cli.main(["generate", "--adapter", str(adapter), "--chat", "--max-new-tokens", "4", "a film"])
+    assert capsys.readouterr().out == "".join(talk.answer("a film", max_new_tokens=4)) + "\n"
+    saved.save_merged(opened, tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == theirs.chat_template
+
+
+def test_of_forms_with_several_templates_that_of_messages_is_kept(tmp_path):
+    folder = tiny.write(tmp_path / "model", tiny.CHATML)
+    files = {"pairs": {"prompt": "a", "completion": "b"}, "talks": rows_of(TALK)[0], "texts": {"text": "a"}}
+    for file, row in files.items():
+        (tmp_path / f"{file}.jsonl").write_text(json.dumps(row) + "\n")
+    words = tokenizer.load(folder)
+
+    def spoken(*names):
+        what = config.Data(train=tuple(str(tmp_path / f"{name}.jsonl") for name in names))
+        readers = [part.reader for part in data.read_rows(what, "CAUSAL_LM", "train")]
+        found = Encoder(what, words, None).spoken(readers)
+        return found and found.name
+
+    assert spoken("texts", "pairs", "talks") == "of the tokenizer"
+    assert spoken("texts", "pairs") == "plain"
+    assert spoken("texts") is None

@@ -55,7 +55,7 @@ class Recorder(types.ModuleType):
 def recorder(monkeypatch):
     """Imported under the name of every logger's package."""
     module = Recorder()
-    module.experiment_id, module.info = "7", types.SimpleNamespace(run_id="r1")
+    module.id, module.experiment_id, module.info = "w1", "7", types.SimpleNamespace(run_id="r1")
     module.__spec__ = importlib.machinery.ModuleSpec("recorder", None)
     for package in loggers.PACKAGES.values():
         monkeypatch.setitem(sys.modules, package, module)
@@ -118,6 +118,7 @@ def test_a_run_shows_and_keeps_what_it_is_asked_to(generate, recorder, capsys):
     assert (("r1", "optimizer.lr", "0.02"), {}) in recorder.flushed("log_param")
     assert len(recorder.flushed("close")) == len(recorder.flushed("finish")) == 1
     assert recorder.flushed("set_terminated") == [(("r1",), {})]
+    assert loggers.kept(out) == {"wandb": "w1", "mlflow": "r1"}
 
 
 def test_training_ends_early_and_the_best_is_the_adapter(classify, tmp_path):

@@ -17,12 +17,12 @@ HELP = f"talk with a model and its adapters ({_COMMANDS})"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, its adapters, and how tokens are chosen."""
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder with a chat template")
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="NAME=DIR", help="PEFT folder; may be repeated"
     )
     parser.add_argument(
-        "--template", metavar="NAME", help="as data.template in training; by default the tokenizer's own"
+        "--template", metavar="NAME", help="as data.template; by default an adapter's, else the tokenizer's own"
     )
     parser.add_argument("--system", metavar="TEXT", help="message that stands before the conversation")
     takes_rules(parser)
@@ -35,8 +35,10 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError(f"every --adapter has a name of its own, got {' '.join(options.adapter)}")
     import jax
 
+    from .. import compilation
     from ..chat import Conversation
 
+    compilation.keep_programs()
     talk = Conversation(options.model, adapters, options.system, options.template)
     chosen, turns = {**rules(options), "stop": options.stop}, 0
     for line in _lines(talk):

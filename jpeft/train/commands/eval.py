@@ -22,11 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Prints what was read, and a line for each metric."""
+    if options.task is None and not options.data:
+        raise config.ConfigError("jpeft eval takes a file (--data), or a task (--task)")
+    from .. import compilation
+
+    compilation.keep_programs()
     if options.task is not None:
         testing.run(options)
         return
-    if not options.data:
-        raise config.ConfigError("jpeft eval takes a file (--data), or a task (--task)")
     from ... import partition
     from .. import data, saved
     from ..evaluate import Evaluator

@@ -67,5 +67,7 @@ def _write(opened: Any, options: argparse.Namespace) -> None:
         saved.save_for_adapters(opened, options.out)
         print(f"AdapterHub adapter: {options.out}")
         return
-    saved.save_adapter(opened.model, options.out, opened.name, opened.info, Card())
+    saved.save_adapter(
+        opened.model, options.out, opened.name, opened.info, Card(), template=saved.template_source(opened)
+    )
     print(f"PEFT adapter: {options.out}")

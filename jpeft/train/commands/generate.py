@@ -15,6 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the prompts, and how tokens are chosen."""
     names_model(parser)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="none reads a prompt a line from standard input")
+    parser.add_argument(
+        "--chat", action="store_true", help="a prompt is a message in the adapter's or model's chat template"
+    )
     takes_rules(parser)
     parser.add_argument(
         "--num-return-sequences", type=int, metavar="N", help="texts for each prompt, drawn or searched"
@@ -31,15 +34,20 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError("give a prompt, or lines on standard input")
     import jax
 
-    from .. import saved, tokenizer
+    from .. import compilation, saved, templates, tokenizer
     from ..writer import Writer
 
+    compilation.keep_programs()
     opened = saved.open_model(options.model, options.adapter)
     writer = Writer(opened.model, opened.tokenizer, tokenizer.ends(opened.base, opened.tokenizer))
+    if options.chat:
+        ids = templates.asked(prompts, opened.tokenizer, opened.template)
+    else:
+        ids = opened.tokenizer.encode(prompts)
     chosen = {**rules(options), "key": jax.random.key(options.seed), "stop": options.stop}
     if len(prompts) == 1 and "num_beams" not in chosen and "num_return_sequences" not in chosen:
-        show(piece for ((piece,),) in writer.stream(opened.tokenizer.encode(prompts), **chosen))
+        show(piece for ((piece,),) in writer.stream(ids, **chosen))
         return
-    for prompt, texts in zip(prompts, writer.write(prompts, **chosen), strict=True):
+    for prompt, texts in zip(prompts, writer.write_on(ids, **chosen), strict=True):
         for text in texts:
             print(f"==> {prompt} <==\n{text}")

@@ -22,10 +22,11 @@ def run(options: argparse.Namespace) -> None:
     texts = options.texts or [line.rstrip("\n") for line in sys.stdin]
     if not texts:
         raise ConfigError("give a sentence to classify, or lines on standard input")
-    from .. import saved
+    from .. import compilation, saved
     from ..evaluate import predict
     from ..tagging import tag
 
+    compilation.keep_programs()
     opened = saved.open_model(options.model, options.adapter)
     names, length = saved.label_names(opened), options.max_length or opened.info.max_length or 128
     if opened.model.task == "TOKEN_CLS":

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="read the data, compile by shape, print the plan, and stop"
     )
     parser.add_argument("--profile", action="store_true", help="trace a few updates: logging.profile=3")
+    parser.add_argument("--no-compilation-cache", action="store_true", help="compilation_cache=null: keep no programs")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
 
@@ -40,6 +41,7 @@ def run(options: argparse.Namespace) -> None:
         "out": options.out,
         "mesh": options.mesh and f'"{options.mesh}"',
         "logging.profile": "3" if options.profile else None,
+        "compilation_cache": "null" if options.no_compilation_cache else None,
     }
     settings = config.load(
         options.config, options.overrides + [f"{key}={value}" for key, value in given.items() if value is not None]
@@ -51,8 +53,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace, settings: config.Config) -> None:
-    from .. import devices, folder, interruption, loop, plan
+    from .. import compilation, devices, folder, interruption, loop, plan, progress
 
+    progress.say(compilation.keep_programs(settings.compilation_cache))
     if options.dry_run:
         print(plan.dry_run(settings))
         return

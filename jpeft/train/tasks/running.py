@@ -43,7 +43,7 @@ class Settings:
       samples: texts for each prompt.
       temperature, top_p: of what is drawn; temperature 0 takes the likeliest token.
       max_new_tokens: of a text; None as the task says.
-      chat: whether a prompt is a user's message in the model's chat template.
+      chat: whether a prompt is a user's message in the chat template of the adapter's training, or the model's own.
     """
 
     data: str | None = None
@@ -262,9 +262,7 @@ def _encoded(opened: Opened, prompts: Sequence[str], chat: bool) -> list[list[in
     words = opened.tokenizer
     if not chat:
         return words.encode(prompts)
-    template = templates.load(words)
-    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return [words.encode_plain(template(message, generation=True)) for message in messages]
+    return templates.asked(prompts, words, opened.template)
 
 
 def _written(
