@@ -16,7 +16,7 @@ from flax import nnx
 from jax.custom_batching import custom_vmap
 
 from . import _fused_rule
-from ._rows import along_rows
+from ._rows import add_to_rows
 
 Leaves = Mapping[str, jax.Array]
 
@@ -68,7 +68,7 @@ def linear(module: Any, matrix: Matrix, leaves: Leaves, x: jax.Array) -> jax.Arr
     x, bias = _promoted(module, x, matrix)
     rows: Any = product(matrix, x.reshape(-1, matrix.d_in), leaves)
     y = rows.reshape(*x.shape[:-1], matrix.d_out)
-    return y if bias is None else y + along_rows(bias, y)
+    return y if bias is None else add_to_rows(y, bias)
 
 
 def _promoted(module: Any, x: jax.Array, matrix: Matrix) -> tuple[jax.Array, Any]:

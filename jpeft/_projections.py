@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ._rows import along_rows
+from ._rows import scale_rows
 from ._stream import token_ways
 
 
@@ -83,7 +83,7 @@ class Projection(abc.ABC):
 
     def scale_output(self, module: Any, y: jax.Array, scale: jax.Array) -> jax.Array:
         """The module's output `y`, each of its d_out entries times one of `scale` `[d_out]`."""
-        return y * along_rows(scale, y)
+        return scale_rows(y, scale)
 
     def read(self, module: Any) -> jax.Array:
         """The module's kernel as a matrix, `[*lead, d_in, d_out]`."""
@@ -209,23 +209,23 @@ class Matmul(Projection):
         return bias.reshape(*first, *middle, *last)
 
     def scale_input(self, module: Any, x: jax.Array, scale: jax.Array) -> jax.Array:
-        return x * self._along(module, scale, x, 0)
+        return self._scaled(module, x, scale, 0)
 
     def scale_output(self, module: Any, y: jax.Array, scale: jax.Array) -> jax.Array:
-        return y * self._along(module, scale, y, 2)
+        return self._scaled(module, y, scale, 2)
 
-    def _along(self, module: Any, vector: jax.Array, rows: jax.Array, term: int) -> jax.Array:
-        """`[d_in]` along the input's axes, or `[d_out]` along the output's: of `nh` in `...hn`, `[1, 1, h, n]`."""
+    def _scaled(self, module: Any, x: jax.Array, vector: jax.Array, term: int) -> jax.Array:
+        """`x` times `[d_in]` along the input's axes, or `[d_out]` along the output's: of `nh` in `...hn`."""
         axes = self._terms(module)[term]
         _, d_in, d_out, sizes = self._split(module, getattr(module, self.kernel).shape)
         own, named = (d_out if term else d_in), axes.replace("...", "")
         ordered = "".join(c for c in axes if c in own)
         vector = jnp.einsum(f"{own}->{ordered}", vector.reshape([sizes[c] for c in own]))
         if axes == f"...{ordered}":
-            return along_rows(vector, rows)
+            return scale_rows(x, vector)
         shape = [sizes[c] if c in own else 1 for c in named]
         at = max(axes.find("..."), 0)
-        return vector.reshape(shape[:at] + [1] * (rows.ndim - len(named)) + shape[at:])
+        return x * vector.reshape(shape[:at] + [1] * (x.ndim - len(named)) + shape[at:])
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

@@ -1,50 +1,122 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vector at every row of an array, with a gradient that a CPU computes fast.
+"""What every row of an array shares, a matrix or a vector, with a gradient that a CPU computes fast.
 
-The gradient of a vector that every row shares (a bias, a norm's scale, an (IA)³ vector) is a sum over rows. XLA fuses
-such a sum on a CPU with what makes the rows, into one loop down the columns on one core: 11 ms for 1,024 rows of 1,536
-numbers, which take 0.5 ms to make. A product with a row of ones is not fused.
+The gradient of a vector that every row is added to or multiplied with (a bias, a norm's scale, an (IA)³ vector) is a
+sum over rows. XLA fuses such a sum on a CPU with what makes the rows, into one loop down the columns on one core: 11 ms
+for 1,024 rows of 1,536 numbers, which take 0.5 ms to make. A product with a row of ones is not fused. And the gradient
+of a matrix is a product over rows, of which XLA transposes one side in memory unless they lie in one axis. What has no
+gradient keeps nothing for the backward pass.
+
+Elsewhere these are the plain operations.
 """
 
-import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from ._scope import platform
 from ._stream import token_ways
 
 
-def along_rows(vector: Float[Array, "*row"], rows: Float[Array, "*lead_and_row"]) -> Float[Array, "*lead_and_row"]:
-    """`vector` in a shape that is added to `rows` or multiplied with them; a row has the vector's own axes."""
-    lead = rows.shape[: rows.ndim - vector.ndim]
-    if platform() != "cpu":
-        return vector.reshape((1,) * len(lead) + vector.shape)
-    return _repeated(vector, lead)
+def add_to_rows(rows: Float[Array, "*lead_and_row"], vector: Float[Array, "*row"]) -> Float[Array, "*lead_and_row"]:
+    """`rows + vector`; a row has the vector's own axes."""
+    return _added(rows, vector) if platform() == "cpu" else rows + _in_front(vector, rows)
+
+
+def scale_rows(rows: Float[Array, "*lead_and_row"], vector: Float[Array, "*row"]) -> Float[Array, "*lead_and_row"]:
+    """`rows * vector`; a row has the vector's own axes."""
+    return _scaled(rows, vector) if platform() == "cpu" else rows * _in_front(vector, rows)
+
+
+def product(rows: Float[Array, "*lead d_in"], kernel: Float[Array, "d_in d_out"]) -> Float[Array, "*lead d_out"]:
+    """`rows @ kernel`."""
+    return _product(rows, kernel) if platform() == "cpu" else rows @ kernel
 
 
 def sum_rows(rows: Float[Array, "*lead d"]) -> Float[Array, "d"]:
     """The sum over all axes but the last, in the rows' dtype."""
-    if platform() != "cpu" or (rows.ndim > 2 and token_ways(rows) > 1):  # laid end to end, split tokens are gathered
+    if platform() != "cpu" or _split(rows):
         return rows.sum(tuple(range(rows.ndim - 1)))
-    flat = rows.reshape(-1, rows.shape[-1])  # of more axes, the product would transpose its rows first
+    flat = _flat(rows)
     return (jnp.ones((1, len(flat)), rows.dtype) @ flat)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _repeated(vector: jax.Array, lead: tuple[int, ...]) -> jax.Array:
-    return jnp.broadcast_to(vector[(None,) * len(lead)], (*lead, *vector.shape))
+@jax.custom_vjp
+def _added(rows: jax.Array, vector: jax.Array) -> jax.Array:
+    return rows + _in_front(vector, rows)
 
 
-def _forward(vector: jax.Array, lead: tuple[int, ...]) -> tuple[jax.Array, None]:
-    return _repeated(vector, lead), None
+def _added_forward(rows: Any, vector: Any) -> tuple[jax.Array, Any]:
+    like = jnp.zeros(vector.value.shape, vector.value.dtype) if vector.perturbed else None
+    return _added(rows.value, vector.value), like
 
 
-def _backward(lead: tuple[int, ...], _: None, g: jax.Array) -> tuple[jax.Array]:
-    row = g.shape[len(lead) :]
-    return (sum_rows(g.reshape(*lead, math.prod(row))).reshape(row),)
+def _added_backward(like: Any, g: Any) -> tuple[Any, Any]:
+    return g, None if like is None else _summed(g, like)
 
 
-_repeated.defvjp(_forward, _backward)
+@jax.custom_vjp
+def _scaled(rows: jax.Array, vector: jax.Array) -> jax.Array:
+    return rows * _in_front(vector, rows)
+
+
+def _scaled_forward(rows: Any, vector: Any) -> tuple[jax.Array, Any]:
+    return _scaled(rows.value, vector.value), (rows.value if vector.perturbed else None, vector.value)
+
+
+def _scaled_backward(residuals: Any, g: Any) -> tuple[Any, Any]:
+    rows, vector = residuals
+    return g * _in_front(vector, g), None if rows is None else _summed(g * rows, vector)
+
+
+@jax.custom_vjp
+def _product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
+    return rows @ kernel
+
+
+def _product_forward(rows: Any, kernel: Any) -> tuple[jax.Array, Any]:
+    kept = rows.value if kernel.perturbed else None, kernel.value
+    return _product(rows.value, kernel.value), kept
+
+
+def _product_backward(kept: Any, g: Any) -> tuple[Any, Any]:
+    rows, kernel = kept
+    back = g @ kernel.T
+    if rows is None:
+        return back, None
+    if _split(g):
+        axes = tuple(range(g.ndim - 1))
+        return back, jnp.tensordot(rows, g, (axes, axes))
+    return back, _flat(rows).T @ _flat(g)
+
+
+_added.defvjp(_added_forward, lambda like, g: _added_backward(like, _whole(g)), symbolic_zeros=True)
+_scaled.defvjp(_scaled_forward, lambda kept, g: _scaled_backward(kept, _whole(g)), symbolic_zeros=True)
+_product.defvjp(_product_forward, lambda kept, g: _product_backward(kept, _whole(g)), symbolic_zeros=True)
+
+
+def _whole(g: Any) -> jax.Array:
+    return g.instantiate() if isinstance(g, SymbolicZero) else g
+
+
+def _in_front(vector: jax.Array, rows: jax.Array) -> jax.Array:
+    """The vector as one row, `[1, ..., *row]`."""
+    return vector.reshape((1,) * (rows.ndim - vector.ndim) + vector.shape)
+
+
+def _summed(g: jax.Array, vector: jax.Array) -> jax.Array:
+    lead = g.shape[: g.ndim - vector.ndim]
+    return sum_rows(g.reshape(*lead, math.prod(vector.shape))).reshape(vector.shape).astype(vector.dtype)
+
+
+def _flat(rows: jax.Array) -> jax.Array:
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def _split(rows: jax.Array) -> bool:
+    """Whether tokens are split over devices; laid end to end with other rows they would be gathered."""
+    return rows.ndim > 2 and token_ways(rows) > 1

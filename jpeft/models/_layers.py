@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from .._rows import along_rows
+from .._rows import scale_rows
 from ..seams import held
 
 
@@ -64,7 +64,7 @@ class RMSNorm(nnx.Module):
             y = x.astype(jnp.float32)
             y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
             scale = scale.astype(jnp.float32) + self.offset if self.offset else scale
-            return (y * along_rows(scale, y)).astype(x.dtype)
+            return scale_rows(y, scale).astype(x.dtype)
 
         return norm(x, self.scale[...])
 

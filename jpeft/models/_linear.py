@@ -7,8 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .._rows import along_rows
-from .._scope import platform
+from .._rows import add_to_rows, product
 
 
 class Linear(nnx.Linear):
@@ -18,13 +17,9 @@ class Linear(nnx.Linear):
     computes_as_linear = True
 
     def __call__(self, inputs: Float[Array, "*batch d_in"], out_sharding: Any = None) -> Float[Array, "*batch d_out"]:
-        if out_sharding is not None or platform() != "cpu":
+        if out_sharding is not None or self.dot_general is not jax.lax.dot_general or self.precision is not None:
             return super().__call__(inputs, out_sharding)
         leaf = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], leaf), dtype=self.dtype)
-        y = self._product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
-        return y if bias is None else y + along_rows(bias, y)
-
-    def _product(self, rows: jax.Array, kernel: jax.Array) -> jax.Array:
-        """Over flat rows: of a product over more axes, the kernel's gradient transposes its rows first."""
-        return self.dot_general(rows, kernel, (((1,), (0,)), ((), ())), precision=self.precision)
+        y = product(x, kernel)
+        return y if bias is None else add_to_rows(y, bias)
