@@ -30,7 +30,7 @@ def export_merged(
     Args:
       model: an adapted model of the zoo.
       folder: where config.json, the safetensors and README.md go.
-      tokenizer_from: a model folder whose tokenizer is copied along.
+      tokenizer_from: a model folder whose tokenizer, or processor of images or sounds, is copied along.
       sample: what the drift is measured on; by default two rows of random tokens.
       base: the base model's id on the Hub, or its folder, for README.md.
 

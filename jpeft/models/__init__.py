@@ -231,10 +231,12 @@ def weights(model: Any) -> tuple[Entry, ...]:
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> list[str]:
-    """Copies a model folder's tokenizer into another, and returns the names of the files copied."""
+    """Copies a folder's tokenizer, or processor of images or sounds, into another; returns the names of the files."""
     copied = [name for name in TOKENIZER_FILES if is_file(Path(source) / name)]
     if not copied:
-        raise FileNotFoundError(f"{source} holds none of a tokenizer's files: {', '.join(TOKENIZER_FILES)}")
+        raise FileNotFoundError(
+            f"{source} holds none of a tokenizer's or processor's files: {', '.join(TOKENIZER_FILES)}"
+        )
     Path(target).mkdir(parents=True, exist_ok=True)
     for name in copied:
         copy_file(Path(source) / name, Path(target) / name)

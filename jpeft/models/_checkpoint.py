@@ -19,7 +19,7 @@ _LOG = logging.getLogger("jpeft")
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-#: What a tokenizer may lie in.
+#: What a tokenizer may lie in, and how images and sounds are made ready.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,6 +32,7 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
     "chat_template.jinja",
+    "preprocessor_config.json",
 )
 
 

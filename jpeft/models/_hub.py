@@ -22,7 +22,8 @@ def is_id(path: str | Path) -> bool:
 def model_folder(path: str | Path, revision: str | None = None, local_files_only: bool = False) -> Path:
     """The folder of a model: `path`, where it is one, else that of the cache with what the hub has by this id.
 
-    Fetched are config.json, the safetensors (of shards those that the index names) and the tokenizer; never a pickle.
+    Fetched are config.json, the safetensors (of shards those that the index names), the tokenizer and
+    the processor of images or sounds; never a pickle.
 
     Raises:
       ImportError: huggingface_hub is not installed.

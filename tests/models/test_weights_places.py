@@ -162,7 +162,7 @@ def test_what_is_no_model_folder_is_not_replaced(folder, tmp_path):
 
 
 def test_the_tokenizer_is_copied(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds none of a tokenizer's files"):
+    with pytest.raises(FileNotFoundError, match="holds none of a tokenizer's or processor's files"):
         models.copy_tokenizer(folder, tmp_path / "copy")
     (folder / "tokenizer.json").write_text("words")
     assert models.copy_tokenizer(folder, tmp_path / "copy") == ["tokenizer.json"]

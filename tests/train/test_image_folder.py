@@ -7,7 +7,10 @@ import jax
 import numpy as np
 import optax
 import pytest
+import torch
+import transformers
 from PIL import Image
+from transformers.image_utils import load_image
 
 import jpeft
 from jpeft import models
@@ -15,6 +18,9 @@ from jpeft.train import image_folder, images
 from jpeft.train.losses import cls_loss, cls_sums
 from jpeft.train.records import DataError
 from jpeft.train.step import begin, make_step
+
+#: float32 against float32, at logits of unit scale.
+CLOSE = 1e-5
 
 VIT = {
     "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
@@ -75,6 +81,14 @@ def test_a_vit_learns_colours_from_files_and_is_the_same_when_opened_again(tmp_p
     jpeft.export_peft(trained, tmp_path / "adapter")
     opened = jpeft.import_peft(models.load(model), tmp_path / "adapter")
     np.testing.assert_allclose(cls_loss(opened, held), cls_loss(trained, held), rtol=1e-6)
+
+    jpeft.export_merged(trained, tmp_path / "merged", tokenizer_from=model)
+    theirs = transformers.ViTForImageClassification.from_pretrained(tmp_path / "merged")
+    processor = transformers.ViTImageProcessor.from_pretrained(tmp_path / "merged")
+    pixels = processor([load_image(str(file)) for file in test.files], return_tensors="pt")
+    with torch.no_grad():
+        logits = theirs(**pixels).logits.numpy()
+    np.testing.assert_allclose(logits, trained(held["pixel_values"]), rtol=CLOSE, atol=CLOSE)
 
 
 @pytest.mark.parametrize(
