@@ -172,7 +172,7 @@ MODELS = {
 WIDE = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 40}
 WIDER = WIDE | {"hidden_size": 64, "intermediate_size": 192}  # whole blocks of 64 in every column
 WIDE_T5 = T5 | {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 48, "vocab_size": 40}
-MODELS |= {
+ON_MESHES = {
     "wide bert": dataclasses.replace(MODELS["bert"], build=_zoo(BERT | WIDE, "TOKEN_CLS")),
     "wide llama": dataclasses.replace(MODELS["llama"], build=_zoo(LLAMA | WIDE, "CAUSAL_LM")),
     "wide t5": dataclasses.replace(MODELS["t5"], build=_zoo(WIDE_T5, "SEQ_2_SEQ_LM")),
@@ -181,3 +181,6 @@ MODELS |= {
         build=lambda: jpeft.quantize(_zoo(LLAMA | WIDER, "CAUSAL_LM")(), "nf4"),
     ),
 }
+
+#: Every one by name.
+KNOWN = MODELS | ON_MESHES

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import subjects
-from contracts.models import MODELS, VOCAB, Model
+from contracts.models import KNOWN, VOCAB, Model
 
 import jpeft
 
@@ -321,7 +321,7 @@ class Case:
 
     @property
     def row(self) -> Model:
-        return MODELS[self.model]
+        return KNOWN[self.model]
 
     @property
     def line(self) -> Line:
@@ -366,7 +366,7 @@ class Case:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def _run(graphdef, name, trainable, frozen, inputs, options):
-    return MODELS[name].run(jpeft.combine(graphdef, trainable, frozen), *inputs, **options)
+    return KNOWN[name].run(jpeft.combine(graphdef, trainable, frozen), *inputs, **options)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
@@ -376,7 +376,7 @@ def _step(case, graphdef, trainable, frozen, ids, key):
 
 @functools.cache
 def _base(model: str) -> Any:
-    return MODELS[model].build()
+    return KNOWN[model].build()
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 import subjects
-from contracts.models import VOCAB
+from contracts.models import ON_MESHES, VOCAB
 from contracts.table import METHODS, QUICK, Case
 from jax.sharding import PartitionSpec as P
 
@@ -30,7 +30,7 @@ MESHES = {
     "mixed": "data=2,fsdp=2,tensor=2",
     "sequence": "data=2,fsdp=2,sequence=2",
 }
-MODELS = ("wide llama", "wide t5", "wide bert", "wide quantized llama")
+MODELS = tuple(ON_MESHES)
 FAST = (
     ("lora", "mixed"),
     ("prompt tuning", "sequence"),

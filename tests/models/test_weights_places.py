@@ -109,7 +109,7 @@ def test_saving_over_a_folder_replaces_the_model_and_keeps_the_rest(folder):
 def test_a_failed_save_leaves_the_old_folder(folder, monkeypatch):
     model, before = models.load(folder, "TOKEN_CLS"), {f.name: f.read_bytes() for f in folder.iterdir()}
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError("disk full")
 
     monkeypatch.setattr(models, "save_leaves", full)

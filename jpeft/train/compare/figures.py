@@ -196,6 +196,8 @@ def _scores(axes: Any, table: Table) -> bool:
 def _groups(axes: Any, table: Table) -> bool:
     """The main figure of every group of test examples, by method."""
     rows = [row for row in table.rows if row.groups and not row.all_collapsed]
+    if not rows:
+        return False
     names = list(dict.fromkeys(name for row in rows for name in row.groups))
     for at, name in enumerate(names):
         means, low, high = np.array([row.groups[name] for row in rows]).T
@@ -210,7 +212,7 @@ def _groups(axes: Any, table: Table) -> bool:
     axes.grid(axis="x", alpha=0.3)
     axes.figure.set_figheight(1.6 + 0.4 * len(rows))
     _legend(axes)
-    return bool(rows)
+    return True
 
 
 def _forgetting(axes: Any, table: Table) -> bool:
