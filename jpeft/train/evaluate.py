@@ -3,7 +3,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -112,21 +112,42 @@ def predict(
       names: label of every output of the head.
       max_length, batch_size: as in training.
     """
-    graphdef, trainable, frozen = partition(model)
-
-    @jax.jit
-    def probabilities(trainable: Leaves, frozen: Leaves, batch: dict[str, Any]) -> jax.Array:
-        batch = jax.tree.map(lambda x: x[0], batch)
-        return jax.nn.softmax(logits_of(combine(graphdef, trainable, frozen), batch, None))
-
     ids, lost = tokenizer.cut(texts, max_length)
     tokens, labels = [np.asarray(row, np.int32) for row in ids], [np.asarray(IGNORED, np.int32)] * len(ids)
     examples = Examples(tokens, labels, len(ids), sum(n > 0 for n in lost), sum(lost), 0, {})
+    sizes = {"max_length": max_length, "batch_size": batch_size, "pad_id": tokenizer.pad_id}
+    found = dict(each_row(model, examples, jax.nn.softmax, **sizes))
+    return [Prediction(text, names[int(found[i].argmax())], float(found[i].max())) for i, text in enumerate(texts)]
+
+
+def each_row(
+    model: Any,
+    examples: Examples,
+    of_logits: Callable[[jax.Array], jax.Array],
+    *,
+    max_length: int,
+    batch_size: int,
+    pad_id: int,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The number of every row and what `of_logits` makes of its logits, in the order in which they are computed.
+
+    Args:
+      model: adapted or not.
+      examples: rows; their labels are not looked at.
+      of_logits: of a batch.
+      max_length, batch_size, pad_id: of the batches.
+    """
+    graphdef, trainable, frozen = partition(model)
+
+    @jax.jit
+    def compute(trainable: Leaves, frozen: Leaves, batch: dict[str, Any]) -> jax.Array:
+        batch = jax.tree.map(lambda x: x[0], batch)
+        return of_logits(logits_of(combine(graphdef, trainable, frozen), batch, None))
+
     widths = choose_widths(examples.lengths, 8, max_length)
-    batches = Batches(examples, Buckets(examples.lengths, widths, min(batch_size, len(ids))), 1, tokenizer.pad_id)
-    found: dict[int, Prediction] = {}
+    batches = Batches(examples, Buckets(examples.lengths, widths, min(batch_size, len(examples))), 1, pad_id)
     for batch in batches.buckets.in_order():
-        rows = np.asarray(probabilities(trainable, frozen, batches.collate(batch)))
-        for row, p in zip(batch.rows, rows, strict=False):  # the rest is padding
-            found[int(row)] = Prediction(texts[int(row)], names[int(p.argmax())], float(p.max()))
-    return [found[i] for i in range(len(texts))]
+        for row, values in zip(
+            batch.rows, np.asarray(compute(trainable, frozen, batches.collate(batch))), strict=False
+        ):
+            yield int(row), values  # the rest is padding
