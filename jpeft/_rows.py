@@ -52,7 +52,7 @@ def _added(rows: jax.Array, vector: jax.Array) -> jax.Array:
 
 def _added_forward(rows: Any, vector: Any) -> tuple[jax.Array, Any]:
     like = jnp.zeros(vector.value.shape, vector.value.dtype) if vector.perturbed else None
-    return _added(rows.value, vector.value), like
+    return rows.value + _in_front(vector.value, rows.value), like
 
 
 def _added_backward(like: Any, g: Any) -> tuple[Any, Any]:
@@ -65,7 +65,7 @@ def _scaled(rows: jax.Array, vector: jax.Array) -> jax.Array:
 
 
 def _scaled_forward(rows: Any, vector: Any) -> tuple[jax.Array, Any]:
-    return _scaled(rows.value, vector.value), (rows.value if vector.perturbed else None, vector.value)
+    return rows.value * _in_front(vector.value, rows.value), (rows.value if vector.perturbed else None, vector.value)
 
 
 def _scaled_backward(residuals: Any, g: Any) -> tuple[Any, Any]:
@@ -80,7 +80,7 @@ def _product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _product_forward(rows: Any, kernel: Any) -> tuple[jax.Array, Any]:
     kept = rows.value if kernel.perturbed else None, kernel.value
-    return _product(rows.value, kernel.value), kept
+    return rows.value @ kernel.value, kept  # a plain product, which remat's policies know by its name
 
 
 def _product_backward(kept: Any, g: Any) -> tuple[Any, Any]:
