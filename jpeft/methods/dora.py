@@ -91,14 +91,14 @@ class DoRA(Method):
         projection = seams.projection(base)
         kernel, (a, b) = projection.read(base), self._running_factors(adapter)
         x, drops = _low_rank.dropped(adapter, base, inputs[0], self.dropout)
-        delta = _low_rank.change(base, x, a, b)  # [..., d_out]
-        growth = jnp.broadcast_to(self._running_growth(adapter, kernel, a, b), delta.shape)
+        delta = projection.emit(base, _low_rank.change(base, x, a, b))
         if drops:
             plain = projection.emit(base, projection.contract(base, x.astype(kernel.dtype), kernel))
         else:
             plain = projection.less_bias(base, y.astype(delta.dtype))
-        change = projection.emit(base, growth) * plain.astype(delta.dtype) + projection.emit(base, (1 + growth) * delta)
-        return (y + change).astype(y.dtype)
+        growth = self._running_growth(adapter, kernel, a, b)
+        grown = projection.scale_output(base, plain.astype(delta.dtype) + delta, growth)
+        return (y + (delta + grown)).astype(y.dtype)
 
     def attend(self, adapter: Adapter, base: Any, y: jax.Array, query: jax.Array) -> Float[Array, "..."]:
         table, (a, b) = seams.projection(base).read(base), self._running_factors(adapter)

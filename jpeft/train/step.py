@@ -25,6 +25,7 @@ from .._partition import GraphDef, Leaves, combine
 from .._scope import scope
 from .._sharding import mirrored
 from .._steering import check_steered
+from .freed import give_back
 from .losses import Batch, Measured, Sums, cls_loss, lm_loss, qa_loss, token_cls_loss
 
 __all__ = ["Metrics", "State", "begin", "cls_loss", "lm_loss", "make_step", "qa_loss", "token_cls_loss"]
@@ -294,6 +295,7 @@ class Compiled:
         if shapes not in self._programs:
             start = time.perf_counter()
             self._programs[shapes] = self.lower(state, frozen, batch, key).compile()
+            give_back()
             self.compile_seconds += time.perf_counter() - start
         return self._programs[shapes]
 
