@@ -158,9 +158,9 @@ def _leaf(
     buffers = {_bounds(index, leaf.shape): _buffer(index, leaf) for index in indices}
     with ThreadPoolExecutor(_THREADS) as pool:
         jobs = [
-            pool.submit(safetensors.read, tensors[part.key], targets)
+            pool.submit(job)
             for number, part in enumerate(parts)
-            if (targets := _targets(part, number, leaf, buffers))
+            for job in safetensors.reading(tensors[part.key], _targets(part, number, leaf, buffers))
         ]
         for job in jobs:
             job.result()

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Memory goes back to the system."""
+
 import ctypes
 import platform
 import re
@@ -15,7 +17,7 @@ def resident_mb() -> float:
     return int(found.group(1)) / 1024
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is absent")
 def test_what_is_free_goes_back_to_the_system():
     library = ctypes.CDLL(None)
     library.malloc.restype, library.malloc.argtypes, library.free.argtypes = (
