@@ -153,7 +153,7 @@ class _Limits:
     places: Any = None
 
 
-def _visible(rules: _Rules, limits: _Limits, queries: range, keys: range) -> jax.Array | None:
+def _visible(rules: _Rules, limits: _Limits, queries: range, keys: range) -> Given | None:
     """Which of the keys each query sees, `[batch or 1, queries or 1, keys]`; None where all see all."""
     here = jnp.arange(queries.start, queries.stop)[:, None] + rules.offset
     there = jnp.arange(keys.start, keys.stop)[None]

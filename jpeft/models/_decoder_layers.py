@@ -60,11 +60,11 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch seq d_model"],
         rope: tuple[jax.Array, jax.Array],
-        mask: Shaped[Given, "batch seq"] | None,
+        mask: Shaped[Given, "batch keys"] | None,
         segment_ids: Int[Given, "batch seq"] | None,
         window: Any,
         places: Any,
-        past: KV | None = None,
+        past: Any = None,
     ) -> tuple[Float[Array, "batch seq d_model"], KV]:
         q, k, v = self._projected(x)
         if hasattr(self, "q_norm"):

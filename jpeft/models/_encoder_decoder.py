@@ -234,7 +234,7 @@ class EncoderDecoder(nnx.Module):
         encoded: Encoded,
         decoder_input_ids: Int[Given, "batch out"],
         decoder_attention_mask: Shaped[Given, "batch out"] | None = None,
-        decoder_positions: Int[Given, "batch out"] | None = None,
+        decoder_positions: Int[Given, "rows out"] | None = None,
     ) -> Float[Array, "batch out d_model"]:
         """The decoder's states. Virtual tokens that a method puts in front of its own are left out."""
         e = self.words(decoder_input_ids)
@@ -253,7 +253,7 @@ class EncoderDecoder(nnx.Module):
         encoded: Encoded,
         decoder_input_ids: Int[Given, "batch out"],
         decoder_attention_mask: Shaped[Given, "batch out"] | None = None,
-        decoder_positions: Int[Given, "batch out"] | None = None,
+        decoder_positions: Int[Given, "rows out"] | None = None,
     ) -> tuple[Float[Array, "batch out d_model"], Cache]:
         """The decoder's first tokens: what `decode` gives for them, and the cache with them and `encoded` in it.
 

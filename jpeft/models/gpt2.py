@@ -323,7 +323,7 @@ class GPT2(nnx.Module):
         return e.astype(self.dtype)
 
     def _run(
-        self, e: jax.Array, places: Any, mask: Any, segments: Any, past: KV | None = None, keep: bool = False
+        self, e: jax.Array, places: Any, mask: Any, segments: Any, past: Any = None, keep: bool = False
     ) -> tuple[jax.Array, Any]:
         """The layers' last states and, if they are to be kept, all layers' keys and values of `e`."""
         config = self.config

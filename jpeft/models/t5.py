@@ -69,7 +69,7 @@ class T5(EncoderDecoder):
         *,
         decoder_input_ids: Int[Given, "batch out"],
         decoder_attention_mask: Shaped[Given, "batch out"] | None = None,
-        decoder_positions: Int[Given, "batch out"] | None = None,
+        decoder_positions: Int[Given, "rows out"] | None = None,
         key: jax.Array | None = None,
     ) -> Float[Array, "batch out _"]:
         """Logits `[batch out vocab]`, or the decoder's states, by task.
@@ -100,7 +100,7 @@ class T5(EncoderDecoder):
         *,
         decoder_input_ids: Int[Given, "batch out"],
         decoder_attention_mask: Shaped[Given, "batch out"] | None = None,
-        decoder_positions: Int[Given, "batch out"] | None = None,
+        decoder_positions: Int[Given, "rows out"] | None = None,
         key: jax.Array | None = None,
     ) -> Float[Array, "batch out d_model"]:
         """The decoder's normalised last states; arguments as in a call."""
