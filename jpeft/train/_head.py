@@ -126,7 +126,7 @@ def head_log_probs(
 
 
 def _grouped(
-    head: Head, hidden: jax.Array, targets: jax.Array, groups: int, chunk_logits: int
+    head: Head, hidden: jax.Array, targets: Given, groups: int, chunk_logits: int
 ) -> tuple[jax.Array, jax.Array, int]:
     """Both as `[groups positions ...]`, padded to whole chunks, and the size of a chunk.
 
@@ -230,7 +230,7 @@ def _backward(head: Any, size: int, terms: Terms, saved: Any, slope: Any) -> tup
 _chunked_nll.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _nll_and_slope(logits: jax.Array, targets: jax.Array, terms: Terms) -> tuple[jax.Array, jax.Array]:
+def _nll_and_slope(logits: jax.Array, targets: Given, terms: Terms) -> tuple[jax.Array, jax.Array]:
     """The sum of losses, and its derivative with respect to `logits`."""
     logits = logits.astype(wide(logits.dtype))
     counts = (targets != IGNORED)[..., None]
