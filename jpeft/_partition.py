@@ -2,14 +2,15 @@
 """A model as three values: a static graphdef, and two flat dicts of arrays, trainable and frozen."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import nnx
 
 from ._method import AdapterParam
 
-Leaves = dict[str, jax.Array]
+#: Arrays by their paths; of a model by shape (`nnx.eval_shape`), what stands in their place.
+Leaves = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,10 @@ def partition(model: nnx.Module) -> tuple[GraphDef, Leaves, Leaves]:
     )
 
 
-def combine(graphdef: GraphDef, trainable: Leaves, frozen: Leaves) -> Any:
+def combine(graphdef: GraphDef, trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Any:
     """The model of which these are the parts; call it inside the function that `jax.jit` traces.
+
+    What stands in an array's place, as a shape or None, stands there in the model.
 
     Raises:
       ValueError: leaves are missing, or are none of this model's.
@@ -68,7 +71,7 @@ def combine(graphdef: GraphDef, trainable: Leaves, frozen: Leaves) -> Any:
     return nnx.graph.unflatten(graphdef.nnx, [leaves[path] for path in graphdef.paths])
 
 
-def _check(expected: Any, given: Leaves, half: str) -> None:
+def _check(expected: Any, given: Mapping[str, Any], half: str) -> None:
     missing, extra = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
     if missing or extra:
         said = [f"{len(paths)} {word} ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"

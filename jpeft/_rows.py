@@ -27,7 +27,7 @@ def add_to_rows(rows: Float[Array, "*lead_and_row"], vector: Float[Array, "*row"
     return _added(rows, vector) if platform() == "cpu" else rows + _in_front(vector, rows)
 
 
-def scale_rows(rows: Float[Array, "*lead_and_row"], vector: Float[Array, "*row"]) -> Float[Array, "*lead_and_row"]:
+def scale_rows(rows: Float[Array, "..."], vector: Float[Array, "*row"]) -> Float[Array, "..."]:
     """`rows * vector`; a row has the vector's own axes."""
     return _scaled(rows, vector) if platform() == "cpu" else rows * _in_front(vector, rows)
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from .. import _scope
 from .._dropout import keeps
+from .._given import Given
 from .._stream import split_tokens, token_ways, whole_tokens
 from ..seams import EVERY_SEGMENT
 
@@ -40,8 +40,8 @@ def attention(
     cap: float | None = None,
     window: int | Int[Array, ""] | None = None,
     places: Int[Array, "rows seq"] | None = None,
-    mask: Shaped[Array | np.ndarray, "batch keys"] | None = None,
-    segment_ids: Int[Array | np.ndarray, "batch seq"] | None = None,
+    mask: Shaped[Given, "batch keys"] | None = None,
+    segment_ids: Int[Given, "batch seq"] | None = None,
     bias: Float[Array, "rows heads seq bias_keys"] | None = None,
     dropout: float = 0.0,
     path: str = "attention/dropout",
@@ -153,7 +153,7 @@ class _Limits:
     places: Any = None
 
 
-def _visible(rules: _Rules, limits: _Limits, queries: range, keys: range) -> jax.Array | None:
+def _visible(rules: _Rules, limits: _Limits, queries: range, keys: range) -> Given | None:
     """Which of the keys each query sees, `[batch or 1, queries or 1, keys]`; None where all see all."""
     here = jnp.arange(queries.start, queries.stop)[:, None] + rules.offset
     there = jnp.arange(keys.start, keys.stop)[None]

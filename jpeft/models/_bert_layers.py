@@ -11,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
+from .._given import Given
 from .._scope import dropout
 from ..seams import KeyValues, Residual
 from ._attention import attention
@@ -41,14 +42,14 @@ class Embeddings(nnx.Module):
         self.token_type_embeddings = table(config.type_vocab_size, None)
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype=dtype)
 
-    def words(self, input_ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq d_model"]:
+    def words(self, input_ids: Int[Given, "batch seq"]) -> Float[Array, "batch seq d_model"]:
         """The tokens' own vectors."""
-        return self.word_embeddings(input_ids)
+        return self.word_embeddings(jnp.asarray(input_ids))
 
     def __call__(
-        self, e: Float[Array, "batch seq d_model"], positions: Int[Array, "..."], token_type_ids: Int[Array, "..."]
+        self, e: Float[Array, "batch seq d_model"], positions: Int[Given, "..."], token_type_ids: Int[Array, "..."]
     ) -> Float[Array, "batch seq d_model"]:
-        rows = positions + self.config.first_position
+        rows = jnp.asarray(positions) + self.config.first_position
         e = e + self.token_type_embeddings(token_type_ids) + self.position_embeddings(rows)
         return dropout(self.LayerNorm(e), self.config.hidden_dropout_prob, "embeddings/dropout")
 
@@ -68,8 +69,8 @@ class SelfAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq d_model"],
-        mask: Shaped[Array, "batch seq"] | None,
-        segment_ids: Int[Array, "batch seq"] | None,
+        mask: Shaped[Given, "batch seq"] | None,
+        segment_ids: Int[Given, "batch seq"] | None,
     ) -> Float[Array, "batch seq d_model"]:
         q, k, v = (self._heads(y) for y in (self.query(x), self.key(x), self.value(x)))
         k, v, mask = self.keys_values(k, v, mask, x)

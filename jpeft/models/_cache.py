@@ -103,7 +103,7 @@ def filled(cache: Cache, new: KV, mask: Any, places: Any, positions: Any) -> Cac
     )
 
 
-def extended(cache: Cache, new: KV, places: Any) -> Cache:
+def extended(cache: Cache, new: Any, places: Any) -> Cache:
     """`cache` with one token more in every row: its keys and values of all layers, and its positions `[batch, 1]`.
 
     In a loop they are written in place.

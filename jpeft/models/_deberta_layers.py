@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from .._given import Given
 from .._scope import dropout, scope
 from ..seams import KeyValues
 from ._attention import attention
@@ -37,20 +38,20 @@ class Embeddings(nnx.Module):
             self.embed_proj = linear(config, width, config.hidden_size, rngs, dtype, use_bias=False)
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype=dtype)
 
-    def words(self, input_ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq d_embedding"]:
+    def words(self, input_ids: Int[Given, "batch seq"]) -> Float[Array, "batch seq d_embedding"]:
         """The tokens' own vectors."""
-        return self.word_embeddings(input_ids)
+        return self.word_embeddings(jnp.asarray(input_ids))
 
     def __call__(
         self,
         e: Float[Array, "batch seq d_embedding"],
-        positions: Int[Array, "..."],
+        positions: Int[Given, "..."],
         token_type_ids: Int[Array, "..."],
         mask: Any,
     ) -> Float[Array, "batch seq d_model"]:
         config = self.config
         if config.position_biased_input:
-            e = e + self.position_embeddings(positions)
+            e = e + self.position_embeddings(jnp.asarray(positions))
         if config.type_vocab_size:
             e = e + self.token_type_embeddings(token_type_ids)
         if config.d_embedding != config.hidden_size:
@@ -90,7 +91,7 @@ class RelativePositions(nnx.Module):
         if config.norm_rel_ebd == "layer_norm":
             self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, dtype=dtype)
 
-    def __call__(self, seq: int, positions: Int[Array, "rows seq"] | None) -> Relative:
+    def __call__(self, seq: int, positions: Int[Given, "rows seq"] | None) -> Relative:
         far = distances(self.config, seq, positions)
         table = self.rel_embeddings()[far.rows]
         return Relative(self.LayerNorm(table) if self.config.norm_rel_ebd == "layer_norm" else table, far)
@@ -115,7 +116,7 @@ class DisentangledAttention(nnx.Module):
         self,
         x: Float[Array, "batch seq d_model"],
         mask: Any,
-        segment_ids: Int[Array, "batch seq"] | None,
+        segment_ids: Int[Given, "batch seq"] | None,
         relative: Relative | None,
     ) -> Float[Array, "batch seq d_model"]:
         q, k, v = (self._heads(y) for y in (self.query_proj(x), self.key_proj(x), self.value_proj(x)))
@@ -186,7 +187,7 @@ class ConvLayer(nnx.Module):
         self.LayerNorm = LayerNorm(d_model, config.layer_norm_eps, dtype=dtype)
 
     def read(
-        self, e: Float[Array, "batch seq d_model"], mask: Any, segment_ids: Int[Array, "batch seq"] | None
+        self, e: Float[Array, "batch seq d_model"], mask: Any, segment_ids: Int[Given, "batch seq"] | None
     ) -> Float[Array, "batch seq d_model"]:
         """What it makes of the text; in a packed row the neighbours in other segments count as 0."""
         side = self.config.conv_kernel_size // 2
@@ -201,7 +202,7 @@ class ConvLayer(nnx.Module):
         """The stream `x` with what was read."""
         return masked(self.LayerNorm(x + h), mask)
 
-    def _windows(self, around: jax.Array, segment_ids: jax.Array) -> Float[Array, "tokens window d_model"]:
+    def _windows(self, around: jax.Array, segment_ids: Given) -> Float[Array, "tokens window d_model"]:
         """Each token with its neighbours."""
         seq, size = segment_ids.shape[1], self.config.conv_kernel_size
         side = size // 2

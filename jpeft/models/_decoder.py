@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from .. import _stack
+from .._given import Given
 from .._scope import dropout, scope
 from ..seams import InputEmbedding
 from ._cache import KV, Cache, check_step, empty, extended, filled, num_slots, or_nan, reach, step_scope
@@ -59,12 +60,12 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        input_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Shaped[Array, "batch seq"] | None = None,
-        token_type_ids: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
-        inputs_embeds: Float[Array, "batch seq d_model"] | None = None,
+        input_ids: Int[Given, "batch seq"] | None = None,
+        attention_mask: Shaped[Given, "batch seq"] | None = None,
+        token_type_ids: Int[Given, "batch seq"] | None = None,
+        segment_ids: Int[Given, "batch seq"] | None = None,
+        positions: Int[Given, "batch seq"] | None = None,
+        inputs_embeds: Float[Given, "batch seq d_model"] | None = None,
         *,
         key: jax.Array | None = None,
     ) -> Float[Array, "..."]:
@@ -90,12 +91,12 @@ class Decoder(nnx.Module):
 
     def hidden(
         self,
-        input_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Shaped[Array, "batch seq"] | None = None,
-        token_type_ids: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
-        inputs_embeds: Float[Array, "batch seq d_model"] | None = None,
+        input_ids: Int[Given, "batch seq"] | None = None,
+        attention_mask: Shaped[Given, "batch seq"] | None = None,
+        token_type_ids: Int[Given, "batch seq"] | None = None,
+        segment_ids: Int[Given, "batch seq"] | None = None,
+        positions: Int[Given, "batch seq"] | None = None,
+        inputs_embeds: Float[Given, "batch seq d_model"] | None = None,
         *,
         key: jax.Array | None = None,
     ) -> Float[Array, "batch seq d_model"]:
@@ -129,10 +130,10 @@ class Decoder(nnx.Module):
     def prefill(
         self,
         cache: Cache,
-        input_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Shaped[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
-        inputs_embeds: Float[Array, "batch seq d_model"] | None = None,
+        input_ids: Int[Given, "batch seq"] | None = None,
+        attention_mask: Shaped[Given, "batch seq"] | None = None,
+        positions: Int[Given, "batch seq"] | None = None,
+        inputs_embeds: Float[Given, "batch seq d_model"] | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], Cache]:
         """Whole prompts: what `hidden` gives for them, and the cache with them in it.
 
@@ -145,7 +146,7 @@ class Decoder(nnx.Module):
             x, new = self._run(x, places, mask, None, virtual=x.shape[1] - e.shape[1], keep=True)
         return self.norm(x[:, x.shape[1] - e.shape[1] :]), filled(cache, new, mask, places, positions)
 
-    def step(self, cache: Cache, input_ids: Int[Array, "batch 1"]) -> tuple[Float[Array, "batch 1 d_model"], Cache]:
+    def step(self, cache: Cache, input_ids: Int[Given, "batch 1"]) -> tuple[Float[Array, "batch 1 d_model"], Cache]:
         """The next token of every row: its state, and the cache with it. NaN where the cache had no slot left."""
         check_step(cache, input_ids)
         e = self._embed(input_ids, None)
@@ -177,7 +178,7 @@ class Decoder(nnx.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if input_ids is None:
-            return inputs_embeds.astype(self.dtype)
+            return jnp.asarray(inputs_embeds, self.dtype)
         e, scale = self.embed_tokens(input_ids), self.config.embedding_scale
         return e if scale is None else e * jnp.asarray(scale, e.dtype)
 
@@ -209,7 +210,7 @@ class Decoder(nnx.Module):
         own = windows, kinds, None if cache is None else cache.kv
         return _stack.scan(self.layers, body, x, own, remat_policy=self.remat, unroll=self.unroll)
 
-    def _ropes(self, positions: Int[Array, "batch seq"]) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None]:
+    def _ropes(self, positions: Int[Given, "batch seq"]) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None]:
         """The rotary tables; where layers differ, with a first axis of kinds, and the kind of every layer."""
         config = self.config
         kinds = [*dict.fromkeys(config.ropes)]

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
+from .._given import Given
 from .._scope import dropout
 from ..seams import KeyValues, Residual
 from ._attention import attention
@@ -59,11 +60,11 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch seq d_model"],
         rope: tuple[jax.Array, jax.Array],
-        mask: Shaped[Array, "batch seq"] | None,
-        segment_ids: Int[Array, "batch seq"] | None,
+        mask: Shaped[Given, "batch keys"] | None,
+        segment_ids: Int[Given, "batch seq"] | None,
         window: Any,
         places: Any,
-        past: KV | None = None,
+        past: Any = None,
     ) -> tuple[Float[Array, "batch seq d_model"], KV]:
         q, k, v = self._projected(x)
         if hasattr(self, "q_norm"):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from .._given import Given
 from ._deberta_config import Config
 
 
@@ -35,7 +36,7 @@ class Distances(NamedTuple):
     pairs: Int[Array, "rows seq keys"] | None
 
 
-def distances(config: Config, seq: int, positions: Int[Array, "rows seq"] | None) -> Distances:
+def distances(config: Config, seq: int, positions: Int[Given, "rows seq"] | None) -> Distances:
     """Of `seq` tokens that stand one apart or, where they are given, at `positions`."""
     known = rows_of_distances(config)
     limit = len(known) // 2

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from .. import _stack
+from .._given import Given
 from .._scope import scope
 from ..seams import InputEmbedding, KeyValues
 from ._attention import attention
@@ -26,7 +27,7 @@ class Encoded(NamedTuple):
     """What a decoder reads of the encoder: its states, virtual tokens among them, and which of them it sees."""
 
     states: Float[Array, "batch seq d_model"]
-    mask: Shaped[Array, "batch seq"] | None
+    mask: Shaped[Given, "batch seq"] | None
 
 
 class Context(NamedTuple):
@@ -224,16 +225,16 @@ class EncoderDecoder(nnx.Module):
     encoder: Any
     decoder: Any
 
-    def words(self, ids: Int[Array, "batch out"]) -> Float[Array, "batch out d_model"]:
+    def words(self, ids: Int[Given, "batch out"]) -> Float[Array, "batch out d_model"]:
         """The vectors of the decoder's tokens."""
         raise NotImplementedError
 
     def decode(
         self,
         encoded: Encoded,
-        decoder_input_ids: Int[Array, "batch out"],
-        decoder_attention_mask: Shaped[Array, "batch out"] | None = None,
-        decoder_positions: Int[Array, "batch out"] | None = None,
+        decoder_input_ids: Int[Given, "batch out"],
+        decoder_attention_mask: Shaped[Given, "batch out"] | None = None,
+        decoder_positions: Int[Given, "rows out"] | None = None,
     ) -> Float[Array, "batch out d_model"]:
         """The decoder's states. Virtual tokens that a method puts in front of its own are left out."""
         e = self.words(decoder_input_ids)
@@ -250,9 +251,9 @@ class EncoderDecoder(nnx.Module):
         self,
         cache: Cache,
         encoded: Encoded,
-        decoder_input_ids: Int[Array, "batch out"],
-        decoder_attention_mask: Shaped[Array, "batch out"] | None = None,
-        decoder_positions: Int[Array, "batch out"] | None = None,
+        decoder_input_ids: Int[Given, "batch out"],
+        decoder_attention_mask: Shaped[Given, "batch out"] | None = None,
+        decoder_positions: Int[Given, "rows out"] | None = None,
     ) -> tuple[Float[Array, "batch out d_model"], Cache]:
         """The decoder's first tokens: what `decode` gives for them, and the cache with them and `encoded` in it.
 
@@ -263,7 +264,7 @@ class EncoderDecoder(nnx.Module):
         x, cache = self.decoder.prefill(cache, e, *given, **self._options)
         return x[:, x.shape[1] - e.shape[1] :], cache
 
-    def step(self, cache: Cache, input_ids: Int[Array, "batch 1"]) -> tuple[Float[Array, "batch 1 d_model"], Cache]:
+    def step(self, cache: Cache, input_ids: Int[Given, "batch 1"]) -> tuple[Float[Array, "batch 1 d_model"], Cache]:
         """The decoder's next token of every row: its state, and the cache with it. NaN where no slot was left."""
         check_step(cache, input_ids)
         return self.decoder.step(cache, self.words(input_ids), **self._options)

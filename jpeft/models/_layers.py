@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from .._given import Given
 from .._rows import scale_rows
 from ..seams import held
 
@@ -74,7 +75,7 @@ def gated(activation: str, gate: Float[Array, "*batch d_ff"], up: Float[Array, "
     return _recomputed(lambda gate, up: _ACTIVATIONS[activation](gate) * up)(gate, up)
 
 
-def segment_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+def segment_positions(segment_ids: Int[Given, "batch seq"]) -> Int[Array, "batch seq"]:
     """Positions that count from 0 in each run of equal segment ids."""
     return _since_start(jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape), segment_ids)
 
@@ -99,7 +100,7 @@ def positions_of(seq: int, segment_ids: Any, limit: int | None, text: Any = None
     return jnp.where(text, before if segment_ids is None else _since_start(before, segment_ids), -1)
 
 
-def _since_start(count: Int[Array, "batch seq"], segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+def _since_start(count: Int[Array, "batch seq"], segment_ids: Int[Given, "batch seq"]) -> Int[Array, "batch seq"]:
     """What a count that never falls has grown by since the start of each run of equal segment ids."""
     starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     return count - jax.lax.cummax(jnp.where(starts, count, 0), axis=1)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from .._given import Given
+
 
 def check_buckets(num_buckets: int, max_distance: int) -> None:
     """Both directions, and a distance that is not exact, need buckets.
@@ -22,7 +24,7 @@ def check_buckets(num_buckets: int, max_distance: int) -> None:
 
 
 def relative_buckets(
-    positions: Int[Array, "rows seq"],
+    positions: Int[Given, "rows seq"],
     keys: Int[Array, "rows keys"] | None = None,
     *,
     num_buckets: int,

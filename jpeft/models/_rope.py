@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from .._given import Given
 from ._config import Pairs
 
 #: What each type of rotary embedding needs beside its base, and what it may have.
@@ -66,7 +67,7 @@ def _is_factor(value: Any) -> bool:
 
 
 def rope_tables(
-    positions: Int[Array, "batch seq"],
+    positions: Int[Given, "batch seq"],
     d_head: int,
     *,
     theta: float,
@@ -118,7 +119,7 @@ def rotate(
 
 
 def _dynamic(
-    positions: jax.Array, exponents: np.ndarray, theta: float, max_position: int, factor: float
+    positions: Given, exponents: np.ndarray, theta: float, max_position: int, factor: float
 ) -> Float[Array, "batch 1 half"]:
     """Frequencies for a base that grows with the row's length, once that exceeds the context length."""
     length = jnp.maximum(positions.max(-1, keepdims=True) + 1, max_position).astype(jnp.float32)
@@ -128,7 +129,7 @@ def _dynamic(
 
 
 def _longrope(
-    positions: jax.Array, inverse: np.ndarray, scaling: Mapping[str, Any], max_position: int
+    positions: Given, inverse: np.ndarray, scaling: Mapping[str, Any], max_position: int
 ) -> tuple[Float[Array, "batch 1 half"], float]:
     """LongRoPE (https://arxiv.org/abs/2402.13753): a factor for every frequency, another set for rows that are long."""
     original = scaling.get("original_max_position_embeddings") or max_position

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
+from .._given import Given
 from ..seams import KeyValues
 from ._cache import KV
 
@@ -25,7 +26,7 @@ def step_attention(
     new: KV,
     x: Float[Array, "batch 1 d_model"],
     *,
-    seen: Shaped[Array, "batch slots"] | None,
+    seen: Shaped[Given, "batch slots"] | None,
     scale: float,
     cap: float | None = None,
     bias: Float[Array, "rows heads 1 covered"] | None = None,

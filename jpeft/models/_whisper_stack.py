@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from .. import _stack
+from .._given import Given
 from .._scope import dropout
 from ..seams import InputEmbedding, KeyValues, Residual
 from . import _encoder_decoder
@@ -137,7 +138,7 @@ class Encoder(Stack):
         self.conv2 = _convolution(config, config.d_model, 2, rngs, dtype)
         self.embed_positions = Sinusoids(config, dtype=dtype)
 
-    def heard(self, features: Float[Array, "batch mels frames"]) -> Float[Array, "batch seq d_model"]:
+    def heard(self, features: Float[Given, "batch mels frames"]) -> Float[Array, "batch seq d_model"]:
         """Vectors of the sound, with those of their places."""
         gelu = ACTIVATIONS["gelu"]
         x = gelu(self.conv1(jnp.swapaxes(features, 1, 2)))

@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from .. import _stack
+from .._given import Given
 from .._scope import dropout, scope
 from ..seams import InputEmbedding
 from ._bert_config import PRESETS, Config
@@ -78,12 +79,12 @@ class Bert(nnx.Module):
 
     def __call__(
         self,
-        input_ids: Int[Array, "batch *choices seq"] | None = None,
-        attention_mask: Shaped[Array, "batch *choices seq"] | None = None,
-        token_type_ids: Int[Array, "batch *choices seq"] | None = None,
-        segment_ids: Int[Array, "batch *choices seq"] | None = None,
-        positions: Int[Array, "batch *choices seq"] | None = None,
-        inputs_embeds: Float[Array, "batch *choices seq d_model"] | None = None,
+        input_ids: Int[Given, "batch *choices seq"] | None = None,
+        attention_mask: Shaped[Given, "batch *choices seq"] | None = None,
+        token_type_ids: Int[Given, "batch *choices seq"] | None = None,
+        segment_ids: Int[Given, "batch *choices seq"] | None = None,
+        positions: Int[Given, "batch *choices seq"] | None = None,
+        inputs_embeds: Float[Given, "batch *choices seq d_model"] | None = None,
         *,
         key: jax.Array | None = None,
     ) -> Float[Array, "..."]:
@@ -109,15 +110,15 @@ class Bert(nnx.Module):
 
     def hidden(
         self,
-        input_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Shaped[Array, "batch seq"] | None = None,
-        token_type_ids: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
-        inputs_embeds: Float[Array, "batch seq d_model"] | None = None,
+        input_ids: Int[Given, "batch seq"] | None = None,
+        attention_mask: Shaped[Given, "batch seq"] | None = None,
+        token_type_ids: Int[Given, "batch seq"] | None = None,
+        segment_ids: Int[Given, "batch seq"] | None = None,
+        positions: Int[Given, "batch seq"] | None = None,
+        inputs_embeds: Float[Given, "batch seq d_model"] | None = None,
         *,
         key: jax.Array | None = None,
-    ) -> Float[Array, "batch seq d_model"]:
+    ) -> Float[Array, "batch out d_model"]:
         """The last layer's states; arguments as in a call.
 
         Virtual tokens that a method puts in front are left out again; but not of SEQ_CLS and MULTIPLE_CHOICE,
@@ -126,8 +127,7 @@ class Bert(nnx.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         with scope(key=key):
-            e = inputs_embeds if input_ids is None else self.embeddings.words(input_ids)
-            assert e is not None
+            e = jnp.asarray(inputs_embeds) if input_ids is None else self.embeddings.words(input_ids)
             if positions is None:
                 config = self.config
                 text = input_ids != config.pad_token_id if config.is_roberta and input_ids is not None else None
@@ -172,7 +172,7 @@ class Bert(nnx.Module):
         """transformers' name of every module, one per layer of the stack."""
         return module_names(WEIGHTS(self.config, self.task), self.config.num_hidden_layers)
 
-    def _token_types(self, token_type_ids: jax.Array | None, seq: int) -> jax.Array:
+    def _token_types(self, token_type_ids: Given | None, seq: int) -> jax.Array:
         """Zeros by default, and before the given ones where the input embedding put tokens in front."""
         if token_type_ids is None:
             return jnp.zeros((1, 1), jnp.int32)

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from .. import _stack
+from .._given import Given
 from .._scope import dropout, scope
 from ..seams import InputEmbedding
 from ._bert_layers import Layer, linear
@@ -77,12 +78,12 @@ class Deberta(nnx.Module):
 
     def __call__(
         self,
-        input_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Shaped[Array, "batch seq"] | None = None,
-        token_type_ids: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
-        inputs_embeds: Float[Array, "batch seq d_embedding"] | None = None,
+        input_ids: Int[Given, "batch seq"] | None = None,
+        attention_mask: Shaped[Given, "batch seq"] | None = None,
+        token_type_ids: Int[Given, "batch seq"] | None = None,
+        segment_ids: Int[Given, "batch seq"] | None = None,
+        positions: Int[Given, "batch seq"] | None = None,
+        inputs_embeds: Float[Given, "batch seq d_embedding"] | None = None,
         *,
         key: jax.Array | None = None,
     ) -> Float[Array, "..."]:
@@ -107,15 +108,15 @@ class Deberta(nnx.Module):
 
     def hidden(
         self,
-        input_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Shaped[Array, "batch seq"] | None = None,
-        token_type_ids: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
-        inputs_embeds: Float[Array, "batch seq d_embedding"] | None = None,
+        input_ids: Int[Given, "batch seq"] | None = None,
+        attention_mask: Shaped[Given, "batch seq"] | None = None,
+        token_type_ids: Int[Given, "batch seq"] | None = None,
+        segment_ids: Int[Given, "batch seq"] | None = None,
+        positions: Int[Given, "batch seq"] | None = None,
+        inputs_embeds: Float[Given, "batch seq d_embedding"] | None = None,
         *,
         key: jax.Array | None = None,
-    ) -> Float[Array, "batch seq d_model"]:
+    ) -> Float[Array, "batch out d_model"]:
         """The last layer's states; arguments as in a call.
 
         Virtual tokens that a method puts in front are left out again; but not of SEQ_CLS, where the first of them is
@@ -124,8 +125,7 @@ class Deberta(nnx.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         with scope(key=key):
-            e = inputs_embeds if input_ids is None else self.embeddings.words(input_ids)
-            assert e is not None
+            e = jnp.asarray(inputs_embeds) if input_ids is None else self.embeddings.words(input_ids)
             seq = e.shape[1]
             counted = positions_of(seq, segment_ids, self.config.max_positions) if positions is None else positions
             e, places, mask, segments = self.input_embedding(e, counted, attention_mask, segment_ids)
@@ -163,7 +163,7 @@ class Deberta(nnx.Module):
         """transformers' name of every module, one per layer of the stack."""
         return module_names(WEIGHTS(self.config, self.task), self.config.num_hidden_layers)
 
-    def _token_types(self, token_type_ids: jax.Array | None, seq: int) -> jax.Array:
+    def _token_types(self, token_type_ids: Given | None, seq: int) -> jax.Array:
         """Zeros by default, and before the given ones where the input embedding put tokens in front."""
         if token_type_ids is None:
             return jnp.zeros((1, 1), jnp.int32)

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
 from .. import _stack
+from .._given import Given
 from .._scope import dropout, scope
 from ..seams import InputEmbedding, KeyValues, Residual
 from . import _config
@@ -101,13 +102,15 @@ class Embeddings(nnx.Module):
         )
         self.LayerNorm = LayerNorm(config.dim, _EPS, dtype=dtype)
 
-    def words(self, input_ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq d_model"]:
+    def words(self, input_ids: Int[Given, "batch seq"]) -> Float[Array, "batch seq d_model"]:
         """The tokens' own vectors."""
-        return self.word_embeddings(input_ids)
+        return self.word_embeddings(jnp.asarray(input_ids))
 
-    def __call__(self, e: Float[Array, "batch seq d_model"], positions: Int[Array, "..."]) -> Any:
+    def __call__(self, e: Float[Array, "batch seq d_model"], positions: Int[Given, "..."]) -> Any:
         return dropout(
-            self.LayerNorm(e + self.position_embeddings(positions)), self.config.dropout, "embeddings/dropout"
+            self.LayerNorm(e + self.position_embeddings(jnp.asarray(positions))),
+            self.config.dropout,
+            "embeddings/dropout",
         )
 
 
@@ -201,12 +204,12 @@ class DistilBert(nnx.Module):
 
     def __call__(
         self,
-        input_ids: Int[Array, "batch *choices seq"] | None = None,
-        attention_mask: Shaped[Array, "batch *choices seq"] | None = None,
-        token_type_ids: Int[Array, "batch *choices seq"] | None = None,
-        segment_ids: Int[Array, "batch *choices seq"] | None = None,
-        positions: Int[Array, "batch *choices seq"] | None = None,
-        inputs_embeds: Float[Array, "batch *choices seq d_model"] | None = None,
+        input_ids: Int[Given, "batch *choices seq"] | None = None,
+        attention_mask: Shaped[Given, "batch *choices seq"] | None = None,
+        token_type_ids: Int[Given, "batch *choices seq"] | None = None,
+        segment_ids: Int[Given, "batch *choices seq"] | None = None,
+        positions: Int[Given, "batch *choices seq"] | None = None,
+        inputs_embeds: Float[Given, "batch *choices seq d_model"] | None = None,
         *,
         key: jax.Array | None = None,
     ) -> Float[Array, "..."]:
@@ -231,15 +234,15 @@ class DistilBert(nnx.Module):
 
     def hidden(
         self,
-        input_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Shaped[Array, "batch seq"] | None = None,
-        token_type_ids: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
-        inputs_embeds: Float[Array, "batch seq d_model"] | None = None,
+        input_ids: Int[Given, "batch seq"] | None = None,
+        attention_mask: Shaped[Given, "batch seq"] | None = None,
+        token_type_ids: Int[Given, "batch seq"] | None = None,
+        segment_ids: Int[Given, "batch seq"] | None = None,
+        positions: Int[Given, "batch seq"] | None = None,
+        inputs_embeds: Float[Given, "batch seq d_model"] | None = None,
         *,
         key: jax.Array | None = None,
-    ) -> Float[Array, "batch seq d_model"]:
+    ) -> Float[Array, "batch out d_model"]:
         """The last layer's states; arguments as in a call.
 
         Virtual tokens that a method puts in front are left out again; but not of SEQ_CLS and MULTIPLE_CHOICE,
@@ -250,8 +253,7 @@ class DistilBert(nnx.Module):
         if token_type_ids is not None:
             raise ValueError("a distilbert model has no token types; token_type_ids must be None")
         with scope(key=key):
-            e = inputs_embeds if input_ids is None else self.embeddings.words(input_ids)
-            assert e is not None
+            e = jnp.asarray(inputs_embeds) if input_ids is None else self.embeddings.words(input_ids)
             seq = e.shape[1]
             if positions is None:
                 positions = positions_of(seq, segment_ids, self.config.max_position_embeddings)

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
 from .. import _stack
+from .._given import Given
 from .._scope import dropout, scope
 from ..seams import InputEmbedding, KeyValues, Residual
 from . import _config
@@ -205,12 +206,12 @@ class GPT2(nnx.Module):
 
     def __call__(
         self,
-        input_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Shaped[Array, "batch seq"] | None = None,
-        token_type_ids: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
-        inputs_embeds: Float[Array, "batch seq d_model"] | None = None,
+        input_ids: Int[Given, "batch seq"] | None = None,
+        attention_mask: Shaped[Given, "batch seq"] | None = None,
+        token_type_ids: Int[Given, "batch seq"] | None = None,
+        segment_ids: Int[Given, "batch seq"] | None = None,
+        positions: Int[Given, "batch seq"] | None = None,
+        inputs_embeds: Float[Given, "batch seq d_model"] | None = None,
         *,
         key: jax.Array | None = None,
     ) -> Float[Array, "..."]:
@@ -236,12 +237,12 @@ class GPT2(nnx.Module):
 
     def hidden(
         self,
-        input_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Shaped[Array, "batch seq"] | None = None,
-        token_type_ids: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
-        inputs_embeds: Float[Array, "batch seq d_model"] | None = None,
+        input_ids: Int[Given, "batch seq"] | None = None,
+        attention_mask: Shaped[Given, "batch seq"] | None = None,
+        token_type_ids: Int[Given, "batch seq"] | None = None,
+        segment_ids: Int[Given, "batch seq"] | None = None,
+        positions: Int[Given, "batch seq"] | None = None,
+        inputs_embeds: Float[Given, "batch seq d_model"] | None = None,
         *,
         key: jax.Array | None = None,
     ) -> Float[Array, "batch seq d_model"]:
@@ -273,10 +274,10 @@ class GPT2(nnx.Module):
     def prefill(
         self,
         cache: Cache,
-        input_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Shaped[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
-        inputs_embeds: Float[Array, "batch seq d_model"] | None = None,
+        input_ids: Int[Given, "batch seq"] | None = None,
+        attention_mask: Shaped[Given, "batch seq"] | None = None,
+        positions: Int[Given, "batch seq"] | None = None,
+        inputs_embeds: Float[Given, "batch seq d_model"] | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], Cache]:
         """Whole prompts: what `hidden` gives for them, and the cache with them in it.
 
@@ -289,7 +290,7 @@ class GPT2(nnx.Module):
             x, new = self._run(x, places, mask, None, keep=True)
         return self.ln_f(x[:, x.shape[1] - e.shape[1] :]), filled(cache, new, mask, places, positions)
 
-    def step(self, cache: Cache, input_ids: Int[Array, "batch 1"]) -> tuple[Float[Array, "batch 1 d_model"], Cache]:
+    def step(self, cache: Cache, input_ids: Int[Given, "batch 1"]) -> tuple[Float[Array, "batch 1 d_model"], Cache]:
         """The next token of every row: its state, and the cache with it. NaN where the cache had no slot left."""
         check_step(cache, input_ids)
         e = self._embed(input_ids, None)
@@ -318,11 +319,11 @@ class GPT2(nnx.Module):
         """The tokens' vectors, without their positions'."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        e = inputs_embeds if input_ids is None else self.wte(input_ids)
+        e = jnp.asarray(inputs_embeds) if input_ids is None else self.wte(input_ids)
         return e.astype(self.dtype)
 
     def _run(
-        self, e: jax.Array, places: Any, mask: Any, segments: Any, past: KV | None = None, keep: bool = False
+        self, e: jax.Array, places: Any, mask: Any, segments: Any, past: Any = None, keep: bool = False
     ) -> tuple[jax.Array, Any]:
         """The layers' last states and, if they are to be kept, all layers' keys and values of `e`."""
         config = self.config

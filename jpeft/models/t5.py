@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
+from .._given import Given
 from .._scope import scope
 from ._encoder_decoder import Encoded, EncoderDecoder, names_of_stacks
 from ._layers import token_table
@@ -59,16 +60,16 @@ class T5(EncoderDecoder):
 
     def __call__(
         self,
-        input_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Shaped[Array, "batch seq"] | None = None,
-        token_type_ids: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
-        inputs_embeds: Float[Array, "batch seq d_model"] | None = None,
+        input_ids: Int[Given, "batch seq"] | None = None,
+        attention_mask: Shaped[Given, "batch seq"] | None = None,
+        token_type_ids: Int[Given, "batch seq"] | None = None,
+        segment_ids: Int[Given, "batch seq"] | None = None,
+        positions: Int[Given, "batch seq"] | None = None,
+        inputs_embeds: Float[Given, "batch seq d_model"] | None = None,
         *,
-        decoder_input_ids: Int[Array, "batch out"],
-        decoder_attention_mask: Shaped[Array, "batch out"] | None = None,
-        decoder_positions: Int[Array, "batch out"] | None = None,
+        decoder_input_ids: Int[Given, "batch out"],
+        decoder_attention_mask: Shaped[Given, "batch out"] | None = None,
+        decoder_positions: Int[Given, "rows out"] | None = None,
         key: jax.Array | None = None,
     ) -> Float[Array, "batch out _"]:
         """Logits `[batch out vocab]`, or the decoder's states, by task.
@@ -90,16 +91,16 @@ class T5(EncoderDecoder):
 
     def hidden(
         self,
-        input_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Shaped[Array, "batch seq"] | None = None,
-        token_type_ids: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
-        inputs_embeds: Float[Array, "batch seq d_model"] | None = None,
+        input_ids: Int[Given, "batch seq"] | None = None,
+        attention_mask: Shaped[Given, "batch seq"] | None = None,
+        token_type_ids: Int[Given, "batch seq"] | None = None,
+        segment_ids: Int[Given, "batch seq"] | None = None,
+        positions: Int[Given, "batch seq"] | None = None,
+        inputs_embeds: Float[Given, "batch seq d_model"] | None = None,
         *,
-        decoder_input_ids: Int[Array, "batch out"],
-        decoder_attention_mask: Shaped[Array, "batch out"] | None = None,
-        decoder_positions: Int[Array, "batch out"] | None = None,
+        decoder_input_ids: Int[Given, "batch out"],
+        decoder_attention_mask: Shaped[Given, "batch out"] | None = None,
+        decoder_positions: Int[Given, "rows out"] | None = None,
         key: jax.Array | None = None,
     ) -> Float[Array, "batch out d_model"]:
         """The decoder's normalised last states; arguments as in a call."""
@@ -109,12 +110,12 @@ class T5(EncoderDecoder):
 
     def encode(
         self,
-        input_ids: Int[Array, "batch seq"] | None = None,
-        attention_mask: Shaped[Array, "batch seq"] | None = None,
-        token_type_ids: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
-        inputs_embeds: Float[Array, "batch seq d_model"] | None = None,
+        input_ids: Int[Given, "batch seq"] | None = None,
+        attention_mask: Shaped[Given, "batch seq"] | None = None,
+        token_type_ids: Int[Given, "batch seq"] | None = None,
+        segment_ids: Int[Given, "batch seq"] | None = None,
+        positions: Int[Given, "batch seq"] | None = None,
+        inputs_embeds: Float[Given, "batch seq d_model"] | None = None,
     ) -> Encoded:
         """The encoder's states, for `decode`; virtual tokens that a method puts in front stay among them."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -122,13 +123,12 @@ class T5(EncoderDecoder):
         for name, value in {"token_type_ids": token_type_ids, "segment_ids": segment_ids}.items():
             if value is not None:
                 raise ValueError(f"a t5 model has no token types and packs no rows; {name} must be None")
-        e = inputs_embeds if input_ids is None else self.words(input_ids)
-        assert e is not None
+        e = jnp.asarray(inputs_embeds) if input_ids is None else self.words(input_ids)
         return self.encoder(e.astype(self.dtype), attention_mask, positions, **self._options)
 
-    def words(self, ids: Int[Array, "batch out"]) -> Float[Array, "batch out d_model"]:
+    def words(self, ids: Int[Given, "batch out"]) -> Float[Array, "batch out d_model"]:
         """The vectors of tokens, the encoder's and the decoder's."""
-        return self.shared(ids)
+        return self.shared(jnp.asarray(ids))
 
     def logits(
         self, hidden: Float[Array, "batch out d_model"], attention_mask: Any = None, *, key: jax.Array | None = None

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Shaped
 
 from .. import _stack
+from .._given import Given
 from .._scope import dropout, scope
 from ..seams import InputEmbedding, KeyValues, Residual
 from ._attention import attention
@@ -51,7 +52,7 @@ class PatchEmbeddings(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, pixel_values: Float[Array, "batch channels height width"]) -> Float[Array, "..."]:
+    def __call__(self, pixel_values: Float[Given, "batch channels height width"]) -> Float[Array, "..."]:
         """`[batch, rows, columns, d_model]`; what is left over at the right and below is not read."""
         return self.projection(jnp.moveaxis(pixel_values, 1, -1))
 
@@ -68,7 +69,7 @@ class Embeddings(nnx.Module):
         self.patch_embeddings = PatchEmbeddings(config, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, pixel_values: Float[Array, "batch channels height width"], interpolate: bool
+        self, pixel_values: Float[Given, "batch channels height width"], interpolate: bool
     ) -> Float[Array, "batch seq d_model"]:
         self._check(pixel_values.shape, interpolate)
         patches = self.patch_embeddings(pixel_values.astype(self.dtype))
@@ -197,8 +198,8 @@ class ViT(nnx.Module):
 
     def __call__(
         self,
-        pixel_values: Float[Array, "batch channels height width"],
-        attention_mask: Shaped[Array, "batch seq"] | None = None,
+        pixel_values: Float[Given, "batch channels height width"],
+        attention_mask: Shaped[Given, "batch seq"] | None = None,
         *,
         interpolate_pos_encoding: bool = False,
         key: jax.Array | None = None,
@@ -223,12 +224,12 @@ class ViT(nnx.Module):
 
     def hidden(
         self,
-        pixel_values: Float[Array, "batch channels height width"],
-        attention_mask: Shaped[Array, "batch seq"] | None = None,
+        pixel_values: Float[Given, "batch channels height width"],
+        attention_mask: Shaped[Given, "batch seq"] | None = None,
         *,
         interpolate_pos_encoding: bool = False,
         key: jax.Array | None = None,
-    ) -> Float[Array, "batch seq d_model"]:
+    ) -> Float[Array, "batch out d_model"]:
         """The last layer's normalised states; arguments as in a call.
 
         Virtual tokens that a method puts in front have no place in the image, and are left out again.

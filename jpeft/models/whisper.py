@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
+from .._given import Given
 from .._scope import scope
 from ._cache import Cache
 from ._encoder_decoder import Encoded, EncoderDecoder, names_of_stacks
@@ -56,12 +57,12 @@ class Whisper(EncoderDecoder):
 
     def __call__(
         self,
-        input_features: Float[Array, "batch mels frames"],
+        input_features: Float[Given, "batch mels frames"],
         attention_mask: Any = None,
         *,
-        decoder_input_ids: Int[Array, "batch out"],
-        decoder_attention_mask: Shaped[Array, "batch out"] | None = None,
-        decoder_positions: Int[Array, "batch out"] | None = None,
+        decoder_input_ids: Int[Given, "batch out"],
+        decoder_attention_mask: Shaped[Given, "batch out"] | None = None,
+        decoder_positions: Int[Given, "rows out"] | None = None,
         key: jax.Array | None = None,
     ) -> Float[Array, "batch out _"]:
         """Logits `[batch out vocab]`, or the decoder's states, by task.
@@ -83,12 +84,12 @@ class Whisper(EncoderDecoder):
 
     def hidden(
         self,
-        input_features: Float[Array, "batch mels frames"],
+        input_features: Float[Given, "batch mels frames"],
         attention_mask: Any = None,
         *,
-        decoder_input_ids: Int[Array, "batch out"],
-        decoder_attention_mask: Shaped[Array, "batch out"] | None = None,
-        decoder_positions: Int[Array, "batch out"] | None = None,
+        decoder_input_ids: Int[Given, "batch out"],
+        decoder_attention_mask: Shaped[Given, "batch out"] | None = None,
+        decoder_positions: Int[Given, "rows out"] | None = None,
         key: jax.Array | None = None,
     ) -> Float[Array, "batch out d_model"]:
         """The decoder's normalised last states; arguments as in a call."""
@@ -96,7 +97,7 @@ class Whisper(EncoderDecoder):
             encoded = self.encode(input_features, attention_mask)
             return self.decode(encoded, decoder_input_ids, decoder_attention_mask, decoder_positions)
 
-    def encode(self, input_features: Float[Array, "batch mels frames"], attention_mask: Any = None) -> Encoded:
+    def encode(self, input_features: Float[Given, "batch mels frames"], attention_mask: Any = None) -> Encoded:
         """The encoder's states, for `decode`. Virtual tokens that a method puts in front have no place among frames."""
         if attention_mask is not None:
             raise ValueError("a whisper model hears all frames, silence too; attention_mask must be None")
@@ -108,8 +109,8 @@ class Whisper(EncoderDecoder):
         e = self.encoder.heard(input_features.astype(self.dtype))
         return self.encoder(e, None, None, **self._options)
 
-    def words(self, ids: Int[Array, "batch out"]) -> Float[Array, "batch out d_model"]:
-        return self.decoder.embed_tokens(ids)
+    def words(self, ids: Int[Given, "batch out"]) -> Float[Array, "batch out d_model"]:
+        return self.decoder.embed_tokens(jnp.asarray(ids))
 
     def cache(self, batch: int, length: int) -> Cache:
         cache, limit = super().cache(batch, length), self.config.max_target_positions

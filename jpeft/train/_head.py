@@ -21,6 +21,7 @@ from jax import core
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
+from .._given import Given
 from .._method import wide
 from .._scope import scope
 from .._stream import token_ways
@@ -58,12 +59,12 @@ class _Chunked(NamedTuple):
     reads: tuple[Any, ...]
 
 
-def nll(logits: Float[Array, "*rows vocab"], targets: Int[Array, "*rows"], terms: Terms = PLAIN) -> Float[Array, ""]:
+def nll(logits: Float[Array, "*rows vocab"], targets: Int[Given, "*rows"], terms: Terms = PLAIN) -> Float[Array, ""]:
     """Sum of -log softmax(logits)[target] over the targets that are not `IGNORED`, in float32 or wider."""
     return _nll_and_slope(logits, targets, terms)[0]
 
 
-def log_probs(logits: Float[Array, "*rows vocab"], targets: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
+def log_probs(logits: Float[Array, "*rows vocab"], targets: Int[Given, "*rows"]) -> Float[Array, "*rows"]:
     """log softmax(logits)[target], 0 where the target is `IGNORED`, in float32 or wider."""
     logits = logits.astype(wide(logits.dtype))
     chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
@@ -73,7 +74,7 @@ def log_probs(logits: Float[Array, "*rows vocab"], targets: Int[Array, "*rows"])
 def head_nll(
     head: Head,
     hidden: Float[Array, "batch seq d_model"],
-    targets: Int[Array, "batch seq"],
+    targets: Int[Given, "batch seq"],
     key: jax.Array | None = None,
     *,
     groups: int = 1,
@@ -101,7 +102,7 @@ def head_nll(
 def head_log_probs(
     head: Head,
     hidden: Float[Array, "batch seq d_model"],
-    targets: Int[Array, "batch seq"],
+    targets: Int[Given, "batch seq"],
     key: jax.Array | None = None,
     *,
     groups: int = 1,
@@ -125,7 +126,7 @@ def head_log_probs(
 
 
 def _grouped(
-    head: Head, hidden: jax.Array, targets: jax.Array, groups: int, chunk_logits: int
+    head: Head, hidden: jax.Array, targets: Given, groups: int, chunk_logits: int
 ) -> tuple[jax.Array, jax.Array, int]:
     """Both as `[groups positions ...]`, padded to whole chunks, and the size of a chunk.
 
@@ -229,7 +230,7 @@ def _backward(head: Any, size: int, terms: Terms, saved: Any, slope: Any) -> tup
 _chunked_nll.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _nll_and_slope(logits: jax.Array, targets: jax.Array, terms: Terms) -> tuple[jax.Array, jax.Array]:
+def _nll_and_slope(logits: jax.Array, targets: Given, terms: Terms) -> tuple[jax.Array, jax.Array]:
     """The sum of losses, and its derivative with respect to `logits`."""
     logits = logits.astype(wide(logits.dtype))
     counts = (targets != IGNORED)[..., None]

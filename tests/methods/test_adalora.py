@@ -160,6 +160,7 @@ def test_a_training_is_that_of_peft(delta_t):
     assert subjects.error(merged(oracle.IDS, oracle.MASK), trained(oracle.IDS, oracle.MASK)) < subjects.FLOAT32
 
 
+@pytest.mark.untyped
 def test_the_budget_is_pefts():
     """The number of triplets over it, at every update of several plans."""
     plans = ((0, 0, 7, 3, 1, 5), (5, 30, 200, 12, 8, 24), (1, 2, 90, 6, 5, 7))

@@ -46,7 +46,7 @@ class Net(nnx.Module):
         self.blocks = stack(Block, 2, rngs) if stacked else nnx.List([Block(rngs) for _ in range(2)])
 
     def __call__(self, x):
-        x = self.input(x, None, None, None)[0]
+        x = self.input(jnp.asarray(x), None, None, None)[0]
         if isinstance(self.blocks, nnx.List):
             for block in self.blocks:
                 x = block(x)

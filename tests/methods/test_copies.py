@@ -269,6 +269,7 @@ def test_one_of_two_stacks_is_named():
     }  # fmt: skip
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("n", [-1, 1.0, True, None, "2"])
 def test_n_is_a_whole_number(n):
     with pytest.raises(ValueError, match="LastLayers's n must be a whole number of at least 0, got"):

@@ -24,7 +24,7 @@ class NormBlock(nnx.Module):
         self.down = nnx.Linear(5, 5, rngs=rngs)
 
     def __call__(self, x):
-        return x + self.down(jnp.tanh(self.norm(x)))
+        return x + self.down(jnp.tanh(self.norm(jnp.asarray(x))))
 
 
 class NormStack(nnx.Module):

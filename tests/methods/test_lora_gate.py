@@ -124,10 +124,14 @@ def test_what_a_gate_does_not_fit_is_refused(tmp_path):
         jpeft.adapt(llama, jpeft.LoRA(gate=True), key=KEY)
     classifier = jpeft.models.build(LLAMA, "SEQ_CLS", key=KEY)
     assert jpeft.summary(jpeft.adapt(classifier, jpeft.LoRA(gate=True), key=KEY)).trainable
-    with pytest.raises(ValueError, match=r"LoRA's gate must be one of True, False; got 1\.5"):
-        jpeft.LoRA(gate=1.5)
     gated = jpeft.adapt(bert, jpeft.LoRA(gate=True), key=KEY)
     with pytest.raises(ValueError, match="weighs its update by what it reads, so it has no merged form"):
         jpeft.merge(gated)
     with pytest.raises(ValueError, match="PEFT's files hold no gates"):
         jpeft.export_peft(gated, tmp_path / "adapter")
+
+
+@pytest.mark.untyped
+def test_a_gate_is_there_or_not():
+    with pytest.raises(ValueError, match=r"LoRA's gate must be one of True, False; got 1\.5"):
+        jpeft.LoRA(gate=1.5)

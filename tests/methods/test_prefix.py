@@ -259,6 +259,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.untyped
 @pytest.mark.parametrize("options, message", WRONG, ids=lambda value: str(value)[:40])
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

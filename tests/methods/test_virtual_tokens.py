@@ -69,5 +69,5 @@ def test_on_a_bfloat16_base_they_are_trained_in_float32(name):
 def test_an_adapter_serves_outside_of_a_call_of_its_model_by_an_error_that_says_so():
     model = jpeft.adapt(MODELS["llama"].build(), BOTH, key=KEY)
     with pytest.raises(ValueError, match="input_embedding reads what its adapter 'prompt_tuning' keeps at the model's"):
-        model.input_embedding(np.zeros((1, 2, 8), np.float32), np.arange(2)[None], None, None)
+        model.input_embedding(jax.numpy.zeros((1, 2, 8)), np.arange(2)[None], None, None)
     assert isinstance(model, nnx.Module)
