@@ -25,8 +25,8 @@ test: $(VENV)/.test  ## the fast tests
 typed: $(VENV)/.test  ## the fast tests with every annotation and array shape of jpeft checked
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not untyped" --jaxtyping-packages=jpeft,numeric_tower.checked $(TESTS)
 
-slow: $(VENV)/.test  ## the slow tests: training, several processes, the built wheel in an empty environment
-	$(BIN)/python -m pytest -m slow $(TESTS)
+slow: $(VENV)/.test  ## the slow tests: contracts on every model, training, several processes, the built wheel in an empty environment
+	$(BIN)/python -m pytest $(PARALLEL) -m slow --durations=30 $(TESTS)
 
 conformance: $(VENV)/.test  ## every method on every family against PEFT, both ways; writes docs/conformance.md
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python tests/conformance.py

@@ -264,7 +264,7 @@ def main() -> None:
                 log.write(f"{line}\n")
     if kinds == [*jpeft.METHODS]:
         PAGE.write_text(render(cells), encoding="utf-8")
-    sys.exit("\n".join(failures(cells)))
+    sys.exit("\n".join(failures(cells)) or 0)
 
 
 def _logged(log: Path | None) -> dict[tuple[str, str], Cell]:

@@ -37,6 +37,11 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+def pytest_collection_modifyitems(items):
+    """Puts the built wheel first: its test runs all fast tests by itself, while other processes go on with the rest."""
+    items.sort(key=lambda item: item.path.name != "test_wheel.py")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
     """Drops a file's compiled programs after it: kept, those of all files fill several GB a process."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of conformance lists every method on every family, and what it measures can fail."""
 
+import dataclasses
+import json
 import re
 
 import conformance
@@ -70,3 +72,15 @@ def test_what_is_above_the_limit_is_a_failure():
     assert "| a | 2.0e-05 |" in page
     assert "| b | [1] |" in page
     assert "\n1. no\n" in page
+
+
+@pytest.mark.parametrize("worst, status", [(1e-6, 0), (2e-5, "lora on bert, imported: 2e-05")])
+def test_the_program_fails_where_a_cell_does(worst, status, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    cells = {family: Cell(1e-6, worst if family == "bert" else "no", 0) for family in FAMILIES}
+    log.write_text("".join(f"lora {name} {json.dumps(dataclasses.asdict(cell))}\n" for name, cell in cells.items()))
+    monkeypatch.setattr("sys.argv", ["conformance.py", "lora", "--log", str(log)])
+    monkeypatch.setattr(conformance.logging, "disable", lambda level: None)
+    with pytest.raises(SystemExit) as ended:
+        conformance.main()
+    assert ended.value.code == status

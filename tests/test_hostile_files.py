@@ -262,6 +262,8 @@ def test_configs_of_no_model_are_refused_before_anything_is_made(folder):
         ({"modules_to_save": ["(x*)*"]}, "repeats what is repeated"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern has the regular expression"),
         ({"layers_to_transform": [0.5]}, "layers_to_transform must be a whole number, or a list of them"),
+        ({"trainable_token_indices": True}, "trainable_token_indices must be a list of whole numbers, or an object of"),
+        ({"trainable_token_indices": {"word_embeddings": "12"}}, "trainable_token_indices must be a list of whole"),
     ],
 )
 def test_adapter_configs_that_are_refused(folder, tmp_path, change, message):

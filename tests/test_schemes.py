@@ -124,7 +124,7 @@ def test_every_method_trains_on_every_scheme(scheme, name):
 
     def gradients(model: Any) -> dict[str, jax.Array]:
         graphdef, trainable, frozen = jpeft.partition(model)
-        return jax.jit(jax.grad(lambda t: (jpeft.combine(graphdef, t, frozen)(ids) ** 2).sum()))(trainable)
+        return jax.jit(jax.grad(lambda t, f: (jpeft.combine(graphdef, t, f)(ids) ** 2).sum()))(trainable, frozen)
 
     got, expected = gradients(model), gradients(jpeft.dequantize(model))
     assert got.keys() == expected.keys()

@@ -26,6 +26,10 @@ def _list(value: Any, item: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(map(item, value))
 
 
+def _wholes(value: Any) -> bool:
+    return _list(value, _whole)
+
+
 def _names(value: Any) -> bool:
     return _text(value) or _list(value, lambda name: _text(name) and name != "")
 
@@ -51,8 +55,13 @@ _KINDS: Iterable[tuple[str, str, Callable[[Any], bool]]] = (
         "modules_to_save target_parameters",
         lambda value: _list(value, lambda name: _text(name) and name != ""),
     ),
-    ("a whole number, or a list of them", "layers_to_transform", lambda v: _whole(v) or _list(v, _whole)),
-    ("a list of whole numbers", "token_indices", lambda value: _list(value, _whole)),
+    ("a whole number, or a list of them", "layers_to_transform", lambda v: _whole(v) or _wholes(v)),
+    ("a list of whole numbers", "token_indices", _wholes),
+    (
+        "a list of whole numbers, or an object of them",
+        "trainable_token_indices",
+        lambda v: _wholes(v) or (isinstance(v, dict) and all(map(_wholes, v.values()))),
+    ),
     (
         "an object",
         "rank_pattern alpha_pattern",

@@ -27,8 +27,11 @@ _AUTO = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "MULTIPLE_CHOICE": "AutoModelForMultipleChoice",
     "IMAGE_CLS": "AutoModelForImageClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+#: Of what reads no tokens, where transformers has other classes for it.
+_AUTO_READING = {("SEQ_2_SEQ_LM", "input_features"): "AutoModelForSpeechSeq2Seq"}
 
 
 def installed() -> dict[str, str]:
@@ -51,8 +54,11 @@ class Card:
     versions: Mapping[str, str] = dataclasses.field(default_factory=installed)
 
 
-def render(card: Card, config: Mapping[str, Any], row: Row, task: str) -> str:
-    """README.md for an adapter with this adapter_config.json, of which `row` is the summary, on a model for `task`."""
+def render(card: Card, config: Mapping[str, Any], row: Row, task: str, reads: str) -> str:
+    """README.md for an adapter with this adapter_config.json, of which `row` is the summary, on a model for `task`.
+
+    `reads` is what the model is called with (`jpeft.models.Family`).
+    """
     base = config["base_model_name_or_path"]
     blocks = [
         _front_matter(
@@ -62,7 +68,7 @@ def render(card: Card, config: Mapping[str, Any], row: Row, task: str) -> str:
         f"Trained with jpeft: {row.trainable:,} parameters, which change {row.changed:,} of the base model's.",
         f"    {_short(row.method)}",
     ]
-    return "\n\n".join([*blocks, *_told(card, _use(config, task))]) + "\n"
+    return "\n\n".join([*blocks, *_told(card, _use(config, task, reads))]) + "\n"
 
 
 def render_own(card: Card, counts: Summary, task: str, base: str) -> str:
@@ -138,9 +144,9 @@ def _hub_entries(base: str | None, task: str) -> dict[str, Any]:
     return entries
 
 
-def _use(config: Mapping[str, Any], task: str) -> str:
+def _use(config: Mapping[str, Any], task: str, reads: str) -> str:
     base = config["base_model_name_or_path"] or "path/to/base"
-    auto = _AUTO.get(task, "AutoModel")
+    auto = _AUTO_READING.get((task, reads), _AUTO[task])
     return (
         "```python\n"
         f"base = transformers.{auto}.from_pretrained({base!r})\n"

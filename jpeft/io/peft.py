@@ -23,6 +23,7 @@ from .._summary import added, summary
 from .._walk import own_leaves
 from ..models import CheckpointError
 from ..models import _safetensors as safetensors
+from ..models._families import FAMILIES
 from ..models._files import about
 from ..models._hub import adapter_folder
 from ._adalora_codec import ADALORA
@@ -106,7 +107,8 @@ def export_peft(
     with installing(Path(folder)) as new:
         safetensors.write(new / WEIGHTS, sources(tensors), {"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (new / README).write_text(render(card or Card(), config, row, model.task), encoding="utf-8")
+        reads = FAMILIES[model.config.model_type].reads
+        (new / README).write_text(render(card or Card(), config, row, model.task, reads), encoding="utf-8")
     return Path(folder)
 
 

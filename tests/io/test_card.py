@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README.md of an exported adapter says what it is, and its front matter is YAML that the Hub reads."""
 
+import re
+
 import jax
 import peft_oracle as oracle
 import pytest
+import transformers
 import yaml
 
 import jpeft
@@ -44,3 +47,13 @@ def test_a_folder_is_no_id_on_the_hub(tmp_path, base):
     assert "| jpeft | 0.1.0 |" in text
     assert "## Data" not in text
     assert "## Results" not in text
+
+
+@pytest.mark.parametrize("family", ["bert answers", "llama", "llama states", "t5", "vit", "whisper"])
+def test_the_class_that_is_named_has_the_models_of_this_type(family, tmp_path):
+    kind, task, _ = oracle.FAMILIES[family]
+    model = jpeft.adapt(oracle.jax_model(family), jpeft.LoRA(targets="all-linear"), key=jax.random.key(0))
+    text = (jpeft.export_peft(model, tmp_path) / "README.md").read_text()
+    (auto,) = re.findall(r"transformers\.(\w+)\.from_pretrained", text)
+    of_this_type = getattr(transformers, auto)._model_mapping[type(transformers.AutoConfig.for_model(kind))]
+    assert of_this_type is type(oracle.torch_model(family)), (auto, task)
