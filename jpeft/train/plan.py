@@ -31,14 +31,17 @@ def dry_run(config: Config) -> str:
     counts = summary(found.model)
     lines = [job.describe(config, dataset), str(counts)]
     step = _compiled(config, found, mesh)
-    padded = _padded_tokens(config, dataset) * dataset.num_updates / dataset.train.buckets.num_batches
-    lines.append(f"compiled in {step.seconds:.1f} s, for the widest rows, {found.request.axes}")
+    sizes = [dataset.train.sizes(batch)[1] for batch in dataset.train.buckets.epoch(config.train.seed, 0)]
+    padded = sum(sizes) * dataset.num_updates / dataset.train.buckets.num_batches
+    lines.append(f"compiled in {step.seconds:.1f} s, for the widest rows, mesh {found.request.axes}; {_memory(step)}")
     lines += [*table(memory(found), found.request.machine.chip.memory, step), *exchanged(step)]
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     peak = utilization.peak_flops(devices)
     if peak is None:
         return "\n".join([*lines, f"{padded:,.0f} tokens with padding; no time is estimated, this device is not known"])
-    seconds = utilization.flops_per_token(found.model, counts, config.model.task) * padded / peak
+    width = sum(size**2 for size in sizes) / sum(sizes) / (config.train.batch_size * config.train.accumulation)
+    keys = width / 2 if config.model.task == "CAUSAL_LM" else width
+    seconds = utilization.flops_per_token(found.model, config.model.task, keys) * padded / peak
     lines.append(
         f"{padded:,.0f} tokens with padding: {_time(seconds)} at the peak rate of {len(devices)} x "
         f"{devices[0].device_kind}, {peak / 1e12:.2f} TFLOP/s of matrix products. An estimate, and a lower bound: real "
@@ -109,9 +112,12 @@ def _widest(dataset: job.Dataset) -> dict[str, Any]:
     return {name: shape(array) for name, array in arrays.items()}
 
 
-def _padded_tokens(config: Config, dataset: job.Dataset) -> int:
-    """Of one epoch."""
-    return sum(dataset.train.sizes(batch)[1] for batch in dataset.train.buckets.epoch(config.train.seed, 0))
+def _memory(step: Program) -> str:
+    unit = 2**20
+    return (
+        f"memory {(step.arguments + step.temporary) / unit:,.1f} MiB: base, adapter, optimizer and batch "
+        f"{step.arguments / unit:,.1f}, on the way {step.temporary / unit:,.1f}"
+    )
 
 
 def _time(seconds: float) -> str:
