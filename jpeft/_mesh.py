@@ -42,8 +42,7 @@ def mesh(axes: str | Mapping[str, int], devices: Sequence[Any] | None = None) ->
       >>> mesh = jpeft.mesh("fsdp=-1,tensor=2")
     """
     devices = jax.devices() if devices is None else list(devices)
-    found = _filled(_given(axes), len(devices))
-    inner, outer = (tuple(found[part + name] for name in AXES) for part in ("", _DCN))
+    inner, outer = parts(axes, len(devices))
     if math.prod(outer) == 1:
         grid = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
     else:
@@ -67,10 +66,15 @@ def _hybrid(inner: tuple[int, ...], outer: tuple[int, ...], devices: Sequence[An
     )
 
 
+def parts(axes: str | Mapping[str, int], num_devices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes of `AXES` within a slice, and over slices, of `mesh(axes, devices)`; its errors but for the slices'."""
+    found = _filled(_given(axes), num_devices)
+    return tuple(found[name] for name in AXES), tuple(found[_DCN + name] for name in AXES)
+
+
 def sizes(axes: str | Mapping[str, int], num_devices: int) -> dict[str, int]:
     """The size of every axis of `mesh(axes, devices)`, both of its parts together; its errors but for the slices'."""
-    found = _filled(_given(axes), num_devices)
-    return {name: found[name] * found[_DCN + name] for name in AXES}
+    return {name: n * over for name, n, over in zip(AXES, *parts(axes, num_devices), strict=True)}
 
 
 def written(sizes: Mapping[str, int]) -> str:

@@ -26,6 +26,8 @@ from jpeft.train.cli import main
 SAME = 1e-5
 
 MESH = "data=2,fsdp=2,tensor=2"
+#: What the model writes after its evaluation: two rows, which four devices along `data` and `fsdp` do not divide.
+SAMPLES = ("train.samples=2", "train.sample_tokens=6")
 BATCH, SEQ, UPDATES = 8, 10, 4
 CONFIG = {
     "model_type": "llama",
@@ -159,7 +161,7 @@ def figures(run: Path) -> tuple[list[float], float]:
 def _single(tmp_path_factory):
     """The configuration, and what `jpeft train` measures on one device."""
     folder = tmp_path_factory.mktemp("cli")
-    main(["train", str(recipe(folder)), "--out", str(folder / "one")])
+    main(["train", str(recipe(folder)), "--out", str(folder / "one"), *SAMPLES])
     return folder, figures(folder / "one")
 
 
@@ -182,12 +184,18 @@ def test_the_program_in_two_processes_gives_the_losses_of_one_device(single):
     def command(port: str, process: int) -> list[str]:
         code = "from jpeft.train.cli import main; main()"
         options = ["--out", str(folder / "two"), "--mesh", MESH, "--distributed", f"localhost:{port},2,{process}"]
-        return [sys.executable, "-c", code, "train", str(folder / "config.yaml"), *options]
+        return [sys.executable, "-c", code, "train", str(folder / "config.yaml"), *options, *SAMPLES]
 
-    run_both(command)
+    said = run_both(command)
     in_two = figures(folder / "two")
     np.testing.assert_allclose(in_two[0], losses, rtol=0, atol=SAME)
     np.testing.assert_allclose(in_two[1], evaluated, rtol=0, atol=SAME)
+    written = [(folder / run / "samples.jsonl").read_text() for run in ("one", "two")]
+    assert written[0] == written[1]
+    assert len(written[0].splitlines()) == 2
+    first = json.loads(written[0].splitlines()[0])
+    assert len(first["text"].split()) == 6
+    assert [repr(first["text"]) in text for text in said] == [True, False], "one process writes"
     names = [sorted(file.name for file in (folder / run / "adapter").iterdir()) for run in ("one", "two")]
     assert names[0] == names[1]
     one, two = (load_file(folder / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two"))

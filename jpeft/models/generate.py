@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Int, Shaped
 
 from ._beams import Scoring, Search, searched
@@ -253,10 +254,17 @@ def _chunks(call: _Call, size: int) -> Iterator[np.ndarray]:
         state = _advance(call.graphdef, call.leaves, state, jnp.asarray(until, jnp.int32), call.how)
         count = int(state.count)
         if count > given:
-            yield call.shaped(np.asarray(state.ids)[:, given:count])
+            yield call.shaped(_at_hand(state.ids)[:, given:count])
         if count < until or count == call.options.max_new_tokens:
             return
         given = count
+
+
+def _at_hand(ids: jax.Array) -> np.ndarray:
+    """The ids of all rows, where several processes hold them as well, all of which then call this."""
+    if ids.is_fully_addressable or ids.is_fully_replicated:
+        return np.asarray(ids)
+    return np.asarray(multihost_utils.process_allgather(ids, tiled=True))
 
 
 # Programs -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from . import _yaml
 from .sections import Data, Logging, Model, Optimizer, Preference, Train
-from .sections._checks import FORBID
+from .sections._checks import FORBID, at_least_one
 from .standing import METRICS
 
 #: Tasks whose labels have names.
@@ -43,6 +43,8 @@ class Config:
       out: the run's folder, which must not hold a run yet.
       mesh: `"data=2,fsdp=2,tensor=2"`; None is one device.
       compilation_cache: folder that keeps compiled programs for later runs; `auto` is the user's, None keeps none.
+      compilation_cache_mb: its largest size in megabytes, beyond which the programs that were not used for longest are
+        removed; None is no bound.
     """
 
     __pydantic_config__: ClassVar = FORBID
@@ -56,6 +58,7 @@ class Config:
     logging: Logging = dataclasses.field(default_factory=Logging)
     mesh: str | None = None
     compilation_cache: str | None = "auto"
+    compilation_cache_mb: int | None = 2048
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -201,7 +204,8 @@ def _plain(value: Any) -> Any:
 def _ranges(config: Config) -> list[str]:
     """What is wrong within single sections."""
     parts = (config.data, config.optimizer, config.train, config.preference, config.logging)
-    return [line for part in parts for line in part.wrong()]
+    bound = at_least_one({"compilation_cache_mb": config.compilation_cache_mb})
+    return [line for part in parts for line in part.wrong()] + bound
 
 
 def _conflicts(config: Config) -> list[str]:

@@ -162,15 +162,19 @@ def by_shape(config: Config, label_names: tuple[str, ...] | None) -> Any:
     method, key = configuration.method(config.method), jax.random.key(0)
     hf, num_labels = read_config(model_folder(config.model.path)), None if label_names is None else len(label_names)
 
-    dtype = config.model.dtype or hf.get("dtype") or hf.get("torch_dtype") or "float32"
-
     def adapted() -> Any:
-        kept = {"dtype": jnp.dtype(dtype), "remat": config.model.remat}
+        kept = {"dtype": jnp.dtype(dtype_of(config)), "remat": config.model.remat}
         base = models.build(hf, config.model.task, key=key, num_labels=num_labels, **kept)
         scheme = config.model.quantize
         return adapt(base if scheme is None else quantize(base, scheme), method, key=key)
 
     return nnx.eval_shape(adapted)
+
+
+def dtype_of(config: Config) -> str:
+    """The base's dtype: as configured, else its checkpoint's."""
+    hf = read_config(model_folder(config.model.path))
+    return config.model.dtype or hf.get("dtype") or hf.get("torch_dtype") or "float32"
 
 
 def start_key(config: Config) -> jax.Array:

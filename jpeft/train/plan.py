@@ -1,60 +1,103 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jpeft train --dry-run`: what a run would be, with its step compiled by shape; no weights are read or allocated."""
 
+import math
 from typing import Any
 
 import jax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh
 
-from .._masks import optimizer
-from .._partition import partition
+from .. import _mesh
 from .._summary import summary
-from . import job, utilization
+from ..models._hub import model_folder
+from . import job, loop, utilization
 from .config import Config
-from .devices import num_groups
+from .devices import num_groups, whole
 from .objective import objective
-from .optim import make_optimizer
-from .step import Compiled, begin_shapes, make_step
+from .planning.compiling import Program, program, slices_of
+from .planning.devices import Chip, Machine
+from .planning.estimate import memory
+from .planning.report import exchanged, table
+from .planning.request import Request
+from .planning.subject import Subject, subject
+from .step import make_step
 
 
 def dry_run(config: Config) -> str:
     """The plan in lines. Raises what `train` would before training, but for what only the weights can tell."""
     dataset = job.read_data(config)
     mesh = job.make_mesh(config)
-    model = job.by_shape(config, dataset.label_names)
-    counts = summary(model)
+    found = _subject(config, dataset, mesh)
+    counts = summary(found.model)
     lines = [job.describe(config, dataset), str(counts)]
-    if mesh is not None:
-        return "\n".join([*lines, "the step is not compiled here: its memory depends on the mesh"])
-    step = _compiled(config, dataset, model)
-    padded = _padded_tokens(config, dataset) * dataset.num_updates / dataset.train.buckets.num_batches
-    lines.append(f"compiled in {step.compile_seconds:.1f} s, for the widest rows; {_memory(step)}")
-    peak = utilization.peak_flops(jax.devices()[:1])
+    step = _compiled(config, found, mesh)
+    sizes = [dataset.train.sizes(batch)[1] for batch in dataset.train.buckets.epoch(config.train.seed, 0)]
+    padded = sum(sizes) * dataset.num_updates / dataset.train.buckets.num_batches
+    lines.append(f"compiled in {step.seconds:.1f} s, for the widest rows, mesh {found.request.axes}; {_memory(step)}")
+    lines += [*table(memory(found), found.request.machine.chip.memory, step), *exchanged(step)]
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    peak = utilization.peak_flops(devices)
     if peak is None:
         return "\n".join([*lines, f"{padded:,.0f} tokens with padding; no time is estimated, this device is not known"])
-    seconds = utilization.flops_per_token(model, counts, config.model.task) * padded / peak
+    width = sum(size**2 for size in sizes) / sum(sizes) / (config.train.batch_size * config.train.accumulation)
+    keys = width / 2 if config.model.task == "CAUSAL_LM" else width
+    seconds = utilization.flops_per_token(found.model, config.model.task, keys) * padded / peak
     lines.append(
-        f"{padded:,.0f} tokens with padding: {_time(seconds)} at the peak rate of {jax.devices()[0].device_kind}, "
-        f"{peak / 1e12:.2f} TFLOP/s of matrix products. An estimate, and a lower bound: real steps reach a part of it"
+        f"{padded:,.0f} tokens with padding: {_time(seconds)} at the peak rate of {len(devices)} x "
+        f"{devices[0].device_kind}, {peak / 1e12:.2f} TFLOP/s of matrix products. An estimate, and a lower bound: real "
+        "steps reach a part of it"
     )
     return "\n".join(lines)
 
 
-def _compiled(config: Config, dataset: job.Dataset, model: Any) -> Compiled:
+def _subject(config: Config, dataset: job.Dataset, mesh: Mesh | None) -> Subject:
+    """The run's own model, optimizer's state and widest batch as shapes in their places."""
+    names = dataset.label_names
+    request = Request(
+        model=str(model_folder(config.model.path)),
+        method=config.method,
+        machine=_machine(config),
+        mesh=config.mesh or "fsdp=1",
+        task=config.model.task,
+        batch=config.train.batch_size,
+        seq=max(dataset.train.buckets.widths),
+        accumulation=config.train.accumulation,
+        dtype=job.dtype_of(config),
+        remat=config.model.remat,
+        quantize=config.model.quantize,
+        optimizer=config.optimizer,
+        ema=config.train.ema is not None,
+        dropout=config.train.dropout,
+        labels=None if names is None else len(names),
+        arrays=tuple((name, x.shape[1:], x.dtype.name) for name, x in _widest(dataset).items()),
+        sums=objective(config)[0],
+    )
+    return subject(request, jax.devices()[:1] if mesh is None else mesh, dataset.num_updates)
+
+
+def _machine(config: Config) -> Machine:
+    """The devices that the run would take."""
+    devices = jax.devices()[:1] if config.mesh is None else jax.devices()
+    slices = 1 if config.mesh is None else math.prod(_mesh.parts(config.mesh, len(devices))[1])
+    one = devices[0]
+    has = (one.memory_stats() or {}).get("bytes_limit") if one.process_index == jax.process_index() else None
+    return Machine(Chip(one.device_kind, one.platform, has, None, None, "this machine"), len(devices), slices=slices)
+
+
+def _compiled(config: Config, found: Subject, mesh: Mesh | None) -> Program:
     """The run's own step, compiled for its widest batch."""
-    graphdef, *leaves = partition(model)
-    trainable, frozen, batch = (_placed(shapes) for shapes in (*leaves, _widest(dataset)))
-    tx = optimizer(make_optimizer(config.optimizer, dataset.num_updates), model=graphdef)
-    update = make_step(graphdef, objective(config)[0], tx, groups=num_groups(None), ema=config.train.ema)
-    state = begin_shapes(tx, trainable, average=config.train.ema is not None)
-    update.compiled(state, frozen, batch, job.dropout_key(config))
-    return update
-
-
-def _placed(shapes: Any) -> Any:
-    """The same shapes, on the first device."""
-    place = SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    update = make_step(
+        found.graphdef,
+        objective(config)[0],
+        found.tx,
+        groups=num_groups(mesh),
+        ema=config.train.ema,
+        max_skips=loop.max_skips(config),
+    )
+    key: Any = job.dropout_key(config)
+    if key is not None:
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole(mesh))
+    return program(update.lower(found.state, found.frozen, found.batch, key), slices_of(found))
 
 
 def _widest(dataset: job.Dataset) -> dict[str, Any]:
@@ -69,19 +112,11 @@ def _widest(dataset: job.Dataset) -> dict[str, Any]:
     return {name: shape(array) for name, array in arrays.items()}
 
 
-def _padded_tokens(config: Config, dataset: job.Dataset) -> int:
-    """Of one epoch."""
-    return sum(dataset.train.sizes(batch)[1] for batch in dataset.train.buckets.epoch(config.train.seed, 0))
-
-
-def _memory(step: Compiled) -> str:
-    cost = step.cost
-    if cost is None:
-        return "this backend does not tell its memory"
-    total, unit = cost.arguments + cost.temporaries, 2**20
+def _memory(step: Program) -> str:
+    unit = 2**20
     return (
-        f"memory {total / unit:,.1f} MiB: base, adapter, optimizer and batch {cost.arguments / unit:,.1f}, on the way "
-        f"{cost.temporaries / unit:,.1f}"
+        f"memory {(step.arguments + step.temporary) / unit:,.1f} MiB: base, adapter, optimizer and batch "
+        f"{step.arguments / unit:,.1f}, on the way {step.temporary / unit:,.1f}"
     )
 
 

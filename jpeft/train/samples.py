@@ -4,10 +4,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from .config import ConfigError
 from .examples import IGNORED, Examples
 from .tokenizer import Tokenizer
 from .writer import Writer
@@ -32,16 +30,11 @@ class Sampler:
       tokens: how many are written at most.
       tokenizer, ends: of the model's folder.
       examples: to begin.
-
-    Raises:
-      ConfigError: several processes train, whose leaves are not all at hand.
     """
 
     def __init__(
         self, prompts: int | Sequence[str], tokens: int, tokenizer: Tokenizer, ends: tuple[int, ...], examples: Examples
     ):
-        if jax.process_count() > 1:
-            raise ConfigError("train.samples is for one process; leave it out, and use jpeft generate afterwards")
         self._tokens, self._tokenizer, self._ends = tokens, tokenizer, ends
         if isinstance(prompts, int):
             rows = range(0, min(prompts, len(examples)) * examples.per_example, examples.per_example)

@@ -104,10 +104,14 @@ def begin(
     """
 
     first = functools.partial(first_state, tx, average=average)
-    places = mirrored(jax.eval_shape(first, trainable), trainable)
-    if offload:
-        places = places._replace(optimizer=jax.tree.map(_on_host, places.optimizer))
+    places = _places(jax.eval_shape(first, trainable), trainable, offload)
     return jax.jit(first, out_shardings=places)(trainable)
+
+
+def _places(state: State, trainable: Mapping[str, Any], offload: bool) -> Any:
+    """Where a state of shapes lies beside placed parameters."""
+    places = mirrored(state, trainable)
+    return places._replace(optimizer=jax.tree.map(_on_host, places.optimizer)) if offload else places
 
 
 def _on_host(place: jax.sharding.Sharding) -> jax.sharding.Sharding:
@@ -120,10 +124,12 @@ def _fetched(leaf: jax.Array) -> jax.Array:
     return jax.device_put(leaf, jax.memory.Space.Device) if on_host else leaf
 
 
-def begin_shapes(tx: optax.GradientTransformation, trainable: Mapping[str, Any], *, average: bool = False) -> State:
+def begin_shapes(
+    tx: optax.GradientTransformation, trainable: Mapping[str, Any], *, average: bool = False, offload: bool = False
+) -> State:
     """`begin`'s state as shapes in their places, of shapes in theirs."""
     state = jax.eval_shape(functools.partial(first_state, tx, average=average), trainable)
-    places = mirrored(state, trainable)
+    places = _places(state, trainable, offload)
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, places)
 
 

@@ -66,11 +66,14 @@ class Watch:
         self._config, self._dataset, self._folder, self._compiled = config, dataset, folder, update
         self._rate = schedule(config.optimizer, dataset.num_updates)
         model = combine(parts.graphdef, parts.trainable, parts.frozen)
-        self._flops = utilization.flops_per_token(model, parts.summary, config.model.task)
+        self._flops = utilization.flops_per_token(model, config.model.task)
         self._peak = utilization.peak_flops(jax.devices() if config.mesh else jax.devices()[:1])
         if self._peak:
-            share = "6 (all trained)" if parts.summary.percent > 50 else "4 (frozen base)"
-            say(f"MFU: {self._flops / 1e6:,.1f} MFLOP a token, {share} x weights, of {self._peak / 1e9:,.0f} GFLOP/s")
+            share = self._flops / max(1, utilization.matmul_weights(model, config.model.task))
+            say(
+                f"MFU: {self._flops / 1e6:,.1f} MFLOP a token, {share:.2g} x weights (4N PEFT, 6N full, 2N below the "
+                f"lowest layer that is trained), of {self._peak / 1e9:,.0f} GFLOP/s"
+            )
         self._loggers = loggers.opened(config.logging, folder.path, dataclasses.asdict(config)) if is_main() else []
         self._profile = Profile(config.logging.profile, folder.path / "profile")
         self._sampler = _sampler(config, dataset)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jpeft.train import compilation
+from jpeft.train import compilation, config
 from jpeft.train.compilation import VARIABLE, chosen, processor
 
 HOME = Path("/home/me")
@@ -41,12 +41,12 @@ def test_what_jax_was_told_stays():
     assert jax.config.values["jax_compilation_cache_dir"] == before
 
 
-def started(config, *options, **environment):
+def started(file, *options, **environment):
     """What `jpeft train` says, in a process as a user's."""
     kept = {k: v for k, v in os.environ.items() if k not in (VARIABLE, "JAX_COMPILATION_CACHE_DIR")}
     code = "from jpeft.train import cli; cli.main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "train", str(config), *options],
+        [sys.executable, "-c", code, "train", str(file), *options],
         env=kept | environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -94,3 +94,48 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     )  # fmt: skip
     assert "compiled programs: not kept, for" in done.stdout
     assert "Error" in done.stderr.splitlines()[-1]
+
+
+KEPT = """
+import jax, jax.numpy as jnp, sys
+from jpeft.train.compilation import keep_programs
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+print(keep_programs(sys.argv[1], None if sys.argv[2] == "None" else int(sys.argv[2])))
+for number in range(4):
+    w = jax.random.normal(jax.random.key(number), (300, 300 + number))  # a constant in the program: 0.3 MB and more
+    jax.jit(lambda x, w=w: x @ w + number)(jnp.ones(300)).block_until_ready()
+"""
+
+
+def kept(folder, most_mb, **environment):
+    """What is said, and the bytes of the programs that a process of its own then leaves."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith((VARIABLE, "JAX_COMPILATION_CACHE"))}
+    done = subprocess.run(
+        [sys.executable, "-c", KEPT, str(folder), str(most_mb)],
+        env=clean | environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done, sum(program.stat().st_size for program in folder.glob("*-cache"))
+
+
+def test_programs_are_kept_up_to_a_size(tmp_path):
+    """Without a bound they add up; with one, those of before that have no time of use go first, and new ones stay."""
+    _, free = kept(tmp_path, None)
+    assert free > 2**20
+    old = {program.name for program in tmp_path.glob("*-cache")}
+    assert not list(tmp_path.glob("*-atime"))
+    for program in tmp_path.glob("*-cache"):
+        program.rename(program.with_name("older-" + program.name))  # programs of another day
+    done, bounded = kept(tmp_path, 1)
+    assert "up to 1 MB" in done.stdout
+    assert 0 < bounded <= 2**20
+    left = {program.name for program in tmp_path.glob("*-cache")}
+    assert left & old, "what was just compiled is kept"
+    assert not done.stderr.count("Error writing persistent compilation cache entry")
+    said, _ = kept(tmp_path, 1, JAX_COMPILATION_CACHE_MAX_SIZE=str(3 * 2**20))
+    assert "up to 3 MB" in said.stdout
+
+
+def test_a_bound_of_nothing_is_refused(classify):
+    with pytest.raises(config.ConfigError, match="compilation_cache_mb must be 1 or more, got 0"):
+        config.parse(config.overridden(classify, ["compilation_cache_mb=0"]))

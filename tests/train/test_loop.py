@@ -2,6 +2,7 @@
 """Runs end to end on tiny models: they learn, repeat, stop before a NaN, and what they save is what they were."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -275,6 +276,18 @@ def test_a_dry_run_counts_without_weights(classify, tmp_path):
     assert str(jpeft.summary(model)) in said
     assert "10 updates, 10 an epoch; at most 2 compilations" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_on_a_mesh_has_each_devices_memory(classify):
+    """By shape and compiled, the run's own step: the base is split over four devices, and the optimizer's state too."""
+    tree = config.overridden(classify, ["train.batch_size=8", "train.ema=0.9"])
+    said = {mesh: plan.dry_run(config.parse({**tree, "mesh": mesh})) for mesh in (None, "data=2,fsdp=2,sequence=2")}
+    assert "memory depends on the mesh" not in "".join(said.values())
+    assert "collectives" in said["data=2,fsdp=2,sequence=2"]
+    assert "at the peak rate of 8 x cpu" in said["data=2,fsdp=2,sequence=2"]
+    for text in said.values():
+        total = next(line for line in text.splitlines() if line.startswith("total "))
+        assert re.fullmatch(r"total +[\d.]+ [GM]iB +[\d.]+ [GM]iB   \([+-][\d.]+ %\)", total)
 
 
 @pytest.mark.parametrize("spec", ["host:1", "host,2,0", "host:1,two,0"])

@@ -15,6 +15,7 @@ from jpeft.train.planning.devices import GIB
 from jpeft.train.planning.estimate import estimate, memory
 from jpeft.train.planning.request import Request
 from jpeft.train.planning.subject import adapted, subject
+from jpeft.train.sections import Optimizer
 from jpeft.train.step import make_step
 
 #: Total by shape against the compiled step's, relative: what is guessed of a compiler's own working memory.
@@ -60,6 +61,11 @@ CASES = {
     "prefix": (PREFIX, "none", 1, None),
     "lora, fsdp": (LORA, "none", 4, "fsdp=4"),
     "lora, fsdp and tensor": (LORA, "none", 4, "fsdp=2,tensor=2"),
+    "lora, sequence": (LORA, "none", 8, "fsdp=2,sequence=4"),
+    "lora, sequence, full remat": (LORA, "full", 8, "fsdp=2,sequence=4"),
+    "lora, all four axes": (LORA, "full", 8, "data=1,fsdp=2,sequence=2,tensor=2"),
+    "full, sequence": (FULL, "none", 8, "fsdp=2,sequence=2,tensor=2"),
+    "prefix, sequence": (PREFIX, "none", 8, "data=2,sequence=4"),
 }
 
 
@@ -70,7 +76,7 @@ def test_memory_by_shape_is_the_compiled_programs(small, case, optimised):
     found, program = memory(subject(asked)), compiling.compiled(asked)
     assert abs(found.total / program.total - 1) < CLOSE, (found, program)
     parts = found.weights + found.adapters + found.optimizer
-    batch = 3 * asked.batch * asked.seq * 4 // subject(asked).ways
+    batch = 3 * asked.batch * asked.seq * 4 // subject(asked).ways  # tokens of a row are on all devices along sequence
     assert abs(program.arguments - parts - batch) < 100, "what stays is counted exactly, but for padding of scalars"
 
 
@@ -102,6 +108,40 @@ def test_copies_of_weights_lie_as_the_weights(small):
     options = {"count": 8, "mesh": "fsdp=8", "batch": 8, "dtype": "bfloat16", "remat": "full"}
     full, lora = (memory(subject(request_of(small, method, **options))) for method in (FULL, LORA))
     assert abs(full.activations - lora.activations) < 1.5 * full.weights  # a device's share of the base, in bfloat16
+
+
+def test_tokens_are_split_and_keys_are_not(small):
+    """By hand: what four devices along `sequence` keep of a stack of layers; float32."""
+    whole, split = (
+        memory(subject(request_of(small, count=n, mesh=f"sequence={n}", batch=1, seq=1024))).activations for n in (1, 4)
+    )
+    keys = 2 * 6 * 1024 * 4 * 32 * 4  # keys and values of 6 layers, 4 heads of 32
+    frequencies = 1024 * 16 * 2 * 4
+    copies = 3 * 6 * (256 + 2 * 128) * 16 * 4  # at most: adapters in the order of the products
+    assert abs(split - (keys + (whole - keys) / 4)) < frequencies + copies
+
+
+def test_a_state_in_host_memory(small):
+    """AdamW's moments are not on the device but while an update is made, when what layers keep is gone."""
+    options = {"where": "v5e-1", "seq": 64, "batch": 1}
+    here = memory(subject(request_of(small, FULL, **options)))
+    there = memory(subject(request_of(small, FULL, **options, optimizer=Optimizer(offload=True))))
+    assert (there.optimizer, there.host, there.fetched) == (0, here.optimizer, here.optimizer)
+    stays = here.weights + here.adapters + here.gradients
+    assert here.total == stays + here.optimizer + here.activations + here.working
+    assert there.total == stays + max(here.optimizer, here.activations + here.working)
+    on_cpu = memory(subject(request_of(small, FULL, optimizer=Optimizer(offload=True))))
+    assert (on_cpu.host, on_cpu.total) == (0, memory(subject(request_of(small, FULL))).total)
+
+
+def test_rules_and_averages_have_their_states(small):
+    """Numbers by hand: AdamW two a trained one, lion and sgd one; an average is another."""
+    trained = memory(subject(request_of(small))).adapters
+    for name, numbers in (("adamw", 2), ("lion", 1), ("sgd", 1)):
+        found = memory(subject(request_of(small, optimizer=Optimizer(name=name))))
+        assert 0 <= found.optimizer - numbers * trained < 100
+    averaged = memory(subject(request_of(small, ema=True)))
+    assert averaged.optimizer == memory(subject(request_of(small))).optimizer + trained
 
 
 def test_a_cache_is_counted(small):
@@ -313,12 +353,3 @@ def test_a_wrong_call_is_one_line(small, capsys, arguments, message):
         main(["plan", "--model", small, *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_collectives_are_read_off_a_program():
-    text = """
-      %a = bf16[8,512]{1,0:T(8,128)} all-gather(%p), dimensions={0}
-      %b = (f32[4]{0}, f32[4]{0}) all-reduce-start(%x, %y), to_apply=%add
-      %c = u8[64]{0} all-gather(%q), dimensions={0}
-    """
-    assert compiling.collectives(text) == {"all-gather": (2, 8 * 512 * 2 + 64), "all-reduce": (1, 32)}

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace, settings: config.Config) -> None:
     from .. import compilation, devices, folder, interruption, loop, plan, progress
 
-    progress.say(compilation.keep_programs(settings.compilation_cache))
+    progress.say(compilation.keep_programs(settings.compilation_cache, settings.compilation_cache_mb))
     if options.dry_run:
         print(plan.dry_run(settings))
         return

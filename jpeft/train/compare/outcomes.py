@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..scoring import classes
+
 #: Bins of equal width that a calibration error sorts confidences into (Guo et al. 2017).
 BINS = 15
 
@@ -39,23 +41,8 @@ class Classes:
         return len(self.truth)
 
     def scores(self, weights: np.ndarray | None = None) -> dict[str, float]:
-        """Accuracy, and precision, recall and F1 as means over the classes that occur among the weighted examples.
-
-        A class that is never predicted has precision 0, as in scikit-learn with `zero_division=0`; a class counts
-        where it is the truth of an example or predicted for one.
-        """
-        counts = self.confusion(weights)
-        right, true, said = np.diag(counts), counts.sum(1), counts.sum(0)
-        there = (true + said) > 0
-        precision = right[there] / np.maximum(said[there], 1e-300)
-        recall = right[there] / np.maximum(true[there], 1e-300)
-        f1 = 2 * right[there] / (true + said)[there]
-        return {
-            "accuracy": float(right.sum() / counts.sum()),
-            "macro_f1": float(f1.mean()),
-            "precision": float(precision.mean()),
-            "recall": float(recall.mean()),
-        }
+        """Accuracy, and precision, recall and F1 as means over the classes that occur among the weighted examples."""
+        return classes.means(self.confusion(weights))
 
     def main_score(self, weights: np.ndarray | None = None) -> float:
         """`scores(weights)[main]`, which tests ask for thousands of times."""
@@ -64,8 +51,7 @@ class Classes:
 
     def confusion(self, weights: np.ndarray | None = None) -> np.ndarray:
         """`[true class, predicted class]`: weight of the examples."""
-        size = self.num_classes
-        return np.bincount(self.truth * size + self.predicted, weights, size * size).reshape(size, size).astype(float)
+        return classes.confusion(self.truth, self.predicted, self.num_classes, weights)
 
     @property
     def shares(self) -> list[float]:
@@ -80,13 +66,12 @@ class Classes:
     @property
     def recalls(self) -> list[float]:
         """Of the examples of each class, how much is found; 0 of a class without examples."""
-        counts = self.confusion()
-        return (np.diag(counts) / np.maximum(counts.sum(1), 1)).tolist()
+        return classes.by_class(self.confusion())[:, 1].tolist()
 
     @property
     def collapsed(self) -> bool:
         """One class was predicted for everything, and it is not the only one there is: no score, a failure."""
-        return len(set(self.predicted.tolist())) == 1 and len(set(self.truth.tolist())) > 1
+        return classes.collapsed(self.truth, self.predicted)
 
     @property
     def calibration_error(self) -> float:

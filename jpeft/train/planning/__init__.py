@@ -11,6 +11,7 @@ the device, which may be a TPU that is not there. Nothing is allocated in either
   trace       products and kept arrays of a traced program
   estimate    memory, FLOPs and time by shape
   compiling   the same step compiled: memory, collectives, the program's text
+  exchange    what devices say to each other in a compiled program, and what of it goes between slices
   advice      what to change where it does not fit
   table       what fits of many models, methods and machines
   report      all of it in lines

@@ -32,6 +32,11 @@ def changes(request: Request) -> list[Change]:
     return sorted(alone, key=lambda change: (not change.then.fits, -_rate(change.then)))
 
 
+def _more(request: Request, count: int) -> Machine:
+    """So many of the request's devices, in as many slices."""
+    return Machine(request.machine.chip, count, slices=request.machine.slices)
+
+
 def _rate(found: Estimate) -> float:
     """Tokens a second and device."""
     return (found.rate or 0.0) / found.request.machine.count
@@ -47,10 +52,10 @@ def _alone(request: Request) -> Iterator[tuple[str, Request]]:
         yield f"--batch {smaller.batch} --accumulation {smaller.accumulation}", smaller
     if request.dtype == "float32":
         yield "--dtype bfloat16", request.but(dtype="bfloat16")
-    if request.quantize is None and request.method["kind"] != "full":
+    if request.quantize is None and not request.full:
         yield "--quantize nf4", request.but(quantize="nf4")
     count = 2 * request.machine.count
-    more = request.but(machine=Machine(request.machine.chip, count), mesh=None, batch=max(request.batch, count))
+    more = request.but(machine=_more(request, count), mesh=None, batch=max(request.batch, count))
     if more.batch % count == 0:
         yield f"{count} devices, --mesh fsdp={count}, --batch {more.batch}", more
 
@@ -61,12 +66,12 @@ def _together(request: Request) -> Iterator[tuple[str, Request]]:
     least = request.but(remat="full", batch=rows, accumulation=max(1, request.batch // rows) * request.accumulation)
     said = f"--remat full --batch {rows} --accumulation {least.accumulation}"
     yield said, least
-    if request.quantize is None and request.method["kind"] != "full":
+    if request.quantize is None and not request.full:
         yield f"{said} --quantize nf4", least.but(quantize="nf4")
     count = request.machine.count
     for _ in range(6):
         count *= 2
-        more = least.but(machine=Machine(request.machine.chip, count), mesh=None, batch=count, accumulation=1)
+        more = least.but(machine=_more(request, count), mesh=None, batch=count, accumulation=1)
         yield f"{count} devices, --mesh fsdp={count} --remat full --batch {count}", more
         if estimate(more).fits:
             return

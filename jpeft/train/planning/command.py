@@ -2,12 +2,15 @@
 """`jpeft plan`: its arguments, and what it prints. JAX is imported when a plan is made."""
 
 import argparse
+import dataclasses
 import json
 from typing import Any, get_args
 
 from .. import _yaml
 from ..config import ConfigError
+from ..sections import Optimizer
 from ..sections.model import Scheme
+from ..sections.optimizer import RULES
 from . import devices
 from .request import Request
 
@@ -41,6 +44,10 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     where.add_argument("--topology", metavar="SLICE", help="TPUs: v5e:2x4, or v5e-8 as Google names it")
     where.add_argument("--device", default="cpu", metavar="KIND", help=f"{', '.join(devices.CHIPS)} (cpu)")
     plan.add_argument("--devices", type=int, default=1, metavar="N", help="how many of --device (1)")
+    plan.add_argument("--slices", type=int, default=1, metavar="N", help="of a pod, or hosts, joined by dcn axes (1)")
+    plan.add_argument("--optimizer", default="adamw", choices=tuple(RULES), help="(adamw)")
+    plan.add_argument("--offload", action="store_true", help="the optimizer's state in the host's memory")
+    plan.add_argument("--ema", action="store_true", help="a moving average of what is trained")
     plan.add_argument("--generate", type=int, default=0, metavar="TOKENS", help="count a cache of so many tokens a row")
     plan.add_argument("--share", type=float, default=0.4, metavar="X", help="of the peak that products reach (0.4)")
     plan.add_argument("--no-compile", action="store_true", help="by shape alone")
@@ -87,8 +94,10 @@ def request_of(options: argparse.Namespace) -> Request:
         if options.devices != 1:
             raise ConfigError("--topology says how many devices there are; leave --devices out")
         machine = devices.topology(options.topology)
+        machine = dataclasses.replace(machine, count=machine.count * options.slices, slices=options.slices)
     else:
         machine = devices.machine(options.device, options.devices)
+        machine = dataclasses.replace(machine, slices=options.slices)
     return Request(
         model=options.model,
         method=_method(options),
@@ -103,6 +112,8 @@ def request_of(options: argparse.Namespace) -> Request:
         quantize=options.quantize,
         generate=options.generate,
         share=options.share,
+        optimizer=Optimizer(name=options.optimizer, offload=options.offload),
+        ema=options.ema,
     )
 
 

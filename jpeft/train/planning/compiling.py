@@ -6,21 +6,21 @@ is this machine's own.
 """
 
 import dataclasses
-import math
 import os
 import re
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from ..losses import SUMS
 from ..step import make_step
 from .devices import GIB, Machine
+from .exchange import collectives, over_dcn
+from .exchange import said as said
 from .request import Request
-from .subject import subject
+from .subject import Subject, slice_of, subject, sums
 
 #: Settings of libtpu where there is no TPU: several processes may load it, it looks for no machine and keeps no log.
 _LIBTPU = {
@@ -28,21 +28,6 @@ _LIBTPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
-}
-_COLLECTIVES = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
-#: Bits of what is no number of 32 bits.
-_BITS = {
-    "pred": 8,
-    "s4": 4,
-    "u4": 4,
-    "s8": 8,
-    "u8": 8,
-    "s16": 16,
-    "u16": 16,
-    "f16": 16,
-    "bf16": 16,
-    "s64": 64,
-    "f64": 64,
 }
 
 
@@ -53,7 +38,9 @@ class Program:
     Attributes:
       arguments, outputs, aliased, temporary, code: as the compiler counts them; of outputs, `aliased` lie where
         arguments lay.
+      host: bytes in the host's memory.
       collectives: how many of each kind the program's text holds (in a loop's body once), and their bytes.
+      over_dcn: those of them, by the same count, in which devices of several slices take part.
       seconds: spent on compiling.
       needed: what the compiler asked for where it refused; the other figures are then 0.
       text: the optimised program, or "" where the compiler's text cannot be read back.
@@ -64,7 +51,9 @@ class Program:
     aliased: int = 0
     temporary: int = 0
     code: int = 0
+    host: int = 0
     collectives: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    over_dcn: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     needed: int | None = None
     text: str = dataclasses.field(default="", repr=False)
@@ -89,51 +78,44 @@ def compiled(request: Request, *, effort: str | None = None, read: bool = True) 
     Raises:
       ValueError: as `subject`; or the machine cannot be compiled for here.
     """
-    start = time.perf_counter()
     found = subject(request, _devices(request.machine))
-    lowered = make_step(found.graphdef, SUMS[request.task], found.tx, groups=found.ways).lower(
-        found.state, found.frozen, found.batch, None
-    )
+    step = make_step(found.graphdef, sums(request), found.tx, groups=found.ways, ema=0.9 if request.ema else None)
+    key = jax.eval_shape(lambda: jax.random.key(0)) if request.dropout else None
+    lowered = step.lower(found.state, found.frozen, found.batch, key)
+    return program(lowered, slices_of(found), effort=effort, read=read)
+
+
+def program(
+    lowered: jax.stages.Lowered, slices: Sequence[int], *, effort: str | None = None, read: bool = True
+) -> Program:
+    """Compiles a step that is lowered; `slices` of `slices_of`, the rest as of `compiled`."""
+    start = time.perf_counter()
     try:
-        program = _with_effort(lowered, effort)
+        made = _with_effort(lowered, effort)
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
         if needed is None:
             raise
         unit = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}[needed[2]]
         return Program(needed=int(float(needed[1]) * unit), seconds=time.perf_counter() - start)
-    seconds, m, text = time.perf_counter() - start, program.memory_analysis(), _text(program) if read else ""
+    seconds, m, text = time.perf_counter() - start, made.memory_analysis(), _text(made) if read else ""
     return Program(
         m.argument_size_in_bytes,
         m.output_size_in_bytes,
         m.alias_size_in_bytes,
         m.temp_size_in_bytes,
         m.generated_code_size_in_bytes,
+        m.host_argument_size_in_bytes + m.host_temp_size_in_bytes,
         collectives(text),
+        over_dcn(text, slices),
         seconds,
         text=text,
     )
 
 
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """What devices say to each other in a program: kind -> (how many operations, bytes that come out of them)."""
-    count: Counter[str] = Counter()
-    size: Counter[str] = Counter()
-    for kind, arrays in said(text):
-        count[kind] += 1
-        size[kind] += sum(_size(dtype, dims) for dtype, dims in arrays)
-    return {kind: (count[kind], size[kind]) for kind in sorted(count)}
-
-
-def said(text: str) -> Iterator[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
-    """Every collective operation of a program: its kind, and type and shape of each array that comes out of it."""
-    for shape, kind in re.findall(rf" = (.*?) ({_COLLECTIVES})(?:-start)?\(", text):
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
-        yield kind, [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in arrays]
-
-
-def _size(dtype: str, dims: tuple[int, ...]) -> int:
-    return math.prod(dims) * (8 if dtype.startswith("f8") else _BITS.get(dtype, 32)) // 8
+def slices_of(found: Subject) -> list[int]:
+    """The slice of every device, in the order in which a program numbers them."""
+    return [slice_of(device, found.request) for device in np.asarray(found.mesh.devices).flat]
 
 
 def _devices(machine: Machine) -> Any:
@@ -151,16 +133,16 @@ def _devices(machine: Machine) -> Any:
             f"a step is compiled for TPUs (--topology) and for the CPU; for {machine.chip.name} there is the "
             "estimate by shape (--no-compile)"
         )
-    return _topology(machine.topology)
+    return _topology(machine.topology, machine.slices)
 
 
-def _topology(name: str) -> Any:
+def _topology(name: str, slices: int) -> Any:
     from jax.experimental import topologies
 
     for setting, value in _LIBTPU.items():
         os.environ.setdefault(setting, value)
     try:
-        return topologies.get_topology_desc(name, platform="tpu").devices
+        return topologies.get_topology_desc(name, platform="tpu", num_slices=slices).devices
     except (RuntimeError, ImportError) as error:
         raise ValueError(
             f"no compiler for {name}: {error}; it comes with libtpu, which needs no TPU: pip install 'jpeft[tpu-plan]' "

@@ -74,14 +74,22 @@ class Machine:
       chip: each of them.
       count: how many.
       topology: libtpu's name of the slice, such as `v5e:2x4`; None for a GPU or a CPU.
+      slices: how many slices of a pod, or hosts, a slower network joins, each with the same share of the devices.
     """
 
     chip: Chip
     count: int
     topology: str | None = None
+    slices: int = 1
+
+    def __post_init__(self) -> None:
+        if self.slices < 1 or self.count % self.slices:
+            raise ValueError(f"{self.count} devices do not make up {self.slices} slices of the same size")
 
     def __str__(self) -> str:
-        return f"{self.count} x {self.chip.name}" + (f" ({self.topology})" if self.topology else "")
+        apart = f"{self.slices} slices of " if self.slices > 1 else ""
+        what = f"{apart}{self.topology or f'{self.count // self.slices}'}"
+        return f"{self.count} x {self.chip.name}" + (f" ({what})" if self.topology or apart else "")
 
 
 def topology(name: str) -> Machine:

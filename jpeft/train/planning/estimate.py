@@ -12,20 +12,22 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from ..._mesh import AXES
 from ..._partition import combine, partition
 from ..._quantized import QuantizedKernel
 from ..._scope import scope
 from ..._summary import summary
 from .._head import CHUNK_LOGITS
-from ..losses import SUMS
+from ..sections import Optimizer
 from ..step import make_step
 from .devices import Chip, Machine
 from .request import Request
-from .subject import Subject, adapted, batch, device_bytes, subject
-from .trace import kept, product_flops
+from .subject import Subject, adapted, batch, device_bytes, subject, sums, width
+from .trace import Kept, kept, product_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +37,14 @@ class Memory:
     Attributes:
       weights: the frozen base, codes and scales where it is quantized.
       adapters: what is trained.
-      optimizer: the optimizer's state.
+      optimizer: the optimizer's state, and a moving average where one is kept.
       gradients: of what is trained.
       activations: what all layers keep for the backward pass.
       working: what one layer and the head need while they run: its own arrays, gathered weights, logits.
       cache: keys and values for generation, which is no part of the step's total.
+      fetched: the optimizer's state where it lies in the host's memory: there while an update is made, when what the
+        layers kept is gone.
+      host: bytes of the host's memory for it, of this device's part.
     """
 
     weights: int
@@ -49,11 +54,14 @@ class Memory:
     activations: int
     working: int
     cache: int = 0
+    fetched: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
         """Of the step."""
-        return sum(dataclasses.astuple(self)) - self.cache
+        stays = self.weights + self.adapters + self.optimizer + self.gradients
+        return stays + max(self.activations + self.working, self.fetched)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +112,8 @@ def estimate(request: Request, found: Subject | None = None) -> Estimate:
     """
     found = subject(request) if found is None else found
     counts = summary(found.model)
-    full = request.method["kind"] == "full"
     with scope(platform=request.machine.chip.platform):
-        step = make_step(found.graphdef, SUMS[request.task], found.tx)
+        step = make_step(found.graphdef, sums(request), found.tx, ema=0.9 if request.ema else None)
         flops = product_flops(lambda *given: step.update(*given, None), found.state, found.frozen, batch(request))
     return Estimate(
         request=request,
@@ -114,25 +121,28 @@ def estimate(request: Request, found: Subject | None = None) -> Estimate:
         base=counts.base,
         trainable=counts.trainable,
         flops=flops,
-        convention=(6.0 if full else 4.0) * counts.base * request.tokens,
+        convention=(6.0 if request.full else 4.0) * counts.base * request.tokens,
     )
 
 
 def memory(found: Subject) -> Memory:
     """The parts of a step's memory on one device."""
     request = found.request
-    trainable = device_bytes(found.state.trainable)
+    trainable, state = device_bytes(found.state.trainable), device_bytes(found.state.optimizer)
+    away = request.optimizer.offload and request.machine.chip.platform != "cpu"  # whose memory is the host's
     saved = _kept(found, request)
     bare = saved if request.remat == "none" else _kept(found, request.but(remat="none"))
     one_layer = max((_bytes(part) // n for n, part in _stacked(bare, _layers(found.model))), default=0)
     return Memory(
         weights=device_bytes(found.frozen),
         adapters=trainable,
-        optimizer=device_bytes(found.state.optimizer),
+        optimizer=(0 if away else state) + device_bytes(found.state.average),
         gradients=trainable * (1 if request.accumulation == 1 else 2),
         activations=_bytes(saved),
         working=_working(found, one_layer),
         cache=_cache(found),
+        fetched=state if away else 0,
+        host=state if away else 0,
     )
 
 
@@ -146,7 +156,7 @@ def _working(found: Subject, one_layer: int) -> int:
     kernels = [_along_fsdp(leaves[path]) // count for count, paths in _layers(found.model) for path in paths]
     gathered = sum(sorted(kernels)[-2:]) if split > 1 else 0
     recomputed = one_layer if found.request.remat != "none" else 0
-    return recomputed + gathered + _decoded(found) + _head(found)
+    return recomputed + gathered + _decoded(found) + max(_head(found), _scores(found))
 
 
 def _along_fsdp(leaf: Any) -> int:
@@ -166,24 +176,51 @@ def _head(found: Subject) -> int:
     request, vocab = found.request, getattr(found.model.config, "vocab_size", 0)
     if request.task != "CAUSAL_LM":
         return 0
-    rows = request.batch // found.ways * request.seq
-    logits = min(rows * vocab, CHUNK_LOGITS // found.ways)
+    tokens = found.mesh.shape["sequence"]
+    rows = request.batch // found.ways * request.seq // tokens
+    logits = min(rows * vocab, CHUNK_LOGITS // (found.ways * tokens))
     return logits * 10 // found.mesh.shape["tensor"]
+
+
+def _scores(found: Subject) -> int:
+    """Scores of a device's own queries with all keys in float32, their exponentials and the gradients of these.
+
+    On a CPU, where they are computed block by block unless a row's tokens are split; elsewhere they are kept. Where a
+    layer is computed anew, one of the three takes the place of its other arrays.
+    """
+    request, ways = found.request, found.mesh.shape["sequence"]
+    if ways == 1 or request.machine.chip.platform != "cpu":
+        return 0
+    heads = getattr(found.model.config, "num_attention_heads", 1) // found.mesh.shape["tensor"]
+    arrays = 3 if request.remat == "none" else 2
+    return arrays * 4 * (request.batch // found.ways) * heads * (request.seq // ways) * request.seq
 
 
 def _kept(found: Subject, request: Request) -> list[jax.ShapeDtypeStruct]:
     """What one device keeps of a forward pass over its rows."""
     platform = request.machine.chip.platform
     one = Machine(Chip(platform, platform, None, None, None, ""), 1)
-    arrays = _traced(request.but(machine=one, mesh=None, batch=request.batch // found.ways, generate=0, share=1.0))
-    tensor, width = found.mesh.shape["tensor"], getattr(found.model.config, "hidden_size", 0)
+    rows, tokens = request.batch // found.ways, found.mesh.shape["sequence"]
+    own = tuple((name, (shape[0] // found.ways, *shape[1:]), dtype) for name, shape, dtype in request.arrays)
+    alone = request.but(machine=one, mesh=None, batch=rows, arrays=own, generate=0, share=1.0, optimizer=Optimizer())
+    arrays = [_of_tokens(x, request.seq, tokens) for x in _traced(alone, tokens)]
+    tensor, d_model = found.mesh.shape["tensor"], getattr(found.model.config, "hidden_size", 0)
     weights = {leaf.shape: leaf.sharding.shard_shape(leaf.shape) for leaf in _leaves(found).values() if leaf.ndim > 1}
     return [
         jax.ShapeDtypeStruct(weights[x.shape], x.dtype)  # weights in the products' dtype lie as they themselves do
         if x.shape in weights
-        else (x if x.shape and x.shape[-1] == width else _split(x, tensor))
+        else (x if x.shape and x.shape[-1] == d_model else _split(x, tensor))
         for x in arrays
     ]
+
+
+def _of_tokens(x: Kept, seq: int, ways: int) -> jax.ShapeDtypeStruct:
+    """What a device along `sequence` has of an array: its own tokens, unless attention needs those of all."""
+    whole = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    axes = [axis for axis, size in enumerate(x.shape) if size >= seq] or ([0] if x.shape[:1] == (ways,) else [])
+    if ways == 1 or x.gathered or not axes:
+        return whole
+    return jax.ShapeDtypeStruct((*x.shape[: axes[0]], -(-x.shape[axes[0]] // ways), *x.shape[axes[0] + 1 :]), x.dtype)
 
 
 def _leaves(found: Subject) -> dict[str, Any]:
@@ -191,16 +228,23 @@ def _leaves(found: Subject) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=256)
-def _traced(request: Request) -> list[jax.ShapeDtypeStruct]:
-    """What is kept of a forward pass on one device; the same on every chip of a platform."""
-    graphdef, trainable, frozen = partition(adapted(request))
-    shapes = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batch(request).items()}
+def _traced(request: Request, ways: int) -> list[Kept]:
+    """What is kept of a forward pass on one device, or on those along `sequence`; the same on every chip of a platform.
 
-    def loss(trainable: Any, frozen: Any, batch: Any) -> Any:
-        return SUMS[request.task](combine(graphdef, trainable, frozen), batch, None, 1)[0]
+    These devices have their queries in one block, so that the program is another one.
+    """
+    graphdef, *leaves = partition(adapted(request))
+    along = AbstractMesh((1, 1, ways, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    place = NamedSharding(along, P())
+    rows = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in batch(request).items()}
+    key = jax.eval_shape(lambda: jax.random.key(0)) if request.dropout else None
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (*leaves, rows, key))
+
+    def loss(trainable: Any, frozen: Any, batch: Any, key: Any) -> Any:
+        return sums(request)(combine(graphdef, trainable, frozen), batch, key, 1)[0]
 
     with scope(platform=request.machine.chip.platform):
-        return kept(loss, trainable, frozen, shapes)
+        return kept(loss, *arguments)
 
 
 def _split(x: jax.ShapeDtypeStruct, tensor: int) -> jax.ShapeDtypeStruct:
@@ -241,4 +285,4 @@ def _cache(found: Subject) -> int:
 
 
 def _bytes(arrays: Any) -> int:
-    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
+    return sum(math.prod(x.shape) * width(x) for x in arrays)

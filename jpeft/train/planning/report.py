@@ -2,19 +2,20 @@
 """A plan in lines, and as plain values."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .advice import Change
 from .compiling import Program
 from .devices import GIB
-from .estimate import Estimate
+from .estimate import Estimate, Memory
 from .request import Request
 
 _PARTS = {
     "weights": "base weights",
     "adapters": "trained leaves",
     "optimizer": "optimizer state",
+    "fetched": "fetched state",
     "gradients": "gradients",
     "activations": "kept for backward",
     "working": "working memory",
@@ -35,7 +36,7 @@ def lines(found: Estimate, program: Program | None, advice: Sequence[Change] = (
 def values(found: Estimate, program: Program | None, advice: Sequence[Change] = ()) -> dict[str, Any]:
     """The same for a program: bytes, FLOPs, seconds."""
     out: dict[str, Any] = {
-        "request": dataclasses.asdict(found.request) | {"machine": str(found.request.machine)},
+        "request": _request(found.request),
         "by_shape": dataclasses.asdict(found.memory) | {"total": found.memory.total},
         "parameters": found.base,
         "trainable": found.trainable,
@@ -53,32 +54,51 @@ def values(found: Estimate, program: Program | None, advice: Sequence[Change] = 
     return out
 
 
+def _request(request: Request) -> dict[str, Any]:
+    out = dataclasses.asdict(request) | {"machine": str(request.machine)}
+    return {name: value for name, value in out.items() if name not in ("arrays", "sums", "labels", "dropout")}
+
+
 def _asked(request: Request) -> str:
-    options = ", ".join(f"{name}={value}" for name, value in request.method.items() if name != "kind")
     base = request.dtype if request.quantize is None else f"{request.quantize} and {request.dtype}"
-    method = request.method["kind"] + (f" ({options})" if options else "")
+    method, rule = " and ".join(map(_named, request.parts)), request.optimizer
+    rule = f", {rule.name}" + (" with its state in host memory" if rule.offload else "") + (", ema" * request.ema)
+    rule = "" if rule == ", adamw" else rule
     times = "" if request.accumulation == 1 else f" x {request.accumulation}"
     return (
-        f"{request.model} in {base}, {method}, remat {request.remat}\n"
+        f"{request.model} in {base}, {method}{rule}, remat {request.remat}\n"
         f"{request.batch} rows{times} of {request.seq} tokens on {request.machine}, mesh {request.axes}"
     )
 
 
+def _named(method: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in method.items() if name != "kind")
+    return method["kind"] + (f" ({options})" if options else "")
+
+
 def _memory(found: Estimate, program: Program | None) -> list[str]:
-    has = found.request.machine.chip.memory
+    out = table(found.memory, found.request.machine.chip.memory, program)
+    if found.memory.cache:
+        out.append(f"{'cache, to generate':<20}{_gib(found.memory.cache)}   (beside weights, not beside a step)")
+    return out
+
+
+def table(memory: Memory, has: float | None, program: Program | None) -> list[str]:
+    """The parts of a step's memory on one device, which has so much, by shape and compiled."""
     out = [f"{'a device':<20}{'by shape':>12}" + (f"{'compiled':>14}" if program else "")]
-    out += [f"{said:<20}{_gib(getattr(found.memory, part))}" for part, said in _PARTS.items()]
-    total = f"{'total':<20}{_gib(found.memory.total)}"
+    parts = {said: getattr(memory, part) for part, said in _PARTS.items()}
+    out += [f"{said:<20}{_gib(size)}" for said, size in parts.items() if size or said != _PARTS["fetched"]]
+    total = f"{'total':<20}{_gib(memory.total)}"
     if program is not None:
-        apart = 100 * (found.memory.total / program.total - 1)
+        apart = 100 * (memory.total / program.total - 1)
         total += f"{_gib(program.total):>14}   ({apart:+.1f} %)"
     out.append(total)
     if has is not None:
-        needed = found.memory.total if program is None else program.total
+        needed = memory.total if program is None else program.total
         room = f"{(has - needed) / GIB:.2f} GiB left" if needed <= has else f"{(needed - has) / GIB:.2f} GiB too much"
         out.append(f"{'it has':<20}{_gib(has)}   {room}")
-    if found.memory.cache:
-        out.append(f"{'cache, to generate':<20}{_gib(found.memory.cache)}   (beside weights, not beside a step)")
+    if memory.host:
+        out.append(f"{'in host memory':<20}{_gib(memory.host)}" + (f"{_gib(program.host):>14}" if program else ""))
     return out
 
 
@@ -88,7 +108,7 @@ def _work(found: Estimate) -> list[str]:
     out = [
         f"trainable   {found.trainable:,} of {found.base:,} parameters ({share:.4f} %)",
         f"FLOPs       {found.flops / 1e12:,.2f} T a step in matrix products; {found.convention / 1e12:,.2f} T by the "
-        f"convention of {'6' if request.method['kind'] == 'full' else '4'} N a token",
+        f"convention of {'6' if request.full else '4'} N a token",
     ]
     chip = request.machine.chip
     if found.seconds is None or found.rate is None or chip.flops is None:
@@ -108,10 +128,21 @@ def _compiled(program: Program) -> list[str]:
         f"compiled    arguments {_gib(program.arguments).strip()}, temporary {_gib(program.temporary).strip()}, code "
         f"{_gib(program.code).strip()}; in {program.seconds:.1f} s"
     ]
+    return out + exchanged(program)
+
+
+def exchanged(program: Program) -> list[str]:
+    """What the devices of a compiled step say to each other, and what of it goes between slices."""
+    out = []
     if program.collectives:
-        kinds = (f"{count} {kind} ({size / 2**20:,.1f} MiB)" for kind, (count, size) in program.collectives.items())
-        out.append(f"collectives {', '.join(kinds)}; of a loop's body once")
+        out.append(f"collectives {_listed(program.collectives)}; of a loop's body once")
+    if program.over_dcn:
+        out.append(f"over dcn    {_listed(program.over_dcn)}")
     return out
+
+
+def _listed(kinds: Mapping[str, tuple[int, int]]) -> str:
+    return ", ".join(f"{count} {kind} ({size / 2**20:,.1f} MiB)" for kind, (count, size) in kinds.items())
 
 
 def _verdict(found: Estimate) -> str:
@@ -119,4 +150,4 @@ def _verdict(found: Estimate) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:>8.2f} GiB"
+    return f"{size / GIB:>8.2f} GiB" if not 0 < size < GIB / 100 else f"{size / 2**20:>8.2f} MiB"

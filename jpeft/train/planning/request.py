@@ -2,9 +2,10 @@
 """What a plan is asked for. This file imports no JAX."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..sections import Optimizer
 from .devices import Machine
 
 
@@ -14,10 +15,10 @@ class Request:
 
     Attributes:
       model: a preset's name, a Hugging Face folder, or a config.json.
-      method: `{"kind": ..., **its options}`, as in a run's configuration.
+      method: `{"kind": ..., **its options}`, as in a run's configuration; or several, for a hybrid.
       machine: the devices.
-      mesh: such as `"fsdp=4,tensor=2"`; None is `fsdp` over all of them.
-      task: `CAUSAL_LM` or `SEQ_CLS`.
+      mesh: such as `"fsdp=4,tensor=2"`; None is `fsdp` over all of them, within each slice.
+      task: `CAUSAL_LM` or `SEQ_CLS`, or any other where `arrays` says what a batch holds.
       batch: rows of one micro-batch, over all devices.
       seq: tokens of a row.
       accumulation: micro-batches of an update.
@@ -26,10 +27,16 @@ class Request:
       quantize: a scheme of `jpeft.quantize`, or None.
       generate: tokens of a row, prompt included, that a cache of keys and values is to hold; 0 for none.
       share: of a chip's peak that products are expected to reach.
+      optimizer: the rule, and whether its state lies in the host's memory.
+      ema: whether a moving average of what is trained is kept.
+      dropout: whether there is a key for it.
+      labels: of a classifier; None is the model's own number.
+      arrays: name, shape of one micro-batch and dtype of what a batch holds; of ids, mask and labels where left out.
+      sums: the loss, as of `make_step`; the task's own where left out.
     """
 
     model: str
-    method: Mapping[str, Any]
+    method: Mapping[str, Any] | Sequence[Mapping[str, Any]]
     machine: Machine
     mesh: str | None = None
     task: str = "CAUSAL_LM"
@@ -41,6 +48,12 @@ class Request:
     quantize: str | None = None
     generate: int = 0
     share: float = 0.4
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    ema: bool = False
+    dropout: bool = False
+    labels: int | None = None
+    arrays: tuple[tuple[str, tuple[int, ...], str], ...] = ()
+    sums: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq", "accumulation"):
@@ -57,7 +70,18 @@ class Request:
     @property
     def axes(self) -> str:
         """The mesh, written out."""
-        return self.mesh or ("fsdp=-1" if self.machine.count > 1 else "fsdp=1")
+        within = "fsdp=-1" if self.machine.count > self.machine.slices else "fsdp=1"
+        return self.mesh or (f"dcn.data={self.machine.slices}," if self.machine.slices > 1 else "") + within
+
+    @property
+    def parts(self) -> tuple[Mapping[str, Any], ...]:
+        """The method, or what a hybrid is made of."""
+        return (self.method,) if isinstance(self.method, Mapping) else tuple(self.method)
+
+    @property
+    def full(self) -> bool:
+        """Whether all of the base is trained."""
+        return any(part["kind"] == "full" for part in self.parts)
 
     @property
     def tokens(self) -> int:

@@ -11,13 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ... import models
 from ..._adapt import adapt
-from ..._mesh import AXES, BATCH_AXES, mesh, sizes, written
+from ..._masks import optimizer
+from ..._mesh import AXES, BATCH_AXES, mesh, parts, sizes, written
+from ..._method import Hybrid
 from ..._partition import GraphDef, partition
 from ..._quantize import quantize
 from ..._sharding import shardings
@@ -25,8 +28,8 @@ from ...methods import METHODS
 from ...models._checkpoint import read_config
 from ...models._hub import model_folder
 from ..config import nearest
+from ..losses import SUMS
 from ..optim import make_optimizer
-from ..sections import Optimizer
 from ..step import State, begin_shapes
 from .request import Request
 
@@ -61,8 +64,13 @@ class Subject:
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def subject(request: Request, devices: Any = None) -> Subject:
+def subject(request: Request, devices: Any = None, updates: int = 1000) -> Subject:
     """The step's arguments for a request, on `devices`, or without any on a mesh of axes alone.
+
+    Args:
+      request: what is asked.
+      devices: real or described ones, or a mesh of them.
+      updates: of the whole run, on which rates and ranks may depend, and no memory does.
 
     Raises:
       ValueError, FileNotFoundError, CheckpointError: the model, the method or the mesh is not right.
@@ -70,12 +78,12 @@ def subject(request: Request, devices: Any = None) -> Subject:
     model = adapted(request)
     graphdef, trainable, frozen = partition(model)
     if not trainable:
-        raise ValueError(f"method {dict(request.method)} trains nothing of {request.model}")
-    grid = make_mesh(request, devices)
+        raise ValueError(f"method {request.method} trains nothing of {request.model}")
+    grid = devices if isinstance(devices, Mesh) else make_mesh(request, devices)
     places = shardings({**trainable, **frozen}, grid)
     trainable, frozen = _placed(trainable, places), _placed(frozen, places)
-    tx = make_optimizer(Optimizer(), 1000)
-    state = begin_shapes(tx, trainable)
+    tx = optimizer(make_optimizer(request.optimizer, updates), model=graphdef)
+    state = begin_shapes(tx, trainable, average=request.ema, offload=request.optimizer.offload)
     found = Subject(request, model, graphdef, frozen, state, {}, tx, grid)
     if request.batch % found.ways:
         raise ValueError(
@@ -85,17 +93,24 @@ def subject(request: Request, devices: Any = None) -> Subject:
     return dataclasses.replace(found, batch=batch(request, NamedSharding(grid, P(None, BATCH_AXES))))
 
 
+def sums(request: Request) -> Any:
+    """The loss of a request, as of `make_step`."""
+    return SUMS[request.task] if request.sums is None else request.sums
+
+
 def adapted(request: Request) -> Any:
     """The adapted model with shapes in the place of arrays."""
-    return _shapes(request.model, _method(request.method), request.task, request.dtype, request.remat, request.quantize)
+    many = tuple(map(_method, request.parts))
+    method = many[0] if isinstance(request.method, Mapping) else Hybrid(many)
+    return _shapes(request.model, method, request.task, request.dtype, request.remat, request.quantize, request.labels)
 
 
 @functools.lru_cache(maxsize=32)
-def _shapes(name: str, method: Any, task: str, dtype: str, remat: str, scheme: str | None) -> Any:
-    config, key = _config(name), jax.random.key(0)
+def _shapes(name: str, method: Any, task: str, dtype: str, remat: str, scheme: str | None, labels: int | None) -> Any:
+    described, key = _config(name), jax.random.key(0)
 
     def make() -> Any:
-        base = models.build(config, task, key=key, dtype=jnp.dtype(dtype), remat=remat)
+        base = models.build(described, task, key=key, dtype=jnp.dtype(dtype), remat=remat, num_labels=labels)
         return adapt(base if scheme is None else quantize(base, scheme), method, key=key)
 
     return nnx.eval_shape(make)
@@ -107,26 +122,54 @@ def make_mesh(request: Request, devices: Any = None) -> Mesh | AbstractMesh:
     Raises:
       ValueError: it does not fit the machine.
     """
-    count = sizes(request.axes, request.machine.count)
+    asked, kinds = request.machine, (AxisType.Auto,) * len(AXES)
+    count = sizes(request.axes, asked.count)
+    inner, outer = parts(request.axes, asked.count)
+    if math.prod(outer) not in (1, asked.slices):
+        raise ValueError(
+            f"the dcn axes of {request.axes} make up {math.prod(outer)} slices; the machine is {asked}, of "
+            f"{asked.slices} (--slices)"
+        )
     if devices is None:
-        return AbstractMesh(tuple(count.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return mesh(count, devices)
+        return AbstractMesh(tuple(count.values()), AXES, axis_types=kinds)
+    if asked.chip.platform == "cpu" and math.prod(outer) > 1:
+        return Mesh(_standing_in(inner, outer, devices), AXES, axis_types=kinds)
+    return mesh(request.axes, devices)
+
+
+def slice_of(device: Any, request: Request) -> int:
+    """In which slice, or on which host, a device is; this machine's own CPUs stand in, a share of them for each."""
+    found = getattr(device, "slice_index", None)
+    if found is not None or jax.process_count() > 1:
+        return device.process_index if found is None else found
+    return device.id // (request.machine.count // request.machine.slices)
+
+
+def _standing_in(inner: tuple[int, ...], outer: tuple[int, ...], devices: Any) -> np.ndarray:
+    """Devices that are in no slice, in order, laid as those of `slice_of` are."""
+    grid = np.asarray(devices, dtype=object).reshape(*outer, *inner)
+    order = [axis for pair in zip(range(len(outer)), range(len(outer), 2 * len(outer)), strict=True) for axis in pair]
+    return grid.transpose(order).reshape([n * over for n, over in zip(inner, outer, strict=True)])
 
 
 def batch(request: Request, place: Any = None) -> Shapes:
     """A batch's arrays `[accumulation, rows, ...]`."""
-    shape = (request.accumulation, request.batch, request.seq)
-    labels = shape if request.task == "CAUSAL_LM" else shape[:2]
-    made = {"input_ids": shape, "attention_mask": shape, "labels": labels}
-    return {name: jax.ShapeDtypeStruct(size, jnp.int32, sharding=place) for name, size in made.items()}
+    shape = (request.batch, request.seq)
+    labels = shape if request.task == "CAUSAL_LM" else shape[:1]
+    usual = (("input_ids", shape, "int32"), ("attention_mask", shape, "int32"), ("labels", labels, "int32"))
+    return {
+        name: jax.ShapeDtypeStruct((request.accumulation, *size), jnp.dtype(dtype), sharding=place)
+        for name, size, dtype in request.arrays or usual
+    }
 
 
 def device_bytes(tree: Any) -> int:
     """Bytes of a tree of placed shapes on one device."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * _width(leaf) for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * width(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def _width(leaf: Any) -> int:
+def width(leaf: Any) -> int:
+    """Bytes of one number of an array."""
     return 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
 
 

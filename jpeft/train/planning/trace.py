@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a traced function computes, and what its derivative keeps, by shape: nothing is compiled or run."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +19,21 @@ def product_flops(fn: Callable[..., Any], *arguments: Any) -> float:
     return _flops(jax.make_jaxpr(fn)(*arguments).jaxpr)
 
 
-def kept(fn: Callable[..., Any], *arguments: Any) -> list[jax.ShapeDtypeStruct]:
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """An array that a derivative keeps.
+
+    Attributes:
+      shape, dtype: its own.
+      gathered: it is what attention has gathered along `sequence`: keys or values of all tokens.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    gathered: bool
+
+
+def kept(fn: Callable[..., Any], *arguments: Any) -> list[Kept]:
     """The arrays that the derivative of a scalar `fn` with respect to its first argument keeps from the forward pass.
 
     What is one of the arguments is left out: it is there anyway. So is what is another one over again, as the same
@@ -32,7 +47,25 @@ def kept(fn: Callable[..., Any], *arguments: Any) -> list[jax.ShapeDtypeStruct]:
     given = {id(variable) for variable in (*jaxpr.invars, *jaxpr.constvars)}
     made = {id(out): (equation, i) for equation in jaxpr.eqns for i, out in enumerate(equation.outvars)}
     found = {_origin(v, made): v for v in jaxpr.outvars if not isinstance(v, core.Literal) and id(v) not in given}
-    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in found.values()]
+    return [Kept(v.aval.shape, v.aval.dtype, _gathered(v, made)) for v in found.values()]
+
+
+def _gathered(variable: Any, made: dict[int, tuple[Any, int]]) -> bool:
+    """Whether a variable is, in another dtype or order, `[rows, tokens, heads, d_head]` held whole along `sequence`."""
+    equation, index = made.get(id(variable), (None, 0))
+    if equation is None or isinstance(variable, core.Literal):
+        return False
+    if equation.primitive.name == "sharding_constraint":
+        spec = getattr(equation.params["sharding"], "spec", ())
+        return variable.aval.ndim == 4 and len(spec) > 1 and spec[1] is None
+    if equation.primitive.name in (*_COPIES, "transpose"):
+        return _gathered(equation.invars[0], made)
+    body = next(_inner(equation), None)
+    if body is None or (equation.primitive.name == "scan" and index < equation.params["num_carry"]):
+        return False
+    return _gathered(
+        body.outvars[index], {id(out): (inner, i) for inner in body.eqns for i, out in enumerate(inner.outvars)}
+    )
 
 
 def _origin(variable: Any, made: dict[int, tuple[Any, int]]) -> tuple[Any, ...]:

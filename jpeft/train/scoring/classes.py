@@ -37,45 +37,55 @@ def report(labels: Sequence[int], predicted: Sequence[int], names: Sequence[str]
       names: of every class.
       seed: of the resampling.
     """
-    y, p = np.asarray(labels), np.asarray(predicted)
-    figures = {"accuracy": _accuracy, "macro_f1": _macro_f1}
-    if len(names) == 2:
-        figures |= {
-            name: lambda y, p, at=at: float(_by_class(y, p, 2)[1, at])
-            for at, name in enumerate(("precision", "recall", "f1"))
-        }
+    y, p, size = np.asarray(labels), np.asarray(predicted), len(names)
+    wanted = ("accuracy", "macro_f1") + (("precision", "recall", "f1") if size == 2 else ())
     metrics = {
-        name: bootstrap(lambda rows, figure=figure: figure(y[rows], p[rows]), len(y), seed=seed)
-        for name, figure in figures.items()
+        name: bootstrap(lambda rows, name=name: _figures(y[rows], p[rows], size)[name], len(y), seed=seed)
+        for name in wanted
     }
-    table = _by_class(y, p, len(names))
-    by_class = {
-        name: {
-            "precision": float(row[0]),
-            "recall": float(row[1]),
-            "f1": float(row[2]),
-            "examples": int((y == i).sum()),
-        }
-        for i, (name, row) in enumerate(zip(names, table, strict=True))
+    counts = confusion(y, p, size)
+    rows = zip(names, by_class(counts), counts.sum(1), strict=True)
+    table = {
+        name: {"precision": float(row[0]), "recall": float(row[1]), "f1": float(row[2]), "examples": int(examples)}
+        for name, row, examples in rows
     }
-    largest = np.full_like(y, np.bincount(y).argmax())
-    majority = {"accuracy": _accuracy(y, largest), "macro_f1": _macro_f1(y, largest)}
-    collapsed = names[int(p[0])] if len(set(p.tolist())) == 1 < len(set(y.tolist())) else None
-    return Report(metrics, by_class, majority, collapsed)
+    largest = _figures(y, np.full_like(y, np.bincount(y).argmax()), size)
+    one = names[int(p[0])] if collapsed(y, p) else None
+    return Report(metrics, table, {name: largest[name] for name in ("accuracy", "macro_f1")}, one)
 
 
-def _accuracy(y: np.ndarray, p: np.ndarray) -> float:
-    return float((y == p).mean())
+def confusion(truth: np.ndarray, predicted: np.ndarray, size: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """`[true class, predicted class]` of `size` classes: how many examples, or their weight."""
+    return np.bincount(truth * size + predicted, weights, size * size).reshape(size, size).astype(float)
 
 
-def _macro_f1(y: np.ndarray, p: np.ndarray) -> float:
-    occur = np.union1d(y, p)
-    return float(_by_class(y, p, int(occur.max()) + 1)[occur, 2].mean())
-
-
-def _by_class(y: np.ndarray, p: np.ndarray, count: int) -> np.ndarray:
-    """`[classes, 3]`: precision, recall, F1; 0 where a quotient has no denominator."""
-    hits = np.bincount(y[y == p], minlength=count)
-    said, true = np.bincount(p, minlength=count), np.bincount(y, minlength=count)
-    ratio = lambda a, b: np.divide(a, b, out=np.zeros(count), where=b > 0)  # noqa: E731
+def by_class(counts: np.ndarray) -> np.ndarray:
+    """`[classes, 3]`: precision, recall, F1 of a confusion; 0 where a quotient has no denominator."""
+    hits, true, said = np.diag(counts), counts.sum(1), counts.sum(0)
+    ratio = lambda a, b: np.divide(a, b, out=np.zeros(len(counts)), where=b > 0)  # noqa: E731
     return np.stack([ratio(hits, said), ratio(hits, true), ratio(2 * hits, said + true)], axis=1)
+
+
+def means(counts: np.ndarray) -> dict[str, float]:
+    """Accuracy, and precision, recall and F1 as means over the classes that occur in a confusion.
+
+    A class counts where it is the truth of an example or predicted for one. One that is never predicted has precision
+    0, as in scikit-learn with `zero_division=0`.
+    """
+    there = (counts.sum(0) + counts.sum(1)) > 0
+    precision, recall, f1 = by_class(counts)[there].mean(0).tolist()
+    accuracy = float(np.trace(counts) / counts.sum())
+    return {"accuracy": accuracy, "macro_f1": f1, "precision": precision, "recall": recall}
+
+
+def collapsed(truth: np.ndarray, predicted: np.ndarray) -> bool:
+    """One class was predicted for everything, and it is not the only one there is: no score, a failure."""
+    return len(np.unique(predicted)) == 1 < len(np.unique(truth))
+
+
+def _figures(truth: np.ndarray, predicted: np.ndarray, size: int) -> dict[str, float]:
+    """Accuracy and macro-F1; of two classes precision, recall and F1 of the second one."""
+    counts = confusion(truth, predicted, size)
+    found = means(counts)
+    second = dict(zip(("precision", "recall", "f1"), by_class(counts)[1].tolist(), strict=True)) if size == 2 else {}
+    return found | second
