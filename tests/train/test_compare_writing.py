@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from jpeft.train import cli, config
+from jpeft.train import cli, config, saved
 from jpeft.train.compare import measure, outcomes, report, runner, statistics, study
 from jpeft.train.tasks import gsm8k, overlap
 
@@ -224,6 +224,20 @@ def test_what_is_compared_is_what_jpeft_eval_says(tree, replies, tmp_path, capsy
     values = results["lora"]["outcome"]["values"]["rouge_l"]
     assert len(values) == 8
     assert f"| lora | {np.mean(values):.4f} [" in text
+
+
+@pytest.mark.usefixtures("confined")
+def test_programs_are_run_in_the_sandbox_for_a_study_too(data, llama, tmp_path):
+    file = str(data / "humaneval" / "test.jsonl")
+    settings = {"data": file, "limit": 2, "samples": 5, "temperature": 1.0, "max_new_tokens": 2}
+    how = {"task": "humaneval", "main": "pass@5", "settings": settings}
+    found = measure._written(saved.open_model(llama, None), how, tmp_path)
+    assert found.names == ("pass@1", "pass@5", "token_jaccard")
+    record = json.loads((tmp_path / "texts.json").read_text())
+    assert record["sandbox"]["system calls"] == "active"
+    assert [len(row["passed"]) for row in record["examples"]] == [5, 5]
+    assert found.main_score() == np.mean([any(row["passed"]) for row in record["examples"]])
+    assert found.scores()["token_jaccard"] == pytest.approx(np.mean([row["jaccard"] for row in record["examples"]]))
 
 
 @pytest.mark.slow
