@@ -13,7 +13,7 @@ from jpeft.train import cli, config, saved
 from jpeft.train.compare import measure, outcomes, report, runner, statistics, study
 from jpeft.train.tasks import gsm8k, overlap
 
-LORA = {"method": {"kind": "lora", "rank": 2}}
+LORA = {"method": {"kind": "lora", "rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "embed_tokens"]}}
 #: Of a share found by 2,000 draws, four standard deviations where they are largest, at one half.
 DRAWN = 4 * 0.5 / np.sqrt(statistics.DRAWS)
 
@@ -48,7 +48,7 @@ def _tree(generate, replies, tmp_path):
             }
         },
         "methods": {"lora": LORA},
-        "run": {"train": generate["train"], "optimizer": {"lr": 1e-2}},
+        "run": {"train": generate["train"], "optimizer": {"lr": 1e-1}},
         "seeds": [3],
         "baselines": ["untuned"],
     }
@@ -99,6 +99,18 @@ def test_pass_at_k_may_be_asked_for_where_k_are_drawn(tree):
     assert plan["settings"]["samples"] == 5
     first = with_task(tree, write="humaneval", writing=drawn)
     assert runner._plan(first, study.finals(first, {})[0])["write"]["main"] == "pass@1"
+
+
+def test_the_base_draws_with_every_seed_where_texts_are_drawn(tree):
+    def seeds(**writing):
+        s = study.parse(
+            copy.deepcopy(tree) | {"tasks": {"replies": tree["tasks"]["replies"] | writing}, "seeds": [3, 4]}
+        )
+        return [run.seed for run in study.finals(s, {}) if run.method == "untuned"]
+
+    assert seeds() == [3, 4]
+    assert seeds(writing={"max_new_tokens": 6}) == [0]
+    assert seeds(write=None, writing={}) == [0]
 
 
 def test_examples_that_are_shown_may_lie_where_a_variable_says(tree, monkeypatch):
@@ -195,7 +207,7 @@ def test_what_is_compared_is_what_jpeft_eval_says(tree, replies, tmp_path, capsy
     """A trained run and the base as it is; texts and figures against the command's, on the saved adapter."""
     s = study.parse(tree)
     lora, untuned = study.finals(s, {})
-    results = {}
+    results, texts = {}, {}
     for run in (lora, untuned):
         folder = tmp_path / run.method
         folder.mkdir()
@@ -204,20 +216,23 @@ def test_what_is_compared_is_what_jpeft_eval_says(tree, replies, tmp_path, capsy
     path = tree["models"]["tiny"]["path"]
     for name, model, seed in (
         ("lora", ["--adapter", tmp_path / "lora" / "train" / "adapter"], 3),
-        ("untuned", ["--model", path], 0),
+        ("untuned", ["--model", path], 3),
     ):
         out = tmp_path / f"{name}.json"
         cli.main([*map(str, ["eval", "--task", "dialogue", *model, *options, "--seed", seed, "--out", out])])
         theirs, ours = json.loads(out.read_text()), json.loads((tmp_path / name / "texts.json").read_text())
         assert ours["examples"] == theirs["examples"]
+        texts[name] = [row["texts"] for row in ours["examples"]]
         assert results[name]["test"]["rouge_l"] == pytest.approx(theirs["metrics"]["rouge_l"]["value"])
     capsys.readouterr()
     assert 0 < results["lora"]["test"]["rouge_l"] < 100
-    assert results["lora"]["test"] != results["untuned"]["test"]
+    assert texts["lora"] != texts["untuned"]
     assert results["lora"]["collapsed"] is False
     done = [runner.Done(run, results[run.method]) for run in (lora, untuned)]
     page = report.write(s, done).read_text()
-    assert "replies: texts of at most 6 tokens, 1 of a prompt drawn at temperature 1, by the run&#x27;s seed" in page
+    drawn = "1 of each prompt, drawn at temperature 1 by the run&#x27;s seed; the first 8 rows"
+    said = f"replies: texts of at most 6 tokens, {drawn}; scored as `jpeft eval --task dialogue` does, compared by"
+    assert f"{said} rouge_l." in page
     text = (tmp_path / "study" / "report.md").read_text()
     assert "| method | rouge_l [95 %] | rouge_l - lora's [95 %] | p | seeds |" in text
     assert "compared by rouge_l." in text

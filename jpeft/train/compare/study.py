@@ -231,8 +231,9 @@ def finals(study: Study, chosen: Mapping[tuple[str, str, str], Mapping[str, Any]
     ]
     if "untuned" in study.baselines:
         out += [
-            Run(model, task, "untuned", 0, None, None, _shared(study, model, task))
+            Run(model, task, "untuned", seed, None, None, _shared(study, model, task))
             for model, task in itertools.product(study.models, study.tasks)
+            for seed in (study.seeds if study.tasks[task].writing.temperature else (0,))  # what is drawn has a seed
         ]
     return out
 

@@ -49,15 +49,16 @@ def main_figure(write: str, metric: str | None, settings: Settings) -> str:
 
 def described(write: str, metric: str | None, settings: Settings) -> str:
     """How texts are written, in words."""
-    drawn = "the likeliest token each"
+    drawn = "each token the likeliest"
     if settings.temperature:
         top = "" if settings.top_p is None else f", top_p {settings.top_p:g}"
-        drawn = f"{settings.samples} of a prompt drawn at temperature {settings.temperature:g}{top}, by the run's seed"
+        heat = f"{settings.temperature:g}{top}"
+        drawn = f"{settings.samples} of each prompt, drawn at temperature {heat} by the run's seed"
     longest = settings.max_new_tokens or tasks.find(write).max_new_tokens
     rows = "all rows" if settings.limit is None else f"the first {settings.limit:,} rows"
     main = main_figure(write, metric, settings)
     return (
-        f"texts of at most {longest:,} tokens, {drawn}, for {rows}, scored as `jpeft eval --task {write}` does; "
+        f"texts of at most {longest:,} tokens, {drawn}; {rows}; scored as `jpeft eval --task {write}` does, "
         f"compared by {main}"
     )
 
