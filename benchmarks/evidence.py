@@ -42,9 +42,9 @@ def _study(name: str, values: dict[str, Any]) -> Iterator[tuple[str, dict[str, s
     for table in values["tables"]:
         where = f"{table['task']} with {table['model']}" + (", as published" if name.endswith("_untuned") else "")
         rows = [row for row in table["rows"] if row["method"] != "majority"]
-        fallen = [row for row in rows if row["collapsed"]]
+        fallen, trained = (sum(row[key] for row in rows) for key in ("collapsed", "seeds"))
         if fallen:
-            said = f"{where}: {len(fallen)} of {len(rows)} trainings predicted one class for everything"
+            said = f"{where}: {fallen} of {trained} trainings predicted one class for everything"
             yield f"collapse/{name}", _fact(said, page)
         for row in rows:
             kind = KINDS.get(row["method"], row["method"])

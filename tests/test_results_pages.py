@@ -20,7 +20,7 @@ def _pages():
 
 
 def test_there_are_pages():
-    assert {page.stem for page in PAGES} >= {"pubmedqa", "sentiment", "stories"}
+    assert {page.stem for page in PAGES} >= {"pubmedqa", "rank_rate", "sentiment", "stories"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -34,6 +34,12 @@ def test_a_page_says_what_its_data_say(page, pages):
 def test_a_figure_that_was_changed_by_hand_is_seen(pages):
     text = PAGES[0].read_text()
     assert pages.written(text.replace("| full |", "| fool |")) == text
+
+
+def test_a_sweeps_page_has_its_tables_alone(pages):
+    assert pages.block("rank_rate", "Points", None).count("| finished |") == 15
+    with pytest.raises(KeyError, match="a sweep has the tables Protocol and Points, not Scores"):
+        pages.block("rank_rate", "Scores", None)
 
 
 def test_columns_are_chosen_by_whole_words(pages):

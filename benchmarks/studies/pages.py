@@ -1,23 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the figures of docs/results/ from docs/results/data/: `python benchmarks/studies/pages.py [NAME=FOLDER ...]`.
 
-Of each NAME=FOLDER, the folder of a study that `jpeft compare` made, report.json is first taken as data/NAME.json.
-Then all that stands between these lines of a page is written from the data, so that the two cannot disagree:
+Of each NAME=FOLDER, the folder of a study that `jpeft compare` or `jpeft sweep` made, report.json is first taken as
+data/NAME.json. Then all that stands between these lines of a page is written from the data, so that the two cannot
+disagree:
 
   <!-- NAME | Scores | accuracy; macro_f1 -->   a table of the report, here with two of its columns; all without them
   <!-- NAME | Protocol -->                     what was done, in lines
   <!-- NAME | Flags -->                        collapses and divergences, in lines
-  <!-- NAME | Plot | learning curves -->       a plot, drawn into images/
+  <!-- NAME | Plot | learning curves -->       a plot, drawn into images/; of a sweep, its heat map
+  <!-- NAME | Points -->                       of a sweep: what was tried, best first
   <!-- end -->
 """
 
+import json
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from jpeft.train.compare import digest as digests
 from jpeft.train.compare import figures, report
+from jpeft.train.sweep import digest as sweeps
+from jpeft.train.sweep import report as swept
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 _BLOCK = re.compile(r"(<!-- ([\w-]+) \| (\w+)(?: \| ([^>]*?))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -54,6 +61,10 @@ def block(name: str, kind: str, columns: str | None) -> str:
         return f"![{columns} of {name}]({image(name, columns or '')})"
     if kind == "Protocol":
         return "\n".join(f"- {line}" for line in digest.protocol)
+    if isinstance(digest, sweeps.Digest):
+        if kind != "Points":
+            raise KeyError(f"a sweep has the tables Protocol and Points, not {kind}")
+        return "\n".join(swept.table(digest))
     (table,) = digest.tables
     if kind == "Flags":
         return "\n".join(f"- {line}" for line in report.flags(table)) or "No method collapsed or diverged."
@@ -77,9 +88,10 @@ def chosen(head: Sequence[str], columns: Sequence[str]) -> list[int]:
     return [0, *(i for i, cell in enumerate(head) if i and f"{cell} ".startswith(starts))]
 
 
-def data(name: str) -> digests.Digest:
+def data(name: str) -> digests.Digest | sweeps.Digest:
     """A study's committed figures."""
-    return digests.read((RESULTS / "data" / f"{name}.json").read_text())
+    text = (RESULTS / "data" / f"{name}.json").read_text()
+    return sweeps.read(text) if "points" in json.loads(text) else digests.read(text)
 
 
 def image(name: str, title: str) -> str:
@@ -88,9 +100,14 @@ def image(name: str, title: str) -> str:
 
 
 def draw(name: str, title: str) -> None:
-    """Draws a plot of the only table of a study."""
-    (table,) = data(name).tables
-    figures.draw_one(table, title, RESULTS / image(name, title))
+    """Draws a plot of the only table of a study, or the heat map of a sweep."""
+    digest, file = data(name), RESULTS / image(name, title)
+    if isinstance(digest, sweeps.Digest):
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(swept.heat_map(digest, Path(folder) / "map.svg").with_suffix(".png"), file)
+        return
+    (table,) = digest.tables
+    figures.draw_one(table, title, file)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@
 import contextlib
 import math
 import os
+import platform
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -93,3 +96,14 @@ def place(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
         return jax.device_put(dict(batch))
     split = NamedSharding(mesh, P(None, BATCH_AXES))
     return {name: jax.make_array_from_callback(array.shape, split, array.__getitem__) for name, array in batch.items()}
+
+
+def described() -> str:
+    """What this process computes on: of a CPU the cores that it may use, and the processor's own name if it tells."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    told = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)", told.read_text(), re.MULTILINE) if told.is_file() else None
+    return f"{cores} cores of {found[1] if found else platform.processor() or platform.machine()}"

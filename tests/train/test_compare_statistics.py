@@ -57,7 +57,7 @@ def test_what_is_saved_reads_back():
     for outcome in (classes([0, 2], [2, 1], 3, [0.25, 0.5]), Texts(np.array([0.1]), np.array([3]))):
         back = outcomes.read(outcome.saved())
         assert back.saved() == outcome.saved()
-    with pytest.raises(ValueError, match="of classes or of texts, got kind 'pictures'"):
+    with pytest.raises(ValueError, match="of classes, of texts or of written ones, got kind 'pictures'"):
         outcomes.read({"kind": "pictures"})
 
 

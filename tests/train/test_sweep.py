@@ -12,8 +12,8 @@ import pytest
 import subjects
 
 from jpeft.io.checkpoint import Checkpoints
-from jpeft.train import cli, config, interruption, loop
-from jpeft.train.sweep import bayes, halving, lanes, report, runner, space
+from jpeft.train import cli, config, devices, interruption, loop
+from jpeft.train.sweep import bayes, digest, halving, lanes, report, runner, space
 from jpeft.train.sweep.groups import chunks
 from jpeft.train.sweep.material import Material
 
@@ -249,7 +249,17 @@ def test_what_a_sweep_writes(whole, capsys):
     assert (trial["values"]["optimizer.lr"], trial["status"], len(trial["losses"])) == (2e-2, "finished", 8)
     assert config.parse(trial["config"]).train.seed == 1
     assert (folder / "plots" / "method_rank_method_alpha_x_optimizer_lr.png").stat().st_size > 5000
-    assert "8 trials in 2 legs of 4 lanes; 2 steps compiled" in (folder / "report.md").read_text()
+    said = (folder / "report.md").read_text()
+    assert "8 trials in 2 legs of 4 lanes; 2 steps compiled" in said
+    assert f"Device: {devices.described()}." in said
+    back = digest.read((folder / "report.json").read_text())
+    assert digest.dumped(back) == (folder / "report.json").read_text()
+    assert report.table(back) == [line for line in said.splitlines() if line.startswith("|")]
+    assert [point.mean for point in back.points] == pytest.approx([float(row["accuracy"]) for row in rows])
+    drawn = report.heat_map(back, folder / "again.svg")
+    assert drawn.read_text() == (folder / "plots" / "method_rank_method_alpha_x_optimizer_lr.svg").read_text()
+    with pytest.raises(ValueError, match=r"a heat map is of a grid of two keys; method\.rank, .* were varied"):
+        report.heat_map(dataclasses.replace(back, grid={}), folder / "none.svg")
 
 
 def test_a_sweep_that_is_made_is_not_made_again(whole, monkeypatch, tmp_path, capsys):

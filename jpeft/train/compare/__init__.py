@@ -5,6 +5,7 @@ study.py       what is compared, and the runs that it comes to
 runner.py      makes the runs that are not made yet, each in a process of its own
 measure.py     one run: trained, tested, timed, weighed; one JSON
 judge.py       asks a model for its answers
+writing.py     test rows that a model writes texts for, by a task of `jpeft eval`
 outcomes.py    what a model did with every example
 statistics.py  intervals over seeds and examples, paired tests
 table.py       runs of one method put together: a row of the report

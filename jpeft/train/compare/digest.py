@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from . import writing
 from .runner import Done
 from .study import Study
 from .table import Table, tables
@@ -75,6 +76,11 @@ def protocol(study: Study, runs: Sequence[Done]) -> list[str]:
         )
     else:
         lines.append("Nothing was tuned: every method has the values that the study gives it.")
+    lines += [
+        f"{name}: {writing.described(task.write, task.metric, task.writing)}."
+        for name, task in study.tasks.items()
+        if task.write is not None
+    ]
     lines += [
         "The test split is read by the final runs alone, once each.",
         "Intervals: 95 %, by a bootstrap over seeds and test examples, both drawn by themselves"

@@ -9,34 +9,34 @@
   parameters, training, memory, latency_ms, adapter_kb, forgetting, calibration_error, collapsed, largest_gap
   curve          the evaluations on the way
   failed         in the place of all these, where the loss was not finite
+
+and, where texts are written, FOLDER/texts.json: the record of `jpeft eval`, with every prompt and text.
 """
 
 import dataclasses
 import importlib.metadata
 import json
-import os
-import platform
-import re
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from ...models._files import read_json, write_text
 from .. import config as configuration
-from .. import data, folder, job, loop, saved, utilization
+from .. import data, devices, folder, job, loop, saved, tasks, utilization
 from ..batches import Batches
 from ..config import Config
 from ..records import Record, Refusals
 from ..sections import Data
 from ..step import Cost
+from ..tasks import running
+from ..tasks.settings import Settings
 from . import latency
 from .judge import judge
-from .outcomes import Outcome
+from .outcomes import Outcome, Written
 
 _VERSIONS = ("jpeft", "jax", "flax", "optax")
 
@@ -53,21 +53,10 @@ def main(path: Path) -> None:
         "plan": plan,
         "seconds": round(time.time() - started, 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": _device(),
+        "device": devices.described(),
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
     }
     write_text(path / "result.json", json.dumps(result, allow_nan=False) + "\n")
-
-
-def _device() -> str:
-    """What it ran on: of a CPU the cores that this process may use, and the processor's own name where it tells."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{jax.device_count()} x {device.device_kind} ({device.platform})"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    told = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.*)", told.read_text(), re.MULTILINE) if told.is_file() else None
-    return f"{cores} cores of {found[1] if found else platform.processor() or platform.machine()}"
 
 
 def measured(plan: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -90,8 +79,11 @@ def measured(plan: Mapping[str, Any], path: Path) -> dict[str, Any]:
         found = _of_training(result, out, dataset, plan["target"])
     if not plan["test"]:
         return found
-    test = _batches(config, dataset, {"eval": tuple(plan["test"]), "on_bad_row": "stop"})
-    outcome = judge(opened.model, test)
+    if "write" in plan:
+        outcome = _written(opened, plan["write"], path)
+    else:
+        test = _batches(config, dataset, {"eval": tuple(plan["test"]), "on_bad_row": "stop"})
+        outcome = judge(opened.model, test)
     found |= {
         "test": outcome.scores(),
         "outcome": outcome.saved(),
@@ -108,6 +100,14 @@ def measured(plan: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if plan["general"] is not None:
         found["forgetting"] = _forgetting(opened, config, dataset, plan["general"])
     return found
+
+
+def _written(opened: saved.Opened, how: Mapping[str, Any], path: Path) -> Written:
+    """What a model writes for the test rows, by a task of `jpeft eval`; its record is kept in texts.json."""
+    found = running.measure(how["task"], tasks.find(how["task"]), opened, Settings(**how["settings"]))
+    record = json.dumps(found.record, indent=1, ensure_ascii=False, default=str)
+    write_text(path / "texts.json", record + "\n")
+    return Written((*found.values,), np.array([*found.values.values()], float), how["main"])
 
 
 def _of_training(result: loop.Result, out: Path, dataset: job.Dataset, target: float | None) -> dict[str, Any]:

@@ -128,7 +128,44 @@ class Texts:
         return {"kind": "texts", "loss": [float(x) for x in self.loss], "tokens": self.tokens.tolist()}
 
 
-Outcome = Classes | Texts
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """Of a language model whose texts were scored.
+
+    Attributes:
+      names: of the figures, each of which is a mean over the examples.
+      values: `[figures, examples]`.
+      main: of `names`, the one that methods are ranked by; more of it is better.
+    """
+
+    names: tuple[str, ...]
+    values: np.ndarray
+    main: str
+
+    more_is_better: ClassVar = True
+    answers: ClassVar = ("values",)
+    collapsed: ClassVar = False
+    calibration_error: ClassVar = None
+
+    def __len__(self) -> int:
+        return self.values.shape[1]
+
+    def scores(self, weights: np.ndarray | None = None) -> dict[str, float]:
+        """The mean of every figure."""
+        weights = np.ones(len(self)) if weights is None else weights
+        return dict(zip(self.names, (self.values @ weights / weights.sum()).tolist(), strict=True))
+
+    def main_score(self, weights: np.ndarray | None = None) -> float:
+        """`scores(weights)[main]`."""
+        return self.scores(weights)[self.main]
+
+    def saved(self) -> dict[str, Any]:
+        """Plain values, from which `read` makes it again."""
+        values = dict(zip(self.names, self.values.tolist(), strict=True))
+        return {"kind": "written", "values": values, "main": self.main}
+
+
+Outcome = Classes | Texts | Written
 
 
 def read(values: dict[str, Any]) -> Outcome:
@@ -143,7 +180,9 @@ def read(values: dict[str, Any]) -> Outcome:
             return Classes(truth, predicted, np.asarray(values["confidence"]), values["num_classes"])
         case {"kind": "texts"}:
             return Texts(np.asarray(values["loss"]), np.asarray(values["tokens"], np.int64))
-    raise ValueError(f"an outcome is of classes or of texts, got kind {values.get('kind')!r}")
+        case {"kind": "written", "values": dict(found)}:
+            return Written((*found,), np.asarray([*found.values()], float), values["main"])
+    raise ValueError(f"an outcome is of classes, of texts or of written ones, got kind {values.get('kind')!r}")
 
 
 def swapped(a: Outcome, b: Outcome, swap: np.ndarray) -> tuple[Outcome, Outcome]:
@@ -156,7 +195,7 @@ def swapped(a: Outcome, b: Outcome, swap: np.ndarray) -> tuple[Outcome, Outcome]
 def subset(outcome: Outcome, chosen: np.ndarray) -> Outcome:
     """The outcome of some examples, a mask, alone."""
     values = {f.name: getattr(outcome, f.name) for f in dataclasses.fields(outcome)}
-    return dataclasses.replace(outcome, **{k: v[chosen] for k, v in values.items() if isinstance(v, np.ndarray)})
+    return dataclasses.replace(outcome, **{k: v[..., chosen] for k, v in values.items() if isinstance(v, np.ndarray)})
 
 
 def majority(outcome: Classes, train: np.ndarray) -> Classes:

@@ -21,6 +21,7 @@ from typing import Any
 from ...models._files import write_text
 from .. import config as configuration
 from . import study as studies
+from . import writing
 from .study import Run, Study
 
 #: What a run's process is asked for; the folder follows.
@@ -102,9 +103,9 @@ def _merit(done: Done, by: str | None) -> float:
 
 def _begin(study: Study, out: Path) -> None:
     """Writes down what is compared, or checks that it is what the folder was begun with."""
-    values, file = json.loads(json.dumps(dataclasses.asdict(study))), out / "study.json"
+    values, file = _values(study), out / "study.json"
     if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = _begun(file)
         changed = [key for key in values if before.get(key) != values[key] and key not in ("seeds", "methods", "sizes")]
         if changed:
             raise studies.ConfigError(
@@ -115,6 +116,18 @@ def _begin(study: Study, out: Path) -> None:
         raise studies.ConfigError(f"{out} holds something that is no study; give another out=")
     out.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(values, indent=2) + "\n")
+
+
+def _values(study: Study) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(study)))
+
+
+def _begun(file: Path) -> dict[str, Any]:
+    """What a folder was begun with; keys that studies did not have then are at their defaults."""
+    try:
+        return _values(configuration.validated(Study, json.loads(file.read_text(encoding="utf-8"))))
+    except studies.ConfigError as error:
+        raise studies.ConfigError(f"{file} is no study: {error}; give another out=") from error
 
 
 def _made(study: Study, run: Run, out: Path, say: Callable[[str], None], command: Sequence[str]) -> Done:
@@ -151,6 +164,11 @@ def _plan(study: Study, run: Run) -> dict[str, Any]:
         "general": task.general if tested else None,
         "group": task.group if tested else None,
     }
+    if task.write is not None and tested:
+        (file,) = plan["test"]
+        settings = dataclasses.replace(task.writing, data=file, seed=run.seed)
+        main = writing.main_figure(task.write, task.metric, settings)
+        plan["write"] = {"task": task.write, "main": main, "settings": dataclasses.asdict(settings)}
     return json.loads(json.dumps(plan))
 
 

@@ -27,6 +27,8 @@ from .. import _yaml
 from .. import config as configuration
 from ..config import ConfigError
 from ..sections._checks import FORBID
+from ..tasks.settings import Settings
+from . import writing
 
 #: What stands beside the methods: the most frequent class, the base model as it is (language models), a head trained on
 #: frozen features (classifiers), and full fine-tuning.
@@ -51,6 +53,10 @@ class Task:
       group: a column of the test files; scores are also given for each of its values.
       target: score on `data.eval` of which the time to reach it is reported.
       train: keys of the section `train` that are the task's own.
+      write: a task of `jpeft eval` that writes, such as `gsm8k`, by which the test rows are scored, and not by their
+        perplexity; for language models.
+      writing: how: options of `jpeft eval`, as `{max_new_tokens: 64, samples: 5, temperature: 0.8}`.
+      metric: the figure of `write` that methods are compared by; None is its first.
     """
 
     __pydantic_config__: ClassVar = FORBID
@@ -61,6 +67,9 @@ class Task:
     group: str | None = None
     target: float | None = None
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
+    write: str | None = None
+    writing: Settings = dataclasses.field(default_factory=Settings)
+    metric: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,8 +231,9 @@ def finals(study: Study, chosen: Mapping[tuple[str, str, str], Mapping[str, Any]
     ]
     if "untuned" in study.baselines:
         out += [
-            Run(model, task, "untuned", 0, None, None, _shared(study, model, task))
+            Run(model, task, "untuned", seed, None, None, _shared(study, model, task))
             for model, task in itertools.product(study.models, study.tasks)
+            for seed in (study.seeds if study.tasks[task].writing.temperature else (0,))  # what is drawn has a seed
         ]
     return out
 
@@ -271,13 +281,18 @@ def _expanded(tree: Mapping[str, Any]) -> dict[str, Any]:
     expand, tasks = configuration.expanded_path, tree.get("tasks")
     out = dict(tree) | ({"out": expand(tree["out"])} if "out" in tree else {})
     if isinstance(tasks, Mapping):
-        out["tasks"] = {
-            name: {key: expand(value) if key in ("test", "general") else value for key, value in task.items()}
-            if isinstance(task, Mapping)
-            else task
-            for name, task in tasks.items()
-        }
+        out["tasks"] = {name: _with_paths(task, "test", "general") for name, task in tasks.items()}
+        for task in out["tasks"].values():
+            if isinstance(task, dict) and "writing" in task:
+                task["writing"] = _with_paths(task["writing"], "shots_from")
     return out
+
+
+def _with_paths(values: Any, *keys: str) -> Any:
+    """A copy with `$NAME` and `~` replaced in what these keys name; what is no mapping as it is."""
+    if not isinstance(values, Mapping):
+        return values
+    return {key: configuration.expanded_path(value) if key in keys else value for key, value in values.items()}
 
 
 def _conflicts(study: Study) -> list[str]:
@@ -306,11 +321,15 @@ def _conflicts(study: Study) -> list[str]:
         "the baseline majority is for SEQ_CLS": not classify and "majority" in study.baselines,
         "the baseline untuned is for CAUSAL_LM: a new head knows nothing": classify and "untuned" in study.baselines,
         "tasks.*.general is for CAUSAL_LM": any(t.general and t.task != "CAUSAL_LM" for t in study.tasks.values()),
+        "tasks.*.write is for CAUSAL_LM": any(t.write and t.task != "CAUSAL_LM" for t in study.tasks.values()),
         "names of models, tasks and methods must differ in more than case and signs": (
             len({str(f).lower() for f in folders}) < len(folders)
         ),
     }
-    return [message for message, broken in rules.items() if broken]
+    wrong = [message for message, broken in rules.items() if broken]
+    for name, t in study.tasks.items():
+        wrong += writing.faults(name, t.write, t.metric, t.writing, configuration.paths(t.test), t.group)
+    return wrong
 
 
 def _plain(name: str) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a figure could be off because the test set is the sample that it is: the percentile bootstrap."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,3 +49,8 @@ def mean(values: np.ndarray | list[float], *, seed: int = 0) -> Estimate:
     """The mean of one value an example, with its interval."""
     array = np.asarray(values, float)
     return bootstrap(lambda rows: float(array[rows].mean()), len(array), seed=seed)
+
+
+def means(values: Mapping[str, Sequence[float]], *, seed: int = 0) -> dict[str, Estimate]:
+    """The mean of every figure of which there is one value an example, with its interval."""
+    return {name: mean(np.asarray(each, float), seed=seed) for name, each in values.items()}

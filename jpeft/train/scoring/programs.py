@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .intervals import Estimate, mean
-
 
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
     """The probability that one of k programs passes, of which c of n drawn ones did (Chen et al., 2021, eq. 1).
@@ -28,18 +26,17 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
     return float(1.0 - np.prod(1.0 - k / np.arange(num_samples - num_passed + 1, num_samples + 1)))
 
 
-def mean_pass_at_k(passed: Sequence[Sequence[bool]], k: int, *, seed: int = 0) -> Estimate:
-    """pass@k over problems, with an interval over problems.
+def each_pass_at_k(passed: Sequence[Sequence[bool]], k: int) -> list[float]:
+    """pass@k of every problem.
 
     Args:
       passed: of each problem, whether each of its programs passed.
       k: at most the number of programs of every problem.
-      seed: of the resampling.
 
     Raises:
       ValueError: as `pass_at_k`.
     """
-    return mean([pass_at_k(len(row), sum(row), k) for row in passed], seed=seed)
+    return [pass_at_k(len(row), sum(row), k) for row in passed]
 
 
 def token_jaccard(one: str, other: str) -> float:

@@ -14,12 +14,16 @@ _RESAMPLES = 1000
 
 def rouge_l(references: Sequence[str], written: Sequence[str], *, seed: int = 0) -> Estimate:
     """Mean ROUGE-L F1 over texts, 0 to 100, with Porter's stemmer, as papers report it (`rouge-score`)."""
+    return mean(each_rouge_l(references, written), seed=seed)
+
+
+def each_rouge_l(references: Sequence[str], written: Sequence[str]) -> list[float]:
+    """ROUGE-L F1 of every text, 0 to 100."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     pairs = zip(references, written, strict=True)
-    found = mean([scorer.score(reference, text)["rougeL"].fmeasure for reference, text in pairs], seed=seed)
-    return Estimate(*(100 * value for value in found))
+    return [100 * scorer.score(reference, text)["rougeL"].fmeasure for reference, text in pairs]
 
 
 def bleu(references: Sequence[str], written: Sequence[str], *, seed: int = 0) -> tuple[Estimate, str]:

@@ -7,5 +7,6 @@ halving.py  when configurations are compared on the way, and which go on
 groups.py   which trials are trained together
 lanes.py    trials that are trained together, from one update to another
 runner.py   makes what is not made yet, in a folder that can be gone on with
+digest.py   all that a report shows, as one small file
 report.py   the table, the plots, and the best configuration, ready for `jpeft train`
 """

@@ -4,7 +4,7 @@
   OUT/sweep.json              what is tried, resolved
   OUT/legs/ROUND-RUNG-CHUNK/  lanes between two comparisons: leg.json when they are through, checkpoints before
   OUT/trials/NAME.json        a trial: its values, losses, evaluations, and how it ended
-  OUT/table.csv, report.md, best.yaml, plots/
+  OUT/table.csv, report.json, report.md, best.yaml, plots/
 
 A sweep that was cut off is called again: legs that are through are not repeated, and one that was cut off goes on from
 its last checkpoint.
@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from ...models._files import read_json, write_text
 from .. import config as configuration
+from .. import devices
 from ..config import ConfigError
 from ..step import State
 from . import bayes, groups, halving, lanes, space
@@ -56,11 +56,12 @@ class Made:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a sweep took: seconds of its legs, programs compiled, and lanes of every leg."""
+    """What a sweep took: seconds of its legs, programs compiled, lanes of every leg, and what it ran on."""
 
     seconds: float
     compiled: int
     lanes: tuple[int, ...]
+    devices: tuple[str, ...]
 
 
 class Conduct:
@@ -107,7 +108,8 @@ class Conduct:
     def cost(self) -> Cost:
         """Of what was made, now and before."""
         seconds, compiled = (sum(leg[key] for leg in self._legs) for key in ("seconds", "compiled"))
-        return Cost(seconds, compiled, tuple(len(leg["trials"]) for leg in self._legs))
+        ran_on = tuple(sorted({leg["device"] for leg in self._legs}))
+        return Cost(seconds, compiled, tuple(len(leg["trials"]) for leg in self._legs), ran_on)
 
     def _rounds(self, made: Sequence[Made]) -> Any:
         sweep = self._sweep
@@ -162,7 +164,7 @@ class Conduct:
                 ],
                 "seconds": round(leg.seconds, 3), "compiled": leg.compiled,
                 "compile_seconds": round(leg.compile_seconds, 3),
-                "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.devices()[0].platform})",
+                "device": devices.described(),
             }  # fmt: skip
             write_text(folder / "leg.json", json.dumps(told) + "\n")
             self._states |= {} if last else dict(zip(names, leg.states, strict=True))

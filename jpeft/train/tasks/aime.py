@@ -16,6 +16,7 @@ def _year(hub: str) -> Write:
         stop=("Problem:", "</s>", "<|im_end|>"),
         max_new_tokens=4096,
         score=formulas.score,
+        compared=formulas.COMPARED,
         extractor=formulas.EXTRACTOR,
         columns={"answer": ("expected_answer",)},
         published={"GPT-4o, AIME 2024, pass@1": "9.3 (DeepSeek-AI, 2025)"},

@@ -11,6 +11,7 @@ TASK = Write(
     stop=("\n",),
     max_new_tokens=128,
     score=overlap.scorer("rouge_l", "bleu", "chrf"),
+    compared=("rouge_l",),
     extractor="the text up to the end of the line",
     columns={"input": ("context", "dialogue", "instruction"), "output": ("response", "reply")},
     published={},

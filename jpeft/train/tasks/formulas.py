@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 
-from ..scoring.intervals import mean
+from ..scoring.intervals import means
 from ..scoring.maths import extract
 from ..scoring.maths.equal import equal_all
 from ..scoring.maths.workers import Workers
@@ -32,11 +32,11 @@ def score(rows: Sequence[Row], written: Sequence[Sequence[str]], seed: int) -> S
         for each in said:
             each |= {"strict_match": next(by_row[0]), "flexible_extract": next(by_row[1])}
         examples.append({"answer": answer, "found": [_plain(each) for each in said]})
-    metrics = {}
-    for name in ("strict_match", "flexible_extract", "strict_failed", "flexible_failed"):
-        values = [sum(each[name] for each in row["found"]) / len(row["found"]) for row in examples]
-        metrics[name] = mean(values, seed=seed)
-    return Scored(metrics, examples, {"strict_match by group": _groups(rows, examples)})
+    values = {
+        name: [sum(each[name] for each in row["found"]) / len(row["found"]) for row in examples]
+        for name in ("strict_match", "flexible_extract", "strict_failed", "flexible_failed")
+    }
+    return Scored(means(values, seed=seed), examples, {"strict_match by group": _groups(rows, examples)}, values)
 
 
 def _plain(found: dict) -> dict:
@@ -62,6 +62,9 @@ def _groups(rows: Sequence[Row], examples: Sequence[dict]) -> dict[str, float]:
                 right.setdefault(f"{column} {row[column]}", []).append(value)
     return {name: sum(values) / len(values) for name, values in sorted(right.items())}
 
+
+#: Figures that models may be compared by.
+COMPARED = ("strict_match", "flexible_extract")
 
 #: How an answer is found, in words.
 EXTRACTOR = (

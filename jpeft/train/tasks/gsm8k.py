@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 
-from ..scoring.intervals import mean
+from ..scoring.intervals import means
 from ..scoring.maths import extract, normal, number
 from ..sections.data import Source
 from .kinds import Row, Scored, Write
@@ -19,11 +19,10 @@ def score(rows: Sequence[Row], written: Sequence[Sequence[str]], seed: int) -> S
         for row, texts in zip(rows, written, strict=True)
     ]
     names = ("strict_match", "flexible_extract", "equal_value", "strict_failed", "flexible_failed")
-    metrics = {
-        name: mean([sum(found[name] for found in row["found"]) / len(row["found"]) for row in examples], seed=seed)
-        for name in names
+    values = {
+        name: [sum(found[name] for found in row["found"]) / len(row["found"]) for row in examples] for name in names
     }
-    return Scored(metrics, examples)
+    return Scored(means(values, seed=seed), examples, values=values)
 
 
 def _found(answer: str, text: str) -> dict[str, object]:
@@ -49,6 +48,7 @@ TASK = Write(
     answer=" {answer}",
     stop=("Question:", "</s>", "<|im_end|>"),
     score=score,
+    compared=("strict_match", "flexible_extract", "equal_value"),
     extractor="strict: the number behind the first '#### '; flexible: the last number; equal_value: the strict number, "
     "else the flexible one, by value",
     published={

@@ -5,11 +5,13 @@ import re
 from collections.abc import Sequence
 
 from ..sandbox.box import Problem, Sandbox
-from ..scoring.intervals import mean
-from ..scoring.programs import mean_pass_at_k, token_jaccard
+from ..scoring.intervals import means
+from ..scoring.programs import each_pass_at_k, token_jaccard
 from ..sections.data import Source
 from .kinds import Row, Scored, Write
 
+#: Of so many programs of a problem one is to pass.
+_KS = (1, 5, 10, 100)
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
@@ -52,10 +54,10 @@ def score(rows: Sequence[Row], written: Sequence[Sequence[str]], seed: int) -> S
             }
         )
     passed, drawn = [example["passed"] for example in examples], min(map(len, written))
-    metrics = {f"pass@{k}": mean_pass_at_k(passed, k, seed=seed) for k in (1, 5, 10, 100) if k <= drawn}
-    alike = [sum(example["jaccard"]) / len(example["jaccard"]) for example in examples]
+    values = {f"pass@{k}": each_pass_at_k(passed, k) for k in _KS if k <= drawn}
+    values["token_jaccard"] = [sum(example["jaccard"]) / len(example["jaccard"]) for example in examples]
     fenced = sum("```" in text for texts in written for text in texts)
-    return Scored(metrics | {"token_jaccard": mean(alike, seed=seed)}, examples, {"sandbox": layers, "fenced": fenced})
+    return Scored(means(values, seed=seed), examples, {"sandbox": layers, "fenced": fenced}, values)
 
 
 TASK = Write(
@@ -64,6 +66,7 @@ TASK = Write(
     stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint", "<|endoftext|>"),
     max_new_tokens=512,
     score=score,
+    compared=(*(f"pass@{k}" for k in _KS), "token_jaccard"),
     extractor="the text behind the prompt up to a stop string, or the first fenced block",
     published={
         "Codex-12B": "pass@1 28.8, pass@10 46.8, pass@100 72.3 (Chen et al., 2021)",

@@ -38,11 +38,13 @@ class Scored:
       metrics: figures with intervals.
       examples: of each row what was found in its texts, and whether it is right.
       notes: how it was scored: signatures, layers of a sandbox, what was counted.
+      values: of each figure that is a mean over rows, the value of every row; figures of a whole corpus have none.
     """
 
     metrics: dict[str, Estimate]
     examples: list[dict[str, Any]]
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    values: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Write:
       published: figures of others, with their source.
       columns: for a column of the prompt, the names that it goes by in various files.
       shots_from: the source of rows that are shown.
+      compared: figures that models may be compared by, the first unless another is asked for: means over rows of which
+        more is better. NAME@K needs K texts of each prompt.
     """
 
     source: Source | None
@@ -72,6 +76,11 @@ class Write:
     max_new_tokens: int = 256
     columns: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     shots_from: Source | None = None
+    compared: tuple[str, ...] = ()
+
+    def figures(self, samples: int) -> tuple[str, ...]:
+        """Those of `compared` that so many texts of each prompt give."""
+        return tuple(name for name in self.compared if int(name.partition("@")[2] or 1) <= samples)
 
     def row(self, values: Row) -> dict[str, Any]:
         """A row with the columns that the prompt and the score need, under their first names.

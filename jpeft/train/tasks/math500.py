@@ -12,6 +12,7 @@ TASK = Write(
     stop=("Problem:", "</s>", "<|im_end|>"),
     max_new_tokens=1024,
     score=formulas.score,
+    compared=formulas.COMPARED,
     extractor=formulas.EXTRACTOR,
     published={"Llama-3.1-8B-Instruct on MATH, 0 shots, chain of thought": "51.9 (Llama 3.1 model card)"},
 )

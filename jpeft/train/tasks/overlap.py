@@ -4,10 +4,12 @@
 from collections.abc import Callable, Sequence
 
 from ..scoring import texts
-from ..scoring.intervals import Estimate
+from ..scoring.intervals import means
 from .kinds import Row, Scored
 
-_METRICS = {"rouge_l": texts.rouge_l, "bleu": texts.bleu, "chrf": texts.chrf}
+#: Figures that are means over texts, by text, and figures of all texts together, with their signatures.
+_EACH = {"rouge_l": texts.each_rouge_l}
+_CORPUS = {"bleu": texts.bleu, "chrf": texts.chrf}
 
 
 def scorer(*names: str) -> Callable[[Sequence[Row], Sequence[Sequence[str]], int], Scored]:
@@ -16,15 +18,11 @@ def scorer(*names: str) -> Callable[[Sequence[Row], Sequence[Sequence[str]], int
     def score(rows: Sequence[Row], written: Sequence[Sequence[str]], seed: int) -> Scored:
         references = [str(row["output"]).strip() for row in rows]
         said = [each[0].strip() for each in written]
-        metrics: dict[str, Estimate] = {}
-        signatures = {}
-        for name in names:
-            found = _METRICS[name](references, said, seed=seed)
-            if isinstance(found, Estimate):
-                metrics[name] = found
-            else:
-                metrics[name], signatures[name] = found
+        values = {name: _EACH[name](references, said) for name in names if name in _EACH}
+        whole = {name: _CORPUS[name](references, said, seed=seed) for name in names if name in _CORPUS}
+        metrics = means(values, seed=seed) | {name: estimate for name, (estimate, _) in whole.items()}
         examples = [{"reference": r, "written": s} for r, s in zip(references, said, strict=True)]
-        return Scored(metrics, examples, {"signatures": signatures, "empty": sum(not text for text in said)})
+        notes = {"signatures": {name: s for name, (_, s) in whole.items()}, "empty": sum(not text for text in said)}
+        return Scored(metrics, examples, notes, values)
 
     return score

@@ -24,40 +24,9 @@ from ..sources import Opened as Rows
 from ..sources import open_source
 from ..writer import Writer
 from .kinds import Classify, Likelihood, Row, Scored, Write
+from .settings import Settings
 
 _VERSIONS = ("jpeft", "jax", "jaxlib", "flax", "numpy", "tokenizers", "math-verify", "sacrebleu", "rouge-score")
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How a task is run.
-
-    Attributes:
-      data: a file in the place of the task's source on the hub.
-      limit: rows that are taken, the first ones; None takes all.
-      seed: of what is drawn, and of the intervals.
-      batch_size: prompts or texts at a time.
-      max_length: longest text in tokens, where texts are read; None as in training, else 128.
-      shots: rows shown with their answers in front of a prompt, the first ones of `shots_from`.
-      shots_from: a file in the place of the task's.
-      samples: texts for each prompt.
-      temperature, top_p: of what is drawn; temperature 0 takes the likeliest token.
-      max_new_tokens: of a text; None as the task says.
-      chat: whether a prompt is a user's message in the chat template of the adapter's training, or the model's own.
-    """
-
-    data: str | None = None
-    limit: int | None = None
-    seed: int = 0
-    batch_size: int = 8
-    max_length: int | None = None
-    shots: int = 0
-    shots_from: str | None = None
-    samples: int = 1
-    temperature: float = 0.0
-    top_p: float | None = None
-    max_new_tokens: int | None = None
-    chat: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +36,12 @@ class Measured:
     Attributes:
       metrics: figures with intervals.
       record: everything else, as plain values: data, options, versions, and what became of each row.
+      values: of written texts, as of `Scored`.
     """
 
     metrics: dict[str, Estimate]
     record: dict[str, Any]
+    values: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
 
 def measure(name: str, task: Any, opened: Opened, settings: Settings) -> Measured:
@@ -86,8 +57,6 @@ def measure(name: str, task: Any, opened: Opened, settings: Settings) -> Measure
         raise ValueError(
             f"the task {name} needs a model for {' or '.join(wanted)}; this one is for {opened.model.task}"
         )
-    if settings.samples > 1 and not settings.temperature:
-        raise ValueError("several samples of temperature 0 are all the same; give --temperature")
     run = {Classify: _classify, Write: _write, Likelihood: _likelihood}[type(task)]
     found = run(task, opened, settings)
     record = {
@@ -101,7 +70,7 @@ def measure(name: str, task: Any, opened: Opened, settings: Settings) -> Measure
         "metrics": {key: value._asdict() for key, value in found.metrics.items()},
         **found.record,
     }
-    return Measured(found.metrics, record)
+    return Measured(found.metrics, record, found.values)
 
 
 def _classify(task: Classify, opened: Opened, settings: Settings) -> Measured:
@@ -160,7 +129,7 @@ def _write(task: Write, opened: Opened, settings: Settings) -> Measured:
             for prompt, each, example in zip(prompts, texts, scored.examples, strict=True)
         ],
     }
-    return Measured(scored.metrics, record)
+    return Measured(scored.metrics, record, scored.values)
 
 
 def _likelihood(task: Likelihood, opened: Opened, settings: Settings) -> Measured:

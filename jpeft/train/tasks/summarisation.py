@@ -12,6 +12,7 @@ TASK = Write(
     stop=("\n\n",),
     max_new_tokens=128,
     score=overlap.scorer("rouge_l", "bleu", "chrf"),
+    compared=("rouge_l",),
     extractor="the text up to an empty line",
     columns={"input": ("document", "article", "dialogue", "text"), "output": ("summary", "highlights")},
     published={"BART-large on XSum, ROUGE-L": "37.25 (Lewis et al., 2020)"},

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a task is run: which rows, and how texts are written."""
+
+import dataclasses
+from typing import ClassVar
+
+from ..sections._checks import FORBID
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a task is run.
+
+    Attributes:
+      data: a file in the place of the task's source on the hub.
+      limit: rows that are taken, the first ones; None takes all.
+      seed: of what is drawn, and of the intervals.
+      batch_size: prompts or texts at a time.
+      max_length: longest text in tokens, where texts are read; None as in training, else 128.
+      shots: rows shown with their answers in front of a prompt, the first ones of `shots_from`.
+      shots_from: a file in the place of the task's.
+      samples: texts for each prompt.
+      temperature, top_p: of what is drawn; temperature 0 takes the likeliest token.
+      max_new_tokens: of a text; None as the task says.
+      chat: whether a prompt is a user's message in the chat template of the adapter's training, or the model's own.
+    """
+
+    __pydantic_config__: ClassVar = FORBID
+    data: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    batch_size: int = 8
+    max_length: int | None = None
+    shots: int = 0
+    shots_from: str | None = None
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float | None = None
+    max_new_tokens: int | None = None
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.samples > 1 and not self.temperature:
+            raise ValueError("several samples of temperature 0 are all the same; give --temperature")
