@@ -95,5 +95,6 @@ def test_the_wheel_in_an_empty_environment(wheel, tmp_path):
     leave = shutil.ignore_patterns(".*", "__pycache__", "jpeft", "*.egg-info", "build", "dist", "runs", "demo_out")
     shutil.copytree(ROOT, tree, symlinks=True, ignore=leave)
     data = os.environ.get("JPEFT_DATA", str(ROOT.parent / "shared" / "data"))
-    log = run(python, "-m", "pytest", "-q", "-n", "2", "-m", "not slow", cwd=tree, JPEFT_DATA=data)
+    workers = os.environ.get("WORKERS", "2")
+    log = run(python, "-m", "pytest", "-q", "-n", workers, "-m", "not slow", cwd=tree, JPEFT_DATA=data)
     assert " passed" in log.splitlines()[-1], log[-2000:]
