@@ -99,7 +99,7 @@ def _backward(model: Any, trained: set[str]) -> dict[str, float]:
     It ends at the lowest layer that has something to train, or at none where something in front of the stack has.
     """
     found = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
-    stacks = {path: module for path, module in found.items() if hasattr(module, "stack_size")}
+    stacks: dict[str, Any] = {path: module for path, module in found.items() if hasattr(module, "stack_size")}
     inputs = ("adapters/", *(site.path + "/" for site in sites(model) if _first(site)))  # a model's own: virtual tokens
     begun = any(path.startswith(inputs) for path in trained)
     shares = {}
