@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import subjects
-from contracts.models import BERT, VOCAB
+from contracts.models import BERT, LLAMA, VOCAB
 from flax import nnx
 
 import jpeft
@@ -19,6 +19,7 @@ from jpeft.train.step import begin, make_step
 
 #: Relative error after a dozen updates in float32.
 TRAINED = 1e-6
+KEY = jax.random.key(0)
 UPDATES, ADAPTERS = 12, 3
 OPTIONS = {"lr": [1e-3, 3e-3, 1e-2], "decay": [0.0, 0.1, 0.3], "clip": [0.2, 1.0, 1e3]}
 
@@ -186,3 +187,70 @@ def test_wrong_numbers_of_things():
         jpeft.train_many(bank, cls_sums, optax.sgd(0.1), batches(), key=jax.random.split(jax.random.key(0), 2))
     with pytest.raises(ValueError, match="is of 2 adapters; the bank has 3"):
         jpeft.train_many(bank, cls_sums, optax.sgd(0.1), batches(), own_batches=True)
+
+
+DISTILBERT = {
+    "model_type": "distilbert",
+    "vocab_size": VOCAB,
+    "dim": 8,
+    "hidden_dim": 12,
+    "n_layers": 2,
+    "n_heads": 2,
+    "max_position_embeddings": 16,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.3,
+}
+DEBERTA = {
+    "model_type": "deberta-v2",
+    "vocab_size": VOCAB,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "max_position_embeddings": 16,
+    "relative_attention": True,
+    "position_buckets": 4,
+    "pos_att_type": ["p2c", "c2p"],
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.3,
+}
+ROBERTA = BERT | {"model_type": "roberta", "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("kind", ["prompt_tuning", pytest.param("p_tuning", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "config, task",
+    [
+        (BERT, "SEQ_CLS"),
+        (BERT, "TOKEN_CLS"),
+        (ROBERTA, "SEQ_CLS"),
+        (DISTILBERT, "SEQ_CLS"),
+        (DEBERTA, "SEQ_CLS"),
+        (LLAMA, "CAUSAL_LM"),
+    ],
+    ids=lambda given: given if isinstance(given, str) else given["model_type"],
+)
+def test_prompts_of_other_lengths_train_as_alone(config, task, kind):
+    """A head that reads the first token reads each prompt's own first one, and in the slot of the base the text's."""
+    num_labels = None if task == "CAUSAL_LM" else 2
+    base = jpeft.models.build(config, task, key=KEY, num_labels=num_labels)
+    models = [jpeft.adapt(base, jpeft.METHODS[kind](num_tokens=n), key=KEY) for n in (2, 5)]
+    rng = np.random.default_rng(0)
+    mask = (np.arange(7) < rng.integers(3, 8, (UPDATES, 1, 6, 1))).astype(np.int32)
+    ids = (rng.integers(1, VOCAB, mask.shape) * mask).astype(np.int32)
+    labels = ids[..., 0] % 2 if task == "SEQ_CLS" else np.where(mask == 1, ids % (num_labels or VOCAB), -100)
+    fed = [{"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in zip(ids, mask, labels, strict=True)]
+    sums, rule = (lm_sums if task == "CAUSAL_LM" else cls_sums), optax.adamw(1e-2, weight_decay=0.1)
+    together = jpeft.train_many(jpeft.bank(models), sums, rule, fed)
+    for slot, model in enumerate(models):
+        graphdef, trainable, frozen = jpeft.partition(model)
+        update, state, losses = make_step(graphdef, sums, rule), begin(rule, trainable), []
+        for batch in fed:
+            state, measured = update(state, frozen, batch, None)
+            losses.append(float(measured.loss))
+        np.testing.assert_allclose(np.asarray(together.losses)[:, slot], losses, rtol=1e-5, atol=0)
+    bank = jpeft.bank(models)
+    none = jpeft.apply_bank(bank, np.zeros(6, int), lambda model, x, m: model(x, m), ids[0, 0], mask[0, 0])
+    np.testing.assert_allclose(none, base(ids[0, 0], mask[0, 0]), rtol=0, atol=1e-5)

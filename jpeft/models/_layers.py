@@ -143,6 +143,19 @@ def first_token(hidden: Float[Array, "batch seq d_model"], mask: Any) -> Float[A
     return jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
 
 
+def led(hidden: Float[Array, "batch seq d_model"], mask: Any, virtual: int, text: Any = 0) -> jax.Array:
+    """`hidden` with the state at its head that a pooler reads: that of the first virtual token that is there.
+
+    In a bank of prompts of several lengths the shorter ones have padding in front, which the mask hides, and the slot
+    of the base has nothing else; there it is that of the text's own first token, `text` of each row.
+    """
+    if not virtual or mask is None:
+        return hidden
+    there = mask[:, :virtual] != 0
+    index = jnp.where(there.any(1), jnp.argmax(there, axis=1), virtual + text)
+    return hidden.at[:, 0].set(jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0])
+
+
 def in_front(virtual: int, shape: tuple[int, ...], mask: Any, segments: Any) -> dict[str, Any]:
     """What the scope says of the layers' tokens, `virtual` ones in front of a text of `shape` `[batch, seq]`.
 

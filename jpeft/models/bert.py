@@ -27,7 +27,7 @@ from ._bert_config import PRESETS, Config
 from ._bert_layers import ClassificationHead, Embeddings, Layer, Pooler, linear
 from ._bert_weights import layer_rules, linear_rules, norm_rules
 from ._choices import ONE_PER_ROW, by_choice, check_packing, rows
-from ._layers import in_front, positions_of
+from ._layers import in_front, led, positions_of
 from ._table import Entry, Ignore, Renamed, Rule, module_names
 
 __all__ = ["HEADS", "PREFIXES", "PRESETS", "TASKS", "WEIGHTS", "Bert", "Config"]
@@ -141,7 +141,7 @@ class Bert(nnx.Module):
 
             with scope(**in_front(e.shape[1] - seq, (*e.shape[:1], seq), attention_mask, segments)):
                 x = _stack.scan(self.layers, body, x, remat_policy=self.remat, unroll=self.unroll)[0]
-            return x if self.task in ONE_PER_ROW else x[:, x.shape[1] - seq :]
+            return led(x, mask, x.shape[1] - seq) if self.task in ONE_PER_ROW else x[:, x.shape[1] - seq :]
 
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None

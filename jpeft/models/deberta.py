@@ -26,7 +26,7 @@ from ._bert_layers import Layer, linear
 from ._bert_weights import layer_rules, linear_rules, norm_rules
 from ._deberta_config import PRESETS, Config
 from ._deberta_layers import ContextPooler, ConvLayer, DisentangledAttention, Embeddings, RelativePositions
-from ._layers import in_front, positions_of
+from ._layers import in_front, led, positions_of
 from ._table import TRANSPOSE, Entry, How, Ignore, Rule, module_names
 
 __all__ = ["HEADS", "PREFIXES", "PRESETS", "TASKS", "WEIGHTS", "Config", "Deberta"]
@@ -134,7 +134,10 @@ class Deberta(nnx.Module):
             far = self._relative(e.shape[1], None if positions is None else places)
             with scope(**in_front(e.shape[1] - seq, (*e.shape[:1], seq), attention_mask, segments)):
                 x = self._run(x, mask, segments, far)
-            return x if self.task == "SEQ_CLS" else x[:, x.shape[1] - seq :]
+            if self.task != "SEQ_CLS":
+                return x[:, x.shape[1] - seq :]
+            first = 0 if attention_mask is None else jnp.argmax(attention_mask != 0, axis=1)
+            return led(x, mask, x.shape[1] - seq, first)
 
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None

@@ -24,7 +24,7 @@ from . import _config
 from ._attention import attention
 from ._choices import ONE_PER_ROW, by_choice, check_packing, rows
 from ._layer_norm import LayerNorm
-from ._layers import ACTIVATIONS, in_front, positions_of, token_table
+from ._layers import ACTIVATIONS, in_front, led, positions_of, token_table
 from ._linear import Linear
 from ._table import TRANSPOSE, Entry, Ignore, Rule, module_names
 
@@ -265,7 +265,7 @@ class DistilBert(nnx.Module):
 
             with scope(**in_front(e.shape[1] - seq, (*e.shape[:1], seq), attention_mask, segments)):
                 x = _stack.scan(self.layers, body, x, remat_policy=self.remat, unroll=self.unroll)[0]
-            return x if self.task in ONE_PER_ROW else x[:, x.shape[1] - seq :]
+            return led(x, mask, x.shape[1] - seq) if self.task in ONE_PER_ROW else x[:, x.shape[1] - seq :]
 
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None

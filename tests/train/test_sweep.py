@@ -138,7 +138,7 @@ def test_other_methods_are_what_they_would_be_alone(method, key, values, dropout
         ({"optimizer": {"name": "adafactor"}}, "method.rank", [2, 4], [1, 1]),
         ({"optimizer": {"name": "adafactor"}}, "optimizer.lr", [1e-3, 1e-2], [2]),
         ({"method": {"kind": "prompt_tuning"}}, "method.num_tokens", [2, 4], [1, 1]),
-        ({"method": {"kind": "prompt_tuning"}, "dropout": False}, "method.num_tokens", [2, 4], [1, 1]),
+        ({"method": {"kind": "prompt_tuning"}, "dropout": False}, "method.num_tokens", [2, 4], [2]),
         ({"method": {"kind": "prefix_tuning"}, "dropout": False}, "method.num_tokens", [2, 4], [2]),
         ({"method": {"kind": "prompt_tuning"}}, "optimizer.lr, optimizer.clip", [[1e-3, 0.1], [1e-2, 1.0]], [2]),
         ({"lanes": 2}, "optimizer.lr", [1e-4, 1e-3, 1e-2], [2, 1]),

@@ -5,10 +5,9 @@ Numbers are the seed, the learning rate, the weight decay, the clipping norm, an
 constant of each slot: ranks, alphas, numbers of virtual tokens, sizes of bottlenecks. Whether a bank takes two methods
 is asked of the bank itself, by shape, so nothing here names a method.
 
-Each trial is to be what `jpeft train` alone would make of it, so four things keep trials apart that a step could hold
+Each trial is to be what `jpeft train` alone would make of it, so three things keep trials apart that a step could hold
 together: an optimizer that looks at whole matrices would see the padding; dropout is drawn by place, so rows must not
-grow by another's virtual tokens; prompts of other lengths did not train as alone even without dropout; and with several
-widths of rows the seeds differ in the order of widths.
+grow by another's virtual tokens; and with several widths of rows the seeds differ in the order of widths.
 """
 
 import dataclasses
@@ -113,8 +112,7 @@ def _take(a: str, b: str, names: tuple[str, ...] | None) -> bool:
         return True
     if any(config.optimizer.name not in _BY_NUMBER for config in configs):
         return False
-    seams = _LONGER if configs[0].train.dropout else ("input",)
-    if _longer(models[0], seams) != _longer(models[1], seams):
+    if configs[0].train.dropout and _longer(models[0]) != _longer(models[1]):
         return False
 
     def joint(leaves: Any) -> Any:
@@ -134,11 +132,11 @@ def _same_shapes(a: Any, b: Any) -> bool:
     return a[0] == b[0] and shapes[0] == shapes[1]
 
 
-def _longer(model: Any, seams: Sequence[str]) -> list[Any]:
-    """The methods that make rows longer at these seams, and where they stand."""
+def _longer(model: Any) -> list[Any]:
+    """The methods that make what is attended to longer, and where they stand."""
     return [
         (path, name, adapter.method)
         for path, module in grafts(model)
         for name, adapter in module.adapters.items()
-        if adapter.site.seam in seams
+        if adapter.site.seam in _LONGER
     ]
