@@ -2,6 +2,7 @@
 """Adapters trained at once against each of them trained alone by `make_step`, after a dozen updates."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -236,7 +237,8 @@ def test_prompts_of_other_lengths_train_as_alone(config, task, kind):
     """A head that reads the first token reads each prompt's own first one, and in the slot of the base the text's."""
     num_labels = None if task == "CAUSAL_LM" else 2
     base = jpeft.models.build(config, task, key=KEY, num_labels=num_labels)
-    models = [jpeft.adapt(base, jpeft.METHODS[kind](num_tokens=n), key=KEY) for n in (2, 5)]
+    method: Any = jpeft.METHODS[kind]
+    models = [jpeft.adapt(base, method(num_tokens=n), key=KEY) for n in (2, 5)]
     rng = np.random.default_rng(0)
     mask = (np.arange(7) < rng.integers(3, 8, (UPDATES, 1, 6, 1))).astype(np.int32)
     ids = (rng.integers(1, VOCAB, mask.shape) * mask).astype(np.int32)
