@@ -7,14 +7,14 @@ in front, then the prompt with its padding, then what was generated. What a meth
 (a prefix) is not kept, as it is added to every call again.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import core
 from jaxtyping import Array, Bool, Float, Int
 
-from .._stack import apart, loops_apart
+from .._stack import Apart, apart, loops_apart
 from .._stream import split_cache
 from ..seams import InputEmbedding
 
@@ -30,7 +30,11 @@ class KV(NamedTuple):
     values: Float[Array, "*layers batch keys kv_heads d_head"]
 
 
-def in_cache(kv: KV) -> KV:
+#: Of one attention, of all layers in arrays with a leading axis, or layer by layer.
+Kept = TypeVar("Kept", KV, Apart)
+
+
+def in_cache(kv: Kept) -> Kept:
     """Keys and values as an attention makes them, with the axes that they have in a cache."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, -3, -2), kv)
 

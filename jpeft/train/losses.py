@@ -187,7 +187,7 @@ def _mean(sums: Callable[..., Sums], model: Any, batch: Batch, key: jax.Array | 
 
 
 def _count(labels: Any) -> jax.Array:
-    return (labels != IGNORED).sum().astype(jnp.float32)
+    return jnp.sum(labels != IGNORED).astype(jnp.float32)
 
 
 def _inputs(batch: Batch) -> tuple[Any, ...]:

@@ -54,6 +54,11 @@ def inputs(seq, keys, heads, kv_heads, batch=2, d_head=10, dtype=np.float32):
     return [rng.standard_normal((batch, *shape, d_head)).astype(dtype) for shape in shapes]
 
 
+def on_device(*sizes, **told):
+    """`inputs` as a model has them: arrays of JAX, where no transformation makes them so."""
+    return [jnp.asarray(x) for x in inputs(*sizes, **told)]
+
+
 def visible(seq, keys, causal, window=None, mask=None, segment_ids=None):
     """[batch, seq, keys] by its definition, one condition after the other."""
     query, key = np.arange(seq)[:, None] + keys - seq, np.arange(keys)
@@ -161,7 +166,7 @@ def test_a_float32_bias_in_bfloat16(backend, monkeypatch):
 
 
 def test_gradients_of_a_bias_under_dropout():
-    q, k, v, g = inputs(12, 12, 2, 2)
+    q, k, v, g = on_device(12, 12, 2, 2)
     bias = np.random.default_rng(1).standard_normal((1, 2, 12, 12)).astype(np.float32)
 
     @jax.jit
@@ -246,9 +251,9 @@ def test_it_works_under_vmap_scan_and_checkpoint():
 
 def test_masked_keys_do_not_reach_the_output():
     """Not even as 0 times something: whatever stands in padding, the result is the same to the bit."""
-    q, k, v, _ = inputs(150, 150, 4, 2)
+    q, k, v, _ = on_device(150, 150, 4, 2)
     y = attention(q, k, v, causal=True, scale=0.3, mask=PADDED)
-    dirty = np.where(PADDED[..., None, None] == 0, 1e4, v).astype(np.float32)
+    dirty = jnp.where(PADDED[..., None, None] == 0, 1e4, v).astype(np.float32)
     np.testing.assert_array_equal(y, attention(q, k, dirty, causal=True, scale=0.3, mask=PADDED))
 
 
@@ -276,7 +281,7 @@ def test_a_long_causal_row_costs_little_more_than_half():
 
 
 def test_dropout_needs_a_key_and_repeats_with_it():
-    q, k, v, _ = inputs(40, 40, 4, 2)
+    q, k, v, _ = on_device(40, 40, 4, 2)
     attend = functools.partial(attention, q, k, v, causal=True, scale=0.3, dropout=0.4)
     plain = attention(q, k, v, causal=True, scale=0.3)
     np.testing.assert_array_equal(attend(), plain)
@@ -290,10 +295,10 @@ def test_dropout_needs_a_key_and_repeats_with_it():
 
 
 def test_dropout_keeps_the_mean_and_drops_whole_weights():
-    q, k, _, _ = inputs(16, 16, 2, 1, d_head=16)
+    q, k, _, _ = on_device(16, 16, 2, 1, d_head=16)
     mask = np.ones((2, 16))
     mask[:, 5] = 0
-    rows = np.broadcast_to(np.eye(16, dtype=np.float32)[None, :, None], (2, 16, 1, 16))  # the output is the weights
+    rows = jnp.broadcast_to(jnp.eye(16, dtype=np.float32)[None, :, None], (2, 16, 1, 16))  # the output is the weights
 
     def weights(key, rate):
         with _scope.scope(key=key):
@@ -337,14 +342,14 @@ def test_dropout_does_not_depend_on_the_blocks(monkeypatch):
 
 
 def test_wrong_shapes_and_settings_are_refused():
-    q, k, v, _ = inputs(8, 8, 3, 2)
+    q, k, v, _ = on_device(8, 8, 3, 2)
     with pytest.raises(ValueError, match=r"heads a multiple of kv_heads; got \(2, 8, 3, 10\)"):
         attention(q, k, v, causal=True, scale=1.0)
-    q, k, v, _ = inputs(8, 5, 2, 2)
+    q, k, v, _ = on_device(8, 5, 2, 2)
     with pytest.raises(ValueError, match="a causal query has a key of its own; got 8 queries and 5 keys"):
         attention(q, k, v, causal=True, scale=1.0)
     with pytest.raises(ValueError, match=r"a bias is \[batch or 1, heads, seq, keys\]; got \(1, 2, 8, 6\)"):
-        attention(q, k, v, causal=False, scale=1.0, bias=np.zeros((1, 2, 8, 6), np.float32))
+        attention(q, k, v, causal=False, scale=1.0, bias=jnp.zeros((1, 2, 8, 6), np.float32))
     with pytest.raises(ValueError, match="a window looks back from a causal query; got window=3 with causal=False"):
         attention(q, k, v, causal=False, window=3, scale=1.0)
     with pytest.raises(ValueError, match="segment_ids need a key for every query"):

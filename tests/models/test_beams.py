@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Beam search against `transformers.generate`: the ids of every text, for penalties, ends, and ways to stop."""
 
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -104,7 +106,7 @@ def test_a_bank_searches_every_row_with_its_own_adapter(name):
 
 
 def test_one_program_for_all_penalties_and_ends(monkeypatch):
-    module = models.generate.__globals__
+    module = vars(sys.modules[models.generate.__module__])
     chex.clear_trace_counter()
     traced = jax.jit(chex.assert_max_traces(module["_searches"], n=1), static_argnums=(0, 1, 2))
     monkeypatch.setitem(module, "_search", traced)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several texts of a prompt that is read once, and ids that come in chunks: the same as written one by one, at once."""
 
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -81,8 +83,7 @@ def test_a_stream_stops_when_all_rows_have_ended(model):
 
 
 def test_two_programs_for_all_prompts_chunks_numbers_and_adapters(model, monkeypatch):
-    programs = models.stream.__globals__
-    chunks = programs["_chunks"].__globals__
+    chunks = vars(sys.modules[models.stream.__module__])
     chex.clear_trace_counter()
     begins = jax.jit(chex.assert_max_traces(chunks["_begins"], n=1), static_argnums=(0, 1, 2))
     advances = jax.jit(chex.assert_max_traces(chunks["_advances"], n=1), static_argnums=0, donate_argnums=2)
