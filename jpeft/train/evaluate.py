@@ -29,7 +29,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """A text's most probable label."""
+    """The most probable label of a text, or of an image, whose file is then the `text`."""
 
     text: str
     label: str
@@ -80,18 +80,27 @@ def assembled(measure: Measure, batches: Batches, outcomes: Sequence[Mapping[str
     Raises:
       FloatingPointError: the loss is not finite.
     """
-    totals = [name for name in outcomes[0] if name != "predicted"]
-    sums = {name: np.sum([outcome[name] for outcome in outcomes], axis=0, dtype=np.float64) for name in totals}
-    loss = float(sums["loss"] / sums["labels"])
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss of the evaluation is {loss}")
-    metrics = {"loss": loss, **measure.figures(sums)}
+    metrics = figures(measure, outcomes)
     if "predicted" not in outcomes[0]:
         return Evaluation(metrics)
     predicted = np.empty(len(batches.examples), np.int32)
     for batch, outcome in zip(batches.buckets.in_order(), outcomes, strict=True):
         predicted[np.asarray(batch.rows)] = outcome["predicted"][: len(batch.rows)]
     return Evaluation(metrics, predicted)
+
+
+def figures(measure: Measure, outcomes: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """The mean loss, and the figures of a measure, of what `measure.sums` gave for every batch.
+
+    Raises:
+      FloatingPointError: the loss is not finite.
+    """
+    totals = [name for name in outcomes[0] if name != "predicted"]
+    sums = {name: np.sum([outcome[name] for outcome in outcomes], axis=0, dtype=np.float64) for name in totals}
+    loss = float(sums["loss"] / sums["labels"])
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss of the evaluation is {loss}")
+    return {"loss": loss, **measure.figures(sums)}
 
 
 def predict(

@@ -116,6 +116,7 @@ def _found(sums: Mapping[str, Any]) -> dict[str, float]:
 #: Of every task.
 MEASURES: Mapping[str, Measure] = {
     "SEQ_CLS": Measure(_classes, lambda sums: scores(sums["confusion"])),
+    "IMAGE_CLS": Measure(_classes, lambda sums: scores(sums["confusion"])),
     "TOKEN_CLS": Measure(_tags, lambda sums: scores(sums["confusion"])),
     "QUESTION_ANS": Measure(_spans, _found),
     "CAUSAL_LM": Measure(_lm, _perplexity),

@@ -23,6 +23,7 @@ from .._summary import summary
 from ..io._peft_folder import README, installing
 from ..io.card import Card, render_own
 from ..models import CheckpointError
+from ..models._families import LABELLED
 from ..models._files import about, is_file, names, read_json
 from ..models._safetensors import header
 from . import config as configuration
@@ -50,7 +51,7 @@ def write(model: Any, method: Options, folder: str | Path, base: str | Path, car
         "method": method if isinstance(method, Mapping) else list(method),
         "base_model_name_or_path": str(base),
         "task_type": model.task,
-        "num_labels": getattr(model.config, "num_labels", None) if model.task in configuration.CLASSIFYING else None,
+        "num_labels": getattr(model.config, "num_labels", None) if model.task in LABELLED else None,
     }
     with installing(Path(folder), CONFIG, (WEIGHTS,)) as new:
         safetensors.flax.save_file(leaves, new / WEIGHTS, {"format": "jpeft"})

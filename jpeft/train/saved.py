@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from ..io.peft import check_export
 from ..models import CheckpointError
 from ..models import _safetensors as safetensors
 from ..models._checkpoint import read_config
+from ..models._families import FAMILIES, LABELLED
 from ..models._files import is_file, read_json, write_text
 from ..models._hub import adapter_folder, is_id, model_folder
-from . import own, templates, tokenizer
-from .config import CLASSIFYING
+from . import images, own, templates, tokenizer
 
 #: Lines of a text file that a drift is measured on.
 SAMPLED = 64
@@ -51,18 +51,44 @@ class Opened:
 
     Attributes:
       model: adapted, or plain where no adapter was given.
-      tokenizer, info: of its folder.
+      reader: what makes texts, or images, ready for the model, of its folder.
+      info: of its folder.
       base: the base's folder.
       name: what the base was named by: the folder, or an id on the hub.
       template: file of the chat template that the adapter was trained with; None is the tokenizer's own.
     """
 
     model: Any
-    tokenizer: tokenizer.Tokenizer
+    reader: tokenizer.Tokenizer | images.Processor
     info: Info
     base: Path
     name: str
     template: str | None = None
+
+    @property
+    def tokenizer(self) -> tokenizer.Tokenizer:
+        """The reader of texts.
+
+        Raises:
+          ValueError: the model reads images.
+        """
+        if isinstance(self.reader, images.Processor):
+            raise ValueError(
+                f"this model is for {self.model.task} and reads images, not texts; jpeft predict takes image files, "
+                f"and jpeft eval --data a folder with a folder of images for each class"
+            )
+        return self.reader
+
+    @property
+    def processor(self) -> images.Processor:
+        """The reader of images.
+
+        Raises:
+          ValueError: the model reads texts.
+        """
+        if not isinstance(self.reader, images.Processor):
+            raise ValueError(f"this model is for {self.model.task} and reads texts, not images")
+        return self.reader
 
 
 def save_adapter(
@@ -164,7 +190,7 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
             raise ValueError("name a model, an adapter, or both")
         base = model_folder(model)
         loaded = models.load(base)
-        return Opened(loaded, tokenizer.load(base), _hf_info(base, loaded.task), base, str(model))
+        return Opened(loaded, _reader(base), _hf_info(base, loaded.task), base, str(model))
     folder = adapter_folder(adapter)
     if _is_hubs(folder):
         return _open_hubs(model, folder)
@@ -178,10 +204,26 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
     found = config["num_labels"] if ours else _num_labels(folder)
     num_labels = len(info.label_names) if info.label_names else found
     with _without_warnings():  # of a head without weights: the adapter brings it
-        loaded = models.load(base, config.get("task_type"), num_labels=num_labels, quantize=info.quantize)
+        loaded = models.load(base, _task(config, base), num_labels=num_labels, quantize=info.quantize)
     adapted = own.read(loaded, folder) if ours else import_peft(loaded, folder)
     info = _with_labels(info, loaded)
-    return Opened(adapted, tokenizer.load(base), info, base, str(name), templates.beside(folder))
+    return Opened(adapted, _reader(base), info, base, str(name), templates.beside(folder))
+
+
+def _task(config: Mapping[str, Any], base: Path) -> str | None:
+    """What an adapter is for: PEFT writes the model's class where it has no name for the task."""
+    match config:
+        case {"task_type": str(task)}:
+            return task
+        case {"auto_mapping": {"base_model_class": str(architecture)}}:
+            return models.task_of(read_config(base), architecture)
+    return None
+
+
+def _reader(base: Path) -> tokenizer.Tokenizer | images.Processor:
+    """What makes ready what the models of a folder read. Raises as `tokenizer.load` and `images.load`."""
+    family = FAMILIES.get(read_config(base).get("model_type", ""))
+    return images.load(base) if family is not None and family.reads == "pixel_values" else tokenizer.load(base)
 
 
 def _is_hubs(folder: Path) -> bool:
@@ -200,17 +242,17 @@ def _open_hubs(model: str | Path | None, folder: Path) -> Opened:
     said = read_json(head) if is_file(head) else {}
     task = models.task_of(read_config(base), said["model_class"]) if said.get("model_class") else None
     with _without_warnings():
-        loaded = models.load(base, task, num_labels=said.get("num_labels") if task in CLASSIFYING else None)
+        loaded = models.load(base, task, num_labels=said.get("num_labels") if task in LABELLED else None)
     labels = said.get("label2id")
-    names = tuple(sorted(labels, key=lambda name: labels[name])) if labels and loaded.task in CLASSIFYING else None
+    names = tuple(sorted(labels, key=lambda name: labels[name])) if labels and loaded.task in LABELLED else None
     info = _with_labels(Info(names, None), loaded)
     adapted = import_adapters(loaded, folder)
-    return Opened(adapted, tokenizer.load(base), info, base, str(model), templates.beside(folder))
+    return Opened(adapted, _reader(base), info, base, str(model), templates.beside(folder))
 
 
 def _with_labels(info: Info, loaded: Any) -> Info:
     """`info` with names for a classifier's labels, where nothing names them."""
-    if loaded.task not in CLASSIFYING or info.label_names is not None:
+    if loaded.task not in LABELLED or info.label_names is not None:
         return info
     return dataclasses.replace(info, label_names=tuple(f"LABEL_{i}" for i in range(loaded.config.num_labels)))
 
@@ -223,7 +265,7 @@ def label_names(opened: Opened) -> Sequence[str]:
     """
     if opened.info.label_names is None:
         raise ValueError(
-            f"this model is for {opened.model.task}, not {' or '.join(CLASSIFYING)}, so it has no labels to choose from"
+            f"this model is for {opened.model.task}, not {' or '.join(LABELLED)}, so it has no labels to choose from"
         )
     return opened.info.label_names
 
@@ -261,7 +303,7 @@ def _info(folder: Path) -> Info:
 
 def _hf_info(folder: str | Path, task: str) -> Info:
     labels = read_config(folder).get("id2label")
-    if task not in CLASSIFYING:
+    if task not in LABELLED:
         return Info(None, None)
     names = [str(labels[key]) for key in sorted(labels, key=int)] if labels else ["LABEL_0", "LABEL_1"]
     return Info(tuple(names), None)

@@ -10,6 +10,7 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 #: The figures of an evaluation, by task; of preferences, by objective.
 METRICS: Mapping[str, tuple[str, ...]] = {
     "SEQ_CLS": ("loss", "accuracy", "macro_f1"),
+    "IMAGE_CLS": ("loss", "accuracy", "macro_f1"),
     "TOKEN_CLS": ("loss", "accuracy", "macro_f1"),
     "QUESTION_ANS": ("loss", "exact_match", "f1"),
     "CAUSAL_LM": ("loss", "perplexity"),

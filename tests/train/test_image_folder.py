@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images in folders by class: what is found, what is refused, and a ViT that learns two colours from files."""
+"""Images in folders by class: what is found, what is refused, a ViT that learns two colours, and what commands say."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -14,7 +15,8 @@ from transformers.image_utils import load_image
 
 import jpeft
 from jpeft import models
-from jpeft.train import image_folder, images
+from jpeft.io.card import Card
+from jpeft.train import cli, config, image_folder, images, saved
 from jpeft.train.losses import cls_loss, cls_sums
 from jpeft.train.records import DataError
 from jpeft.train.step import begin, make_step
@@ -39,6 +41,18 @@ def _paint(root, count, seed):
             values[..., channel] += 100
             Image.fromarray(values.astype(np.uint8)).save(root / name / f"{at}.png")
     return root
+
+
+def _trained(base, batch):
+    """LoRA after 40 updates on one batch."""
+    graphdef, trainable, frozen = jpeft.partition(
+        jpeft.adapt(base, jpeft.LoRA(rank=4, alpha=8, targets=["q_proj", "v_proj"]), key=jax.random.key(1))
+    )
+    tx = optax.adam(1e-2)
+    step, state = make_step(graphdef, cls_sums, tx), begin(tx, trainable)
+    for _ in range(40):
+        state, _ = step(state, frozen, jax.tree.map(lambda x: x[None], batch), None)
+    return jpeft.combine(graphdef, state.trainable, frozen)
 
 
 def test_files_are_found_by_class(tmp_path):
@@ -67,15 +81,7 @@ def test_a_vit_learns_colours_from_files_and_is_the_same_when_opened_again(tmp_p
     processor = images.load(model)
     batch, held = ({"pixel_values": processor.batch(part.files), "labels": part.labels} for part in (train, test))
 
-    base = models.load(model)
-    graphdef, trainable, frozen = jpeft.partition(
-        jpeft.adapt(base, jpeft.LoRA(rank=4, alpha=8, targets=["q_proj", "v_proj"]), key=jax.random.key(1))
-    )
-    tx = optax.adam(1e-2)
-    step, state = make_step(graphdef, cls_sums, tx), begin(tx, trainable)
-    for _ in range(40):
-        state, _ = step(state, frozen, jax.tree.map(lambda x: x[None], batch), None)
-    trained = jpeft.combine(graphdef, state.trainable, frozen)
+    trained = _trained(models.load(model), batch)
     assert (np.argmax(trained(held["pixel_values"]), -1) == held["labels"]).mean() > 0.9
 
     jpeft.export_peft(trained, tmp_path / "adapter")
@@ -121,3 +127,127 @@ def test_classes_are_those_that_were_trained(tmp_path):
         image_folder.find(tmp_path / "empty", ("red", "green"))
     with pytest.raises(FileNotFoundError, match=r"no folder .*absent"):
         image_folder.find(tmp_path / "absent")
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """(adapter, its base without a head, images): LoRA that learned two colours, with its head, as saved."""
+    root = tmp_path_factory.mktemp("lora")
+    base = root / "vit"
+    models.save(models.build(VIT, "FEATURE_EXTRACTION", key=jax.random.key(0)), base)
+    said = {"image_processor_type": "ViTImageProcessor", "size": 8, "image_mean": [0.4, 0.5, 0.6]}
+    (base / images.FILE).write_text(json.dumps(said))
+    head = models.load(base, "IMAGE_CLS", key=jax.random.key(4), num_labels=2)
+    train = image_folder.find(_paint(root / "train", 16, 0))
+    batch = {"pixel_values": images.load(base).batch(train.files), "labels": train.labels}
+    model = _trained(head, batch)
+    saved.save_adapter(model, root / "adapter", base, saved.Info(("blue", "red"), None), Card())
+    return root / "adapter", base, _paint(root / "test", 5, 3)
+
+
+def _run(capsys, *arguments):
+    """(exit code, standard output, standard error) of a command."""
+    code = 0
+    try:
+        cli.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        code = end.code or 0
+    return code, *capsys.readouterr()
+
+
+def _theirs(folder, files):
+    """Probabilities of a merged folder in transformers, float64: `[images, classes]`."""
+    model = transformers.ViTForImageClassification.from_pretrained(folder).double()
+    processor = transformers.ViTImageProcessor.from_pretrained(folder)
+    pixels = processor([load_image(str(file)) for file in files], return_tensors="pt")["pixel_values"].double()
+    with torch.no_grad():
+        return torch.softmax(model(pixels).logits, -1).numpy(), model.config.id2label or {}
+
+
+def test_an_adapter_of_images_is_merged_and_predicts_and_is_measured_as_transformers_does(capsys, lora, tmp_path):
+    adapter, _, root = lora
+    code, _, err = _run(capsys, "merge", "--adapter", adapter, "--out", tmp_path / "merged")
+    assert (code, err) == (0, "")
+    found = image_folder.find(root)
+    truth, names = _theirs(tmp_path / "merged", found.files)
+    assert names == {0: "blue", 1: "red"}
+    assert (truth.argmax(-1) == found.labels).mean() > 0.5  # it tells them apart
+
+    for named in (["--adapter", adapter], ["--model", tmp_path / "merged"]):
+        code, out, _ = _run(capsys, "predict", *named, *found.files)
+        assert code == 0
+        assert out.splitlines() == [
+            f"{names[int(row.argmax())]}\t{row.max():.4f}\t{file}" for row, file in zip(truth, found.files, strict=True)
+        ]
+        code, out, _ = _run(capsys, "eval", *named, "--data", root, "--batch-size", 4)  # the last batch has 2 of 10
+        assert code == 0
+        said = dict(line.split() for line in out.splitlines()[1:])
+        assert out.splitlines()[0] == "10 images of 2 classes"
+        loss = -np.log(truth[np.arange(10), found.labels]).mean()
+        np.testing.assert_allclose(float(said["loss"]), loss, rtol=CLOSE, atol=CLOSE)
+        np.testing.assert_allclose(float(said["accuracy"]), (truth.argmax(-1) == found.labels).mean(), atol=1e-6)
+
+
+def test_an_adapter_of_images_is_exported_with_its_labels_and_processor(capsys, lora, tmp_path):
+    adapter, base, root = lora
+    assert _run(capsys, "export", "--adapter", adapter, "--out", tmp_path / "again")[0] == 0
+    assert (tmp_path / "again" / images.FILE).read_bytes() == (base / images.FILE).read_bytes()
+    file = image_folder.find(root).files[3]
+    first, again = (_run(capsys, "predict", "--adapter", each, file) for each in (adapter, tmp_path / "again"))
+    assert first == again
+    assert first[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "cannot identify"), (b"some words", "cannot identify"), (None, "truncated")],
+)
+def test_a_bad_file_is_named_by_the_commands(capsys, lora, tmp_path, content, message):
+    adapter, _, root = lora
+    good = image_folder.find(root).files[0]
+    for name in ("blue", "red"):
+        (tmp_path / "bad" / name).mkdir(parents=True)
+        (tmp_path / "bad" / name / "1.png").write_bytes(good.read_bytes())
+    bad = tmp_path / "bad" / "red" / "été 🌞.png"
+    bad.write_bytes(good.read_bytes()[:-60] if content is None else content)
+    for arguments in (["predict", good, bad], ["eval", "--data", tmp_path / "bad"]):
+        code, _, err = _run(capsys, arguments[0], "--adapter", adapter, *arguments[1:])
+        assert code != 0
+        assert "été 🌞.png: it is no image that can be read" in err
+        assert message in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "--max-length", "8", "x.png"], "reads images .IMAGE_CLS.; --max-length is for models that read t"),
+        (["eval", "--data", "ROOT", "--text", "a", "--label", "b"], "--text, --label is for models that read texts"),
+        (["eval", "--data", "ROOT", "ROOT"], "--data is one folder"),
+        (["eval", "--data", "ROOT/blue"], "is in no class"),
+        (["eval", "--data", "ROOT", "--batch-size", "0"], "a batch has 1 image or more, got 0"),
+        (["eval", "--task", "sst2"], "IMAGE_CLS"),
+        (["merge", "--out", "OUT/out", "--text", "NOTES"], "reads images, not texts; jpeft predict takes image files"),
+        (["predict", "ROOT/absent.png"], r"absent\.png"),
+    ],
+)
+def test_what_is_for_texts_is_refused_of_a_model_of_images(capsys, lora, tmp_path, arguments, message):
+    adapter, _, root = lora
+    notes = tmp_path / "notes.txt"
+    notes.write_text("a line\n")
+    placed = [
+        part.replace("ROOT", str(root)).replace("OUT", str(tmp_path)).replace("NOTES", str(notes)) for part in arguments
+    ]
+    code, _, err = _run(capsys, placed[0], "--adapter", adapter, *placed[1:])
+    assert code != 0
+    assert re.search(message, err), err
+
+
+def test_a_model_of_texts_has_no_processor(bert):
+    opened = saved.open_model(bert, None)
+    with pytest.raises(ValueError, match="reads texts, not images"):
+        _ = opened.processor
+
+
+def test_a_training_of_images_is_refused_by_name():
+    with pytest.raises(config.ConfigError, match=r"model\.task: .*got 'IMAGE_CLS'"):
+        config.parse({"model": {"path": "vit", "task": "IMAGE_CLS"}, "data": {"train": "pets"}, "out": "run"})

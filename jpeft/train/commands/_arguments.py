@@ -3,6 +3,8 @@
 
 import argparse
 
+from ..config import ConfigError
+
 
 def names_model(parser: argparse.ArgumentParser) -> None:
     """--model and --adapter, of which one or both are given."""
@@ -15,6 +17,17 @@ def names_model(parser: argparse.ArgumentParser) -> None:
 def takes_length(parser: argparse.ArgumentParser) -> None:
     """--max-length."""
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a text (as in training, else 128)")
+
+
+def no_text(options: argparse.Namespace, *names: str) -> None:
+    """Refuses options that are for texts, where a model reads images.
+
+    Raises:
+      ConfigError: one of them is given.
+    """
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+    if given:
+        raise ConfigError(f"this model reads images (IMAGE_CLS); {', '.join(given)} is for models that read texts")
 
 
 def names_config(parser: argparse.ArgumentParser) -> None:
