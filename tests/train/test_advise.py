@@ -4,6 +4,7 @@
 import itertools
 import json
 import runpy
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def order(needs):
 @pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="absent: the benchmarks of the source tree")
 def test_the_evidence_is_what_the_results_say():
     written = runpy.run_path(str(ROOT / "benchmarks" / "evidence.py"))["text"]()
-    held = ROOT / "jpeft" / "train" / "advising" / "evidence.json"
+    held = resources.files("jpeft.train.advising") / "evidence.json"
     assert held.read_text(encoding="utf-8") == written, "write it anew: python benchmarks/evidence.py"
     for fact in evidence.facts().values():
         assert (ROOT / fact.page).is_file(), fact
