@@ -27,6 +27,8 @@ FLOATS = {
     "BF16": np.dtype(jnp.bfloat16),
 }
 
+_WIDENED = FLOATS["BF16"], FLOATS["F32"]
+
 #: Bits of the other dtypes' elements, for a check of where their tensors lie; weights are of none of them.
 _BITS = {word: 8 * dtype.itemsize for word, dtype in FLOATS.items()} | {
     word: bits
@@ -204,11 +206,18 @@ class _Target:
 
 def _converted(tensor: Tensor, block: np.ndarray, dtype: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore"):  # seen below
-        converted = block.astype(dtype, copy=False)
+        converted = _widened(block) if (block.dtype, dtype) == _WIDENED else block.astype(dtype, copy=False)
     if not is_finite(converted):
         as_dtype = "" if converted is block else f" as {dtype}"
         raise CheckpointError(f"{tensor.file}: {tensor.name} has values that are not finite{as_dtype}")
     return converted
+
+
+def _widened(block: np.ndarray) -> np.ndarray:
+    """bfloat16 as float32, of which it is the upper half; NumPy converts numbers that it does not know one by one."""
+    bits = block.view(np.uint16).astype(np.uint32)
+    bits <<= 16
+    return bits.view(np.float32)
 
 
 def copy(out: np.ndarray, values: np.ndarray) -> None:
