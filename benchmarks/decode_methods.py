@@ -20,42 +20,23 @@ from typing import Any
 
 from _sides import Side, pin, serve, take_turns
 from decode import LLAMA, PROMPT, prompts, timed
-
-QV = ["q_proj", "v_proj"]
-
-
-def methods() -> dict[str, Any]:
-    """Every method as it is compared, by its kind; None is the base alone."""
-    import jpeft as j
-
-    lora = j.LoRA(rank=8, alpha=16, targets=QV)
-    return {
-        "base": None,
-        "lora": lora,
-        "lora, merged": lora,
-        "dora": j.DoRA(rank=8, alpha=16, targets=QV),
-        "adalora": j.AdaLoRA(init_rank=12, target_rank=8, targets=QV, tinit=1, tfinal=1, total_steps=1000),
-        "loha": j.LoHa(rank=8, alpha=16, targets=QV),
-        "lokr": j.LoKr(rank=8, alpha=16, targets=QV),
-        "vera": j.VeRA(rank=256, targets=QV),
-        "oft": j.OFT(block_size=32, targets=QV),
-        "fourierft": j.FourierFT(n_frequency=1000, targets=QV),
-        "ia3": j.IA3(),
-        "norm_tuning": j.NormTuning(),
-        "trainable_tokens": j.TrainableTokens(token_indices=[37, 204, 185]),
-        "prompt_tuning": j.PromptTuning(num_tokens=20),
-        "p_tuning": j.PTuning(num_tokens=20),
-        "prefix_tuning": j.PrefixTuning(num_tokens=20),
-        "houlsby": j.Houlsby(),
-        "pfeiffer": j.Pfeiffer(),
-        "parallel": j.ParallelAdapter(),
-        "compacter": j.Compacter(),
-        "loreft": j.LoReFT(rank=4),
-    }
-
+from methods import methods
 
 #: Without a form in PEFT, or nothing to adapt.
 OWN = ("base", "lora, merged", "houlsby", "pfeiffer", "parallel", "compacter", "loreft")
+
+
+def compared() -> dict[str, Any]:
+    """Every method that leaves something beside the base, by its kind; None is the base alone."""
+    import jpeft
+
+    made = methods(["q_proj", "v_proj"]) | {
+        "trainable_tokens": jpeft.TrainableTokens(token_indices=[37, 204, 185]),  # of this vocabulary
+        "prefix_tuning": jpeft.PrefixTuning(num_tokens=20, shift_positions=True),  # PEFT's, with rotary positions
+    }
+    copies = ("full", "bitfit", "last_layers")
+    beside = {name: method for name, method in made.items() if name not in copies}
+    return {"base": None, "lora, merged": made["lora"]} | beside
 
 
 def adapted(folder: str, name: str) -> Any:
@@ -65,7 +46,7 @@ def adapted(folder: str, name: str) -> Any:
     import jpeft
 
     model = jpeft.models.load(f"{folder}/base")
-    method = methods()[name]
+    method = compared()[name]
     if method is None:
         return model
     graphdef, trainable, frozen = jpeft.partition(jpeft.adapt(model, method, key=jax.random.key(1)))
@@ -150,7 +131,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens a call")
     parser.add_argument("--steps", type=int, default=2, help="calls a turn")
     parser.add_argument("--repeats", type=int, default=5, help="turns a side")
-    parser.add_argument("--methods", nargs="+", choices=methods(), default=list(methods()))
+    parser.add_argument("--methods", nargs="+", choices=compared(), default=list(compared()))
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     options.core_ids = sorted(os.sched_getaffinity(0))[: options.cores]

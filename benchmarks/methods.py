@@ -26,19 +26,19 @@ QV = ["query", "value"]
 PHRASE = [1037, 2204, 3185]
 
 
-def methods() -> dict[str, Any]:
-    """Every method as it is compared, by its kind."""
+def methods(targets: list[str]) -> dict[str, Any]:
+    """Every method as it is compared, by its kind; those that ask for targets have these."""
     import jpeft as j
 
     return {
-        "lora": j.LoRA(rank=8, alpha=16, targets=QV),
-        "dora": j.DoRA(rank=8, alpha=16, targets=QV),
-        "adalora": j.AdaLoRA(init_rank=12, target_rank=8, targets=QV, tinit=1, tfinal=1, total_steps=1000),
-        "loha": j.LoHa(rank=8, alpha=16, targets=QV),
-        "lokr": j.LoKr(rank=8, alpha=16, targets=QV),
-        "vera": j.VeRA(rank=256, targets=QV),
-        "oft": j.OFT(block_size=32, targets=QV),
-        "fourierft": j.FourierFT(n_frequency=1000, targets=QV),
+        "lora": j.LoRA(rank=8, alpha=16, targets=targets),
+        "dora": j.DoRA(rank=8, alpha=16, targets=targets),
+        "adalora": j.AdaLoRA(init_rank=12, target_rank=8, targets=targets, tinit=1, tfinal=1, total_steps=1000),
+        "loha": j.LoHa(rank=8, alpha=16, targets=targets),
+        "lokr": j.LoKr(rank=8, alpha=16, targets=targets),
+        "vera": j.VeRA(rank=256, targets=targets),
+        "oft": j.OFT(block_size=32, targets=targets),
+        "fourierft": j.FourierFT(n_frequency=1000, targets=targets),
         "ia3": j.IA3(),
         "norm_tuning": j.NormTuning(),
         "trainable_tokens": j.TrainableTokens(token_indices=PHRASE),
@@ -111,7 +111,7 @@ def prepare_jpeft(name: str) -> tuple[dict[str, Any], Callable[[int], list[float
 
     rate = matmul_rate(cores)
     model = jpeft.models.build(MINILM, key=jax.random.key(0))
-    model = jpeft.adapt(model, methods()[name], key=jax.random.key(1))
+    model = jpeft.adapt(model, methods(QV)[name], key=jax.random.key(1))
     trained = jpeft.summary(model).trainable
     graphdef, trainable, frozen = jpeft.partition(model)
     task = model.task
