@@ -62,8 +62,8 @@ def confusion(truth: np.ndarray, predicted: np.ndarray, size: int, weights: np.n
 def by_class(counts: np.ndarray) -> np.ndarray:
     """`[classes, 3]`: precision, recall, F1 of a confusion; 0 where a quotient has no denominator."""
     hits, true, said = np.diag(counts), counts.sum(1), counts.sum(0)
-    ratio = lambda a, b: np.divide(a, b, out=np.zeros(len(counts)), where=b > 0)  # noqa: E731
-    return np.stack([ratio(hits, said), ratio(hits, true), ratio(2 * hits, said + true)], axis=1)
+    quotients = ((hits, said), (hits, true), (2 * hits, said + true))
+    return np.stack([np.divide(a, b, out=np.zeros(len(counts)), where=b > 0) for a, b in quotients], axis=1)
 
 
 def means(counts: np.ndarray) -> dict[str, float]:
