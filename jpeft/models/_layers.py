@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from .._given import Given
-from .._rows import scale_rows
+from .._rows import against_table, scale_rows
 from ..seams import held
 
 
@@ -115,6 +115,10 @@ class TokenTable(nnx.Embed):
 
     def __call__(self, inputs: Any) -> Float[Array, "*batch d_model"]:
         return held(super().__call__(inputs), inputs, self)
+
+    def attend(self, query: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
+        """The product with every row of the table: the logits of a head that is tied to it."""
+        return against_table(*self.promote_dtype((query, self.embedding[...]), dtype=self.dtype))
 
 
 def token_table(vocab: int, d_model: int, std: float, pad: int | None, *, rngs: nnx.Rngs, dtype: Any) -> TokenTable:
