@@ -21,11 +21,11 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from .._adapt import penalty
+from .._freed import give_back
 from .._partition import GraphDef, Leaves, combine
 from .._scope import scope
 from .._sharding import mirrored
 from .._steering import check_steered
-from .freed import give_back
 from .losses import Batch, Measured, Sums, cls_loss, lm_loss, qa_loss, token_cls_loss
 
 __all__ = ["Metrics", "State", "begin", "cls_loss", "lm_loss", "make_step", "qa_loss", "token_cls_loss"]
