@@ -293,13 +293,16 @@ class Loop:
         if not devices.is_main():
             return
         trainable = jax.tree.map(jnp.asarray, trainable)
-        config, data = self._config, self._config.data
-        files = {"trained on": configuration.paths(data.train), "evaluated on": configuration.paths(data.eval)}
-        said = [
-            f"{what.capitalize()} {', '.join(Path(f).name for f in names)}." for what, names in files.items() if names
-        ]
-        card = Card(" ".join(said), evaluation.metrics if evaluation else {})
         model = combine(self._parts.graphdef, trainable, self._parts.frozen)
-        info = Info(self._dataset.label_names, data.max_length, config.model.quantize)
-        with replaced(folder) as fresh:
-            save_adapter(model, fresh, config.model.path, info, card, config.method, self._dataset.template)
+        save_trained(model, self._config, self._dataset, evaluation.metrics if evaluation else {}, folder)
+
+
+def save_trained(model: Any, config: Config, dataset: job.Dataset, metrics: Mapping[str, Any], folder: Path) -> None:
+    """Writes the adapter of a trained model into `folder`, in the place of what was there, whole or not at all."""
+    data = config.data
+    files = {"trained on": configuration.paths(data.train), "evaluated on": configuration.paths(data.eval)}
+    said = [f"{what.capitalize()} {', '.join(Path(f).name for f in names)}." for what, names in files.items() if names]
+    info = Info(dataset.label_names, data.max_length, config.model.quantize)
+    with replaced(folder) as fresh:
+        card = Card(" ".join(said), metrics)
+        save_adapter(model, fresh, config.model.path, info, card, config.method, dataset.template)

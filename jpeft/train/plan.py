@@ -21,7 +21,7 @@ from .planning.estimate import memory
 from .planning.report import exchanged, table
 from .planning.request import Request
 from .planning.subject import Subject, subject
-from .step import make_step
+from .step import Compiled, Cost, make_step
 
 
 def dry_run(config: Config) -> str:
@@ -49,6 +49,15 @@ def dry_run(config: Config) -> str:
         "steps reach a part of it"
     )
     return "\n".join(lines)
+
+
+def cost(config: Config, dataset: job.Dataset) -> Cost | None:
+    """Of the run's own step for its widest batch, compiled and not run; None where the backend does not tell."""
+    mesh = job.make_mesh(config)
+    found = _subject(config, dataset, mesh)
+    update, key = _update(config, found, mesh)
+    update.compiled(found.state, found.frozen, found.batch, key)
+    return update.cost
 
 
 def _subject(config: Config, dataset: job.Dataset, mesh: Mesh | None) -> Subject:
@@ -87,6 +96,12 @@ def _machine(config: Config) -> Machine:
 
 def _compiled(config: Config, found: Subject, mesh: Mesh | None) -> Program:
     """The run's own step, compiled for its widest batch."""
+    update, key = _update(config, found, mesh)
+    return program(update.lower(found.state, found.frozen, found.batch, key), slices_of(found))
+
+
+def _update(config: Config, found: Subject, mesh: Mesh | None) -> tuple[Compiled, Any]:
+    """The run's own step, and the shape of its key."""
     update = make_step(
         found.graphdef,
         objective(config)[0],
@@ -98,7 +113,7 @@ def _compiled(config: Config, found: Subject, mesh: Mesh | None) -> Program:
     key: Any = job.dropout_key(config)
     if key is not None:
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole(mesh))
-    return program(update.lower(found.state, found.frozen, found.batch, key), slices_of(found))
+    return update, key
 
 
 def _widest(dataset: job.Dataset) -> dict[str, Any]:
