@@ -33,17 +33,18 @@ def dry_run(config: Config) -> str:
     step = _compiled(config, found, mesh)
     sizes = [dataset.train.sizes(batch)[1] for batch in dataset.train.buckets.epoch(config.train.seed, 0)]
     padded = sum(sizes) * dataset.num_updates / dataset.train.buckets.num_batches
+    rows = f"{padded / dataset.train.unit.tokens:,.0f} {dataset.train.unit.name} with padding"
     lines.append(f"compiled in {step.seconds:.1f} s, for the widest rows, mesh {found.request.axes}; {_memory(step)}")
     lines += [*table(memory(found), found.request.machine.chip.memory, step), *exchanged(step)]
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     peak = utilization.peak_flops(devices)
     if peak is None:
-        return "\n".join([*lines, f"{padded:,.0f} tokens with padding; no time is estimated, this device is not known"])
+        return "\n".join([*lines, f"{rows}; no time is estimated, this device is not known"])
     width = sum(size**2 for size in sizes) / sum(sizes) / (config.train.batch_size * config.train.accumulation)
     keys = width / 2 if config.model.task == "CAUSAL_LM" else width
     seconds = utilization.flops_per_token(found.model, config.model.task, keys) * padded / peak
     lines.append(
-        f"{padded:,.0f} tokens with padding: {_time(seconds)} at the peak rate of {len(devices)} x "
+        f"{rows}: {_time(seconds)} at the peak rate of {len(devices)} x "
         f"{devices[0].device_kind}, {peak / 1e12:.2f} TFLOP/s of matrix products. An estimate, and a lower bound: real "
         "steps reach a part of it"
     )
@@ -101,12 +102,13 @@ def _compiled(config: Config, found: Subject, mesh: Mesh | None) -> Program:
 
 
 def _widest(dataset: job.Dataset) -> dict[str, Any]:
-    """Shapes of the widest batch; arrays `[accumulation, rows, seq]` are those that have a width."""
-    width = max(dataset.train.buckets.widths)
+    """Shapes of the widest batch; where there are several widths, arrays `[accumulation, rows, seq]` have one."""
+    widths = dataset.train.buckets.widths
     arrays = next(iter(dataset.train.walk(0))).arrays
 
     def shape(array: Any) -> jax.ShapeDtypeStruct:
-        sizes = array.shape if array.ndim < 3 else (*array.shape[:2], width, *array.shape[3:])
+        alike = len(widths) == 1 or array.ndim < 3
+        sizes = array.shape if alike else (*array.shape[:2], max(widths), *array.shape[3:])
         return jax.ShapeDtypeStruct(sizes, jax.dtypes.canonicalize_dtype(array.dtype))
 
     return {name: shape(array) for name, array in arrays.items()}
