@@ -1,45 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples as arrays of fixed shapes, in an order that a position of three numbers stands for.
-
-  for fed in batches.walk(seed=0, position={"seed": 0, "epoch": 1, "index": 7}): ...
+"""Tokenised examples as batches of fixed shapes.
 
 Which rows make a batch is a `Buckets` (each row alone, padded to one of few widths) or a `Packs` (several in one row).
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from .buckets import MULTIPLE, Batch, Buckets, choose_widths
 from .examples import IGNORED, Examples
+from .feed import Feed, Unit
 from .packing import Packing, Packs, pack
-from .records import DataError
 from .sections import Data
 
 
 @dataclasses.dataclass(frozen=True)
-class Fed:
-    """One batch of a training, and where it stands.
-
-    Attributes:
-      start: position of this batch, plain JSON; a walk from it gives this batch first.
-      after: position of the next.
-      arrays: `[accumulation, rows, ...]`, as the losses take them.
-      real, padded: its tokens without padding and with it.
-    """
-
-    start: dict[str, Any]
-    after: dict[str, Any]
-    arrays: dict[str, Any]
-    real: int
-    padded: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Batches:
-    """Examples as fixed shapes.
+class Batches(Feed):
+    """Tokenised examples as fixed shapes.
 
     Attributes:
       examples: tokenised rows.
@@ -55,38 +34,17 @@ class Batches:
     pad_id: int
     beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
-    def walk(
-        self, seed: int, position: Mapping[str, Any] | None = None, own: Collection[int] | None = None
-    ) -> Iterator[Fed]:
-        """Batches without end: those of every epoch, from a position on.
-
-        Args:
-          seed: of the order.
-          position: None is the beginning.
-          own: as of `collate`.
-
-        Raises:
-          DataError: the position is of another seed, or none of this data.
-        """
-        epoch, index = self._start(seed, position)
-        while True:
-            order = self.buckets.epoch(seed, epoch)
-            for at in range(index, len(order)):
-                last = at + 1 == len(order)
-                start = {"seed": seed, "epoch": epoch, "index": at}
-                after = {"seed": seed, "epoch": epoch + last, "index": 0 if last else at + 1}
-                yield Fed(start, after, self.collate(order[at], own), *self.sizes(order[at]))
-            epoch, index = epoch + 1, 0
+    @property
+    def unit(self) -> Unit:
+        return Unit("tokens", 1)
 
     @property
-    def rows(self) -> int:
-        """Rows of a micro-batch, both of every pair."""
-        return self.buckets.batch_rows * self.examples.per_example // self.accumulation
-
-    def position(self, seed: int, updates: int) -> dict[str, Any]:
-        """Where a training stands after so many updates."""
-        epoch, index = divmod(updates, self.buckets.num_batches)
-        return {"seed": seed, "epoch": epoch, "index": index}
+    def shapes(self) -> str:
+        """The widths that rows are padded to, or the one that they are packed into."""
+        if isinstance(self.buckets, Packs):
+            beside = "" if self.buckets.targets is None else f" and {self.buckets.target_width} of targets"
+            return f"{self.buckets.width} tokens{beside}, packed with up to {self.buckets.most} examples"
+        return f"one of {', '.join(map(str, self.buckets.widths))} tokens, padded"
 
     def collate(self, batch: Batch, own: Collection[int] | None = None) -> dict[str, np.ndarray]:
         """`input_ids`, `attention_mask` `[accumulation, rows, width]` and `labels`; missing rows weigh nothing.
@@ -124,6 +82,18 @@ class Batches:
         width = batch.width + self._target(batch.width)
         return int(self._sizes[members].sum()), width * self.buckets.batch_rows * each
 
+    def like(self, examples: Examples) -> "Batches":
+        """Other examples in these widths, for which programs are compiled, and one more where a row needs it.
+
+        They are never packed: each is to be told from the others. Beside packed rows they have up to 4 widths of their
+        own.
+        """
+        rows, longest = self.buckets.batch_rows // self.accumulation, int(examples.lengths.max())
+        packed = isinstance(self.buckets, Packs)
+        widths = choose_widths(examples.lengths, 4, longest) if packed else self.buckets.widths
+        widths += () if longest <= widths[-1] else choose_widths([longest], 1, longest)
+        return Batches(examples, Buckets(examples.lengths, widths, rows), 1, self.pad_id)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "_sizes", self.examples.sizes)
 
@@ -141,19 +111,6 @@ class Batches:
         return -(-longest // MULTIPLE) * MULTIPLE
 
     _sizes: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
-
-    def _start(self, seed: int, position: Mapping[str, Any] | None) -> tuple[int, int]:
-        match position:
-            case None:
-                return 0, 0
-            case {"seed": int(its), "epoch": int(epoch), "index": int(index)} if (
-                its == seed and epoch >= 0 and 0 <= index < self.buckets.num_batches
-            ):
-                return epoch, index
-        raise DataError(
-            f"{dict(position)} is no position in this data, whose seed is {seed} and which has "
-            f"{self.buckets.num_batches} batches an epoch; the data, the seed or the batch size was another"
-        )
 
 
 def make_batches(
@@ -191,18 +148,6 @@ def batches_by(data: Data, examples: Examples, batch_size: int, pad_id: int) -> 
         max_length=data.max_length,
         num_widths=data.num_widths,
     )
-
-
-def batches_like(train: Batches, examples: Examples) -> Batches:
-    """Other examples in the widths of `train`, for which programs are compiled, and one more where a row needs it.
-
-    They are never packed: each is to be told from the others. Beside packed rows they have up to 4 widths of their own.
-    """
-    rows, longest = train.buckets.batch_rows // train.accumulation, int(examples.lengths.max())
-    packed = isinstance(train.buckets, Packs)
-    widths = choose_widths(examples.lengths, 4, longest) if packed else train.buckets.widths
-    widths += () if longest <= widths[-1] else choose_widths([longest], 1, longest)
-    return Batches(examples, Buckets(examples.lengths, widths, rows), 1, train.pad_id)
 
 
 def _empty(

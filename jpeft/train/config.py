@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from . import _yaml
 from .sections import Data, Logging, Model, Optimizer, Preference, Train
 from .sections._checks import FORBID, at_least_one
+from .sections.model import SEEING
 from .standing import METRICS
 
 #: Tasks whose labels have names.
-CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS")
+CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS")
+#: Options of `data` that are for texts of every task.
+TEXTUAL = ("text", "loss_on", "max_length", "txt", "num_widths", "window")
 
 if TYPE_CHECKING:
     from .._method import Hybrid, Method
@@ -268,7 +271,16 @@ def _conflicts(config: Config) -> list[str]:
             train.ema is not None and "adalora" in kinds
         ),
     }
-    return [message for message, broken in rules.items() if broken]
+    return [message for message, broken in rules.items() if broken] + _of_texts(config)
+
+
+def _of_texts(config: Config) -> list[str]:
+    """Options that say how texts become tokens, where the model reads images."""
+    if config.model.task not in SEEING:
+        return []
+    usual = Data(config.data.train)
+    given = [name for name in TEXTUAL if getattr(config.data, name) != getattr(usual, name)]
+    return [f"data.{name} is for models that read texts; {config.model.task} reads images" for name in given]
 
 
 def _said(detail: Mapping[str, Any], keys: Sequence[str]) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .batches import Batches
 from .examples import IGNORED, Examples
+from .feed import Feed
 from .job import Dataset
 from .packing import Packs
 from .tokenizer import Tokenizer
@@ -130,7 +130,7 @@ def as_html(dataset: Dataset, described: str, shown: Sequence[Shown]) -> str:
             text = html.escape(piece.text).replace("\n", "<i>↵</i><br>")
             parts.append(f"<span{' class=learnt' if piece.trained else ''}>{text}</span>")
         parts.append(f"</p>{html.escape(_label(row))}")
-    return _PAGE.format(body="".join(parts))
+    return PAGE.format(body="".join(parts))
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
@@ -156,7 +156,7 @@ def bars(lengths: np.ndarray) -> str:
     return "\n".join([told, *lines])
 
 
-def shapes(batches: Batches) -> str:
+def shapes(batches: Feed) -> str:
     """What is compiled, and how full each shape is."""
     if isinstance(batches.buckets, Packs):
         packs = batches.buckets
@@ -201,7 +201,8 @@ def _svg(lengths: np.ndarray) -> str:
     return "".join([*parts, "<text x='0' y='148'>tokens of an example</text></svg>"])
 
 
-_PAGE = """<!doctype html><meta charset=utf-8><title>Training data</title><style>
+#: A page around a body, which needs no other file.
+PAGE = """<!doctype html><meta charset=utf-8><title>Training data</title><style>
 body{{font:15px/1.6 system-ui,sans-serif;max-width:60rem;margin:2rem auto;color:#1b1b1b;background:#fff}}
 h1{{font-size:1.3rem}}h2{{font-size:1rem;margin:1.6rem 0 .3rem;color:#555}}pre{{white-space:pre-wrap;color:#333}}
 .row{{font:14px/1.9 ui-monospace,monospace;color:#8a8a8a;overflow-wrap:anywhere;margin:0}}

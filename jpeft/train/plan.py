@@ -34,17 +34,18 @@ def dry_run(config: Config) -> str:
     step = _compiled(config, found, mesh)
     sizes = [dataset.train.sizes(batch)[1] for batch in dataset.train.buckets.epoch(config.train.seed, 0)]
     padded = sum(sizes) * dataset.num_updates / dataset.train.buckets.num_batches
+    rows = f"{padded / dataset.train.unit.tokens:,.0f} {dataset.train.unit.name} with padding"
     lines.append(f"compiled in {step.seconds:.1f} s, for the widest rows, mesh {found.request.axes}; {_memory(step)}")
     lines += [*table(memory(found), found.request.machine.chip.memory, step), *exchanged(step)]
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     peak = utilization.peak_flops(devices)
     if peak is None:
-        return "\n".join([*lines, f"{padded:,.0f} tokens with padding; no time is estimated, this device is not known"])
+        return "\n".join([*lines, f"{rows}; no time is estimated, this device is not known"])
     width = sum(size**2 for size in sizes) / sum(sizes) / (config.train.batch_size * config.train.accumulation)
     keys = width / 2 if config.model.task == "CAUSAL_LM" else width
     seconds = utilization.flops_per_token(found.model, config.model.task, keys) * padded / peak
     lines.append(
-        f"{padded:,.0f} tokens with padding: {_time(seconds)} at the peak rate of {len(devices)} x "
+        f"{rows}: {_time(seconds)} at the peak rate of {len(devices)} x "
         f"{devices[0].device_kind}, {peak / 1e12:.2f} TFLOP/s of matrix products. An estimate, and a lower bound: real "
         "steps reach a part of it"
     )

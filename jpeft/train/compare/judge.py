@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..._partition import GraphDef, Leaves, combine, partition
-from ..data import Batches
+from ..feed import Feed
 from ..losses import lm_sums, logits_of
 from .outcomes import Classes, Outcome, Texts
 
 
-def judge(model: Any, batches: Batches) -> Outcome:
+def judge(model: Any, batches: Feed) -> Outcome:
     """The outcome of a `SEQ_CLS` or `CAUSAL_LM` model on all examples, in their order.
 
     Raises:

@@ -29,8 +29,8 @@ import numpy as np
 from ...models._files import read_json, write_text
 from .. import config as configuration
 from .. import data, devices, folder, job, loop, saved, tasks, utilization
-from ..batches import Batches
 from ..config import Config
+from ..feed import Feed
 from ..records import Record, Refusals
 from ..sections import Data
 from ..step import Cost
@@ -234,11 +234,11 @@ def _reached(curve: list[dict[str, Any]], target: float | None) -> float | None:
     return None
 
 
-def _batches(config: Config, dataset: job.Dataset, changes: Mapping[str, Any]) -> Batches:
+def _batches(config: Config, dataset: job.Dataset, changes: Mapping[str, Any]) -> Feed:
     """Other rows, read as those of data.eval are."""
     options: Data = dataclasses.replace(config.data, **changes)
     rows = data.read_rows(options, config.model.task, "eval")
-    return data.batches_like(dataset.train, data.encode(rows, options, dataset.tokenizer, dataset.label_names))
+    return dataset.train.like(data.encode(rows, options, dataset.reader, dataset.label_names))
 
 
 def _fewer(config: Config, size: int, file: Path) -> Config:

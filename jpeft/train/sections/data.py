@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The section `data`: rows, and how they become tokens."""
+"""The section `data`: rows, and how they become tokens or images."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -20,6 +20,7 @@ Form = Literal[
     "words",
     "squad",
     "source_target",
+    "image",
 ]
 
 
@@ -48,7 +49,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Rows and how they become tokens.
+    """Rows and how they become tokens or images.
 
     Attributes:
       train, eval: a file, a folder, a data set's id on the hub, a `Source`, or several of them.
@@ -72,7 +73,7 @@ class Data:
       window: rows that streaming holds, shuffles and packs at a time.
       on_bad_row: a row that cannot be read or learnt from: `stop`, or `skip` (counted and printed).
       max_bad_rows: how many may be skipped.
-      cache: folder in which tokenised rows are kept; None keeps none.
+      cache: folder in which tokenised rows, or resized images, are kept; None keeps none.
     """
 
     __pydantic_config__: ClassVar = FORBID

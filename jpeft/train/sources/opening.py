@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import image_folder
 from ..records import Bad, DataError, Record
 from ..sections.data import Source
 from . import columnar, lines
@@ -46,21 +47,25 @@ class Opened:
         return self._rows(start)
 
 
-def open_source(source: Source, txt: str = "line", *, streaming: bool = False) -> Opened:
+def open_source(source: Source, txt: str = "line", *, streaming: bool = False, images: bool = False) -> Opened:
     """Opens a file, a folder or a data set of the hub.
 
     Args:
       source: what to open.
       txt: what is one row of a `.txt` file: a `line`, a `paragraph` or the whole `document`.
       streaming: never to hold all rows.
+      images: a folder without files of rows holds a folder of images for each class.
 
     Raises:
       FileNotFoundError: no such file.
-      DataError: a file of another kind, an empty one, one without a good row, or a split that is not there.
+      DataError: a file of another kind, an empty one, one without a good row, or a split that is not there; a folder of
+        images with something else in it.
     """
     path = Path(source.path)
     if path.suffix in _KINDS or path.is_file():
         key, rows = _open_file(path, source, txt, streaming)
+    elif images and path.is_dir() and not _holds_rows(path):
+        key, rows = _open_images(path, source)
     elif path.is_dir() or re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source.path):
         key, rows = _open_set(source, streaming)
     else:
@@ -87,6 +92,25 @@ def _open_file(path: Path, source: Source, txt: str, streaming: bool) -> tuple[s
 
     start, stop = _limits(source, None if streaming else lambda: sum(1 for _ in whole()))
     return digest(path), lambda skipped: itertools.islice(whole(), start + skipped, stop)
+
+
+def _holds_rows(folder: Path) -> bool:
+    """Whether a folder is one that `datasets` reads: with files of rows, or of its own, in it or one folder below."""
+    ends = {*_KINDS} - {".txt"}  # a note is no data set
+    return any(file.suffix in ends for pattern in ("*", "*/*") for file in folder.glob(pattern))
+
+
+def _open_images(path: Path, source: Source) -> tuple[str, Any]:
+    """A row for each image in the folders of a folder, sorted by class and name."""
+    found = image_folder.by_class(path)
+    rows = [
+        Record({"image": str(file.relative_to(path)), "label": name}, str(file))
+        for name, files in found.items()
+        for file in files
+    ]
+    start, stop = _limits(source, lambda: len(rows))
+    key = hashlib.sha256("\n".join(row.values["image"] for row in rows[start:stop]).encode()).hexdigest()
+    return key, lambda skipped: iter(rows[start + skipped : stop])
 
 
 def _open_set(source: Source, streaming: bool) -> tuple[str, Any]:
