@@ -41,7 +41,7 @@ def data(tmp_path_factory, llama):
     for file in ("train", "eval"):
         (folder / f"{file}.jsonl").write_text((json.dumps(pair) + "\n") * 12)
     (folder / "text").mkdir()
-    (folder / "text" / "tinyshakespeare.txt").write_text("the film was good and the plot is poor\n" * 20)
+    (folder / "text" / "tinyshakespeare.txt").write_text("the film was good and the plot is poor\n\n" * 20)
     (folder / "models").mkdir()
     (folder / "models" / "stories260K").symlink_to(llama)
     return folder
