@@ -21,7 +21,7 @@ from .formats import Reader as Form
 from .pictures import Pictures
 from .picturing import Picturer
 from .readers import Reader, Sight
-from .records import DataError, Record, Refusals
+from .records import DataError, Record, Refusals, brief
 from .sections import Data
 from .sections.model import SEEING
 from .sources import Opened, open_source
@@ -75,12 +75,22 @@ def read_rows(data: Data, task: str, split: str) -> list[Part]:
 
 
 def label_names(parts: Sequence[Part]) -> tuple[str, ...]:
-    """The labels of these rows, sorted: the names themselves, or `"0" ... "n-1"` for class numbers.
+    """The labels of these rows, sorted: the names themselves, or `"0" ... "n-1"` for class numbers without names.
 
     Raises:
-      DataError: fewer than two labels, names and numbers mixed, or class numbers that leave gaps.
+      DataError: fewer than two labels, names and numbers mixed, class numbers that leave gaps, or sources that name
+        them in different ways.
     """
     column = parts[0].reader.columns.get("label") or parts[0].reader.columns["tags"]
+    columns = ((part.opened.classes, part.reader.columns.get("label", "")) for part in parts)
+    told = {classes[name] for classes, name in columns if name in classes}
+    if len(told) > 1:
+        raise DataError(
+            f"the sources name the classes of column {column!r} in different ways, "
+            f"{' and '.join(brief(list(names)) for names in sorted(told))}; give data.label_names"
+        )
+    if told:
+        return told.pop()
     found = {label for part in parts for label in _labels(part) if isinstance(label, str | int)}
     numbers = {value for value in found if is_number(value)}
     words = {value for value in found if isinstance(value, str)}

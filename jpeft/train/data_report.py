@@ -208,6 +208,6 @@ h1{{font-size:1.3rem}}h2{{font-size:1rem;margin:1.6rem 0 .3rem;color:#555}}pre{{
 .row{{font:14px/1.9 ui-monospace,monospace;color:#8a8a8a;overflow-wrap:anywhere;margin:0}}
 i{{color:#bbb;font-style:normal}}
 .row span:nth-of-type(even){{border-bottom:1px solid #ddd}}.row span.learnt{{color:#0b5d1e;background:#dcf3e1}}
-svg{{width:100%;max-width:640px}}rect{{fill:#4c78a8}}text{{font-size:9px;fill:#444}}
+svg{{width:100%;max-width:640px}}img{{min-width:14rem;image-rendering:pixelated}}rect{{fill:#4c78a8}}text{{font-size:9px;fill:#444}}
 </style><body>{body}
 """

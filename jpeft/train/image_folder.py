@@ -81,6 +81,8 @@ def by_class(root: str | Path) -> dict[str, list[Path]]:
 def _images(folder: Path) -> list[Path]:
     files = _seen(folder)
     other = [file for file in files if not file.is_file() or file.suffix.lower() not in ENDINGS]
+    if other and other[0].is_dir():
+        raise DataError(f"{other[0]} is no image file but a folder; name the folder whose own folders are the classes")
     if other:
         raise DataError(f"{other[0]} is no image file; they end in {', '.join(ENDINGS)}")
     if not files:

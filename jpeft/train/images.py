@@ -63,11 +63,18 @@ class Processor:
         height, width = self.size
         return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling(self.resample)))
 
-    def values(self, images: UInt8[np.ndarray, "*batch rows columns 3"]) -> Float[np.ndarray, "*batch 3 rows columns"]:
-        """The pixel values of resized images, float32: each is looked up, for a byte has 256 values."""
-        made = np.empty((*images.shape[:-3], 3, *images.shape[-3:-1]), np.float32)
+    def values(
+        self, image: UInt8[np.ndarray, "rows columns 3"], out: Float[np.ndarray, "3 rows columns"] | None = None
+    ) -> Float[np.ndarray, "3 rows columns"]:
+        """The pixel values of a resized image, float32: each is looked up, for a byte has 256 values.
+
+        Args:
+          image: its bytes.
+          out: where the values are written; None is a new array.
+        """
+        made = np.empty((3, *image.shape[:2]), np.float32) if out is None else out
         for channel, table in enumerate(self._table):
-            np.take(table, images[..., channel], out=made[..., channel, :, :])
+            np.take(table, image[..., channel], out=made[channel], mode="clip")  # no index is outside: the fastest mode
         return made
 
     @property

@@ -96,7 +96,12 @@ class Pictures:
         Raises:
           DataError: a file is not the one that was read before training.
         """
-        return np.stack([*threaded(_made, [self.kept[number] for number in numbers])])
+        return np.stack([*threaded(self.image, numbers)])
+
+    def image(self, number: int) -> Resized:
+        """One image, resized. Raises as `pixels`."""
+        image = self.kept[number]
+        return image() if isinstance(image, Again) else image
 
     def chosen(self, numbers: Sequence[int]) -> "Pictures":
         """The images of these numbers, of which one may come several times; no array is copied."""
@@ -168,10 +173,14 @@ class Pixels(Feed):
             "pixel_values": np.zeros((rows, 3, *self.image), np.float32),
             "labels": np.full(rows, IGNORED, np.int32),
         }
-        if places:
-            numbers = [int(batch.rows[at]) for at in places]
-            arrays["pixel_values"][places] = self.processor.values(self.examples.pixels(numbers))
-            arrays["labels"][places] = self.examples.labels[numbers]
+
+        def fill(at: int) -> None:
+            number = int(batch.rows[at])
+            self.processor.values(self.examples.image(number), arrays["pixel_values"][at])
+            arrays["labels"][at] = self.examples.labels[number]
+
+        for _ in threaded(fill, places):
+            pass
         return {name: x.reshape(self.accumulation, -1, *x.shape[1:]) for name, x in arrays.items()}
 
     def sizes(self, batch: Batch) -> tuple[int, int]:
@@ -205,7 +214,3 @@ def threaded(make: Callable[[_T], _Done], values: Iterable[_T]) -> Iterator[_Don
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1), "jpeft-images") as pool:
         for start in range(0, len(values), _AT_ONCE):
             yield from pool.map(make, values[start : start + _AT_ONCE])
-
-
-def _made(image: Resized | Again) -> Resized:
-    return image() if isinstance(image, Again) else image

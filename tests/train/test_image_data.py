@@ -37,6 +37,10 @@ def named(feed):
     return found
 
 
+def _epoch(feed):
+    return [*itertools.islice(feed.walk(0), feed.buckets.num_batches)]
+
+
 def test_values_are_those_of_transformers_on_the_same_files(see, pets, vit):
     dataset = read(see)
     assert dataset.label_names == ("blue", "red")
@@ -47,7 +51,7 @@ def test_values_are_those_of_transformers_on_the_same_files(see, pets, vit):
     for file, (label, values) in found.items():
         expected = theirs([load_image(file)], return_tensors="np")["pixel_values"][0]
         np.testing.assert_allclose(values, expected, rtol=CLOSE, atol=CLOSE)
-        assert dataset.label_names[label] == file.split("/")[-2]
+        assert ("blue", "red")[label] == file.split("/")[-2]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,25 @@ def test_every_form_gives_the_same_images(see, forms, form):
     np.testing.assert_array_equal(dataset.train.examples.labels, folder.train.examples.labels)
     everything = range(37)
     np.testing.assert_array_equal(dataset.train.examples.pixels(everything), folder.train.examples.pixels(everything))
+
+
+def test_the_classes_of_a_data_set_have_its_names(see, pets, tmp_path):
+    """Whatever their order, and so the numbers in the rows."""
+    import datasets
+
+    for folder, names in (("one", ["red", "blue"]), ("other", ["blue", "red"])):
+        features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        files = sorted((pets / "train").glob("*/*.png"))
+        rows = {"img": [*map(str, files)], "label": [file.parent.name for file in files]}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / folder)
+    dataset = read(see, train=str(tmp_path / "one"))
+    assert dataset.label_names == ("red", "blue")
+    assert dataset.train.examples.labels.tolist() == [1] * 19 + [0] * 18
+    assert dataset.eval is not None
+    assert dataset.eval.examples.labels.tolist() == [1] * 7 + [0] * 7
+    assert not dataset.files.keys() - {*map(str, pets.glob("*/*/*.png"))}
+    with pytest.raises(DataError, match=r"name the classes of column 'label' in different ways, \['blue', 'red'\] and"):
+        read(see, train=[str(tmp_path / "one"), str(tmp_path / "other")])
 
 
 def test_a_part_several_sources_and_weights(see, pets):
@@ -142,10 +165,10 @@ def test_images_that_take_too_much_memory_are_decoded_again(see, pets, tmp_path,
         np.testing.assert_array_equal(again.arrays[name], held.arrays[name])
     shutil.copy(train / "red" / "0.png", train / "red" / "17.png")
     with pytest.raises(DataError, match=r"red/17\.png is not the file that it was before the training began"):
-        [*itertools.islice(feed.walk(0), 5)]
+        _epoch(feed)
     (train / "red" / "17.png").unlink()
     with pytest.raises(DataError, match=r"red/17\.png: it was there before the training began"):
-        [*itertools.islice(feed.walk(0), 5)]
+        _epoch(feed)
 
 
 def test_hashes_are_of_every_file(see, pets, tmp_path):
@@ -159,6 +182,15 @@ def test_hashes_are_of_every_file(see, pets, tmp_path):
     after = read(see, train=str(train))
     assert [file for file in after.files if after.files[file] != before.files[file]] == [str(train / "red" / "3.png")]
     assert [source for source in after.digests if after.digests[source] != before.digests[source]] == [str(train)]
+
+
+def test_parts_of_one_folder_have_a_hash_each(see, pets):
+    parts = {name: {"path": str(pets / "train"), "split": split} for name, split in
+             (("train", "train[:15]"), ("eval", "train[15:]"))}  # fmt: skip
+    dataset = read(see, label_names=["blue", "red"], **parts)
+    assert {*dataset.digests} == {f"{pets / 'train'}, train[:15]", f"{pets / 'train'}, train[15:]"}
+    assert len({*dataset.digests.values()}) == 2
+    assert len(dataset.files) == 37
 
 
 @pytest.mark.parametrize("cached", [False, True])

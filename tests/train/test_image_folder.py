@@ -82,7 +82,7 @@ def test_a_vit_learns_colours_from_files_and_is_the_same_when_opened_again(tmp_p
         (["a/1.png", "loose.png"], r"loose\.png is in no class"),
         (["a/1.png"], r"needs two labels or more; the folders in .* are a$"),
         (["a/1.png", "b/notes.txt"], r"b/notes\.txt is no image file; they end in \.png"),
-        (["a/1.png", "b/deep/1.png"], r"b/deep is no image file"),
+        (["a/1.png", "b/deep/1.png"], r"b/deep is no image file but a folder; name the folder whose"),
         (["a/1.png", "b/.hidden.png"], r"b holds no image of its class"),
         ([], r"the folders in .* are none"),
     ],

@@ -129,12 +129,14 @@ METHODS = {
     "bitfit": {},
     "norm_tuning": {},
     "full": {},
-    "last_layers": {"num_layers": 1},
+    "last_layers": {"n": 1},
     "loreft": {},
     "noreft": {},
     "direft": {},
     "adalora": {"targets": LINEARS, "total_steps": 2, "tinit": 0, "tfinal": 1},
-    **{kind: {"targets": LINEARS} for kind in ("dora", "loha", "lokr", "vera", "oft", "fourierft")},
+    "oft": {"targets": LINEARS, "block_size": 4},
+    "fourierft": {"targets": LINEARS, "n_frequency": 50},
+    **{kind: {"targets": LINEARS} for kind in ("dora", "loha", "lokr", "vera")},
 }
 FAST = ("houlsby", "prompt_tuning")
 

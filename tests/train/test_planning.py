@@ -340,9 +340,31 @@ def test_the_command_prints_a_plan(small, capsys):
     assert found["compiled"]["total"] > found["by_shape"]["weights"]
 
 
+def test_a_classifier_of_images_is_planned_by_what_its_model_makes_of_an_image(tmp_path, capsys):
+    """By hand: of 4 images a convolution, six layers, a head; forward once, backward twice, but for the image's own."""
+    file = tmp_path / "config.json"
+    sizes = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 768}
+    file.write_text(json.dumps({"model_type": "vit", "image_size": 128, "patch_size": 8, **sizes}))
+    main(["plan", "--model", str(file), "--task", "IMAGE_CLS", "--method", "full", "--batch", "4", "--dtype", "float32",
+          "--json"])  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    tokens, d, d_ff = 1 + 16 * 16, 192, 768
+    layer = 2 * tokens * (4 * d * d + 2 * d * d_ff) + 4 * tokens * tokens * d
+    image, head = 2 * (tokens - 1) * 3 * 8 * 8 * d, 2 * d * 2
+    again = 6 * 2 * tokens * tokens * d  # scores are computed once more on the way back
+    assert found["request"]["seq"] == tokens
+    assert found["flops"] == pytest.approx(4 * (3 * (6 * layer + head) + 2 * image + again), rel=0.005)
+    stays = sum(found["by_shape"][part] for part in ("weights", "adapters", "optimizer"))
+    assert abs(found["compiled"]["arguments"] - stays - 4 * 4 * (3 * 128 * 128 + 1)) < 100
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (
+            ["--task", "IMAGE_CLS", "--seq", "9"],
+            "--seq is of texts; what a model for IMAGE_CLS reads has the size of its",
+        ),
         (["--topology", "v5e-8", "--devices", "4"], "--topology says how many devices there are"),
         (["--set", "rank"], "--set takes OPTION=VALUE, got 'rank'"),
         (["--device", "h1000"], "unknown device 'h1000'; did you mean h100"),

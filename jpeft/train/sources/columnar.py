@@ -68,6 +68,14 @@ def rows(dataset: Any, path: str, split: str, start: int) -> Iterator[Record | B
         yield checked(row, f"{path} ({split}), row {number}")
 
 
+def classes(dataset: Any) -> dict[str, tuple[str, ...]]:
+    """The names of the class numbers of every column that has such, of what `load` gives."""
+    from datasets import ClassLabel
+
+    found = (dataset.features or {}).items()
+    return {name: tuple(feature.names) for name, feature in found if isinstance(feature, ClassLabel)}
+
+
 def _part(dataset: Any, path: str, split: str) -> Any:
     if split != "train":
         raise DataError(f"{path} was saved as one data set; its split is 'train', got {split!r}")
