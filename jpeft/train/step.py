@@ -305,7 +305,7 @@ class Compiled:
             self.compile_seconds += time.perf_counter() - start
         return self._programs[shapes]
 
-    def lower(self, state: State, frozen: Mapping[str, Any], batch: Batch, key: jax.Array | None) -> jax.stages.Lowered:
+    def lower(self, state: Any, frozen: Any, batch: Any, key: Any) -> jax.stages.Lowered:
         """The program before it is compiled, for the devices that the arguments lie on; shapes in places will do.
 
         Arguments that it does not read are its arguments all the same, so that its memory is what a run takes.
