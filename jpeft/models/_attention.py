@@ -21,6 +21,7 @@ from .. import _scope
 from .._dropout import keeps
 from .._given import Given
 from .._stream import split_tokens, token_ways, whole_tokens
+from .._wide import wide, widened
 from ..seams import EVERY_SEGMENT
 
 #: Query rows in a block: wide enough for a matrix product, narrow enough to skip most of what causality masks.
@@ -46,7 +47,7 @@ def attention(
     dropout: float = 0.0,
     path: str = "attention/dropout",
 ) -> Float[Array, "batch seq heads d_head"]:
-    """softmax(q kᵀ · scale + bias) v over the visible keys, with the softmax in float32.
+    """softmax(q kᵀ · scale + bias) v over the visible keys, with the softmax in float32 or wider.
 
     With a cap, s = q kᵀ · scale becomes cap · tanh(s / cap) before the bias.
 
@@ -303,12 +304,12 @@ def _softmax(
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=wide(a.dtype))
 
 
 def _scaled(x: jax.Array, rules: _Rules) -> jax.Array:
     """x · scale. Queries and their gradients are scaled, not scores, which are many more."""
-    return (x.astype(jnp.float32) * rules.scale).astype(x.dtype)
+    return (widened(x) * rules.scale).astype(x.dtype)
 
 
 def _rows(x: jax.Array, kv_heads: int) -> jax.Array:

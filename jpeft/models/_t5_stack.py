@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from .. import _stack
 from .._scope import dropout
+from .._wide import widened
 from ..seams import InputEmbedding, KeyValues, Residual
 from . import _encoder_decoder
 from ._cache import KV
@@ -166,7 +167,7 @@ class Stack(_encoder_decoder.Stack):
             max_distance=self.config.relative_attention_max_distance,
             causal=self.decoder,
         )
-        return jnp.moveaxis(self.relative_attention_bias(buckets), -1, 1).astype(jnp.float32)
+        return widened(jnp.moveaxis(self.relative_attention_bias(buckets), -1, 1))
 
 
 def norm(config: Config, dtype: Any) -> RMSNorm:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from .._given import Given
 from .._scope import scope
+from .._wide import widened
 from ._encoder_decoder import Encoded, EncoderDecoder, names_of_stacks
 from ._layers import token_table
 from ._t5_config import PRESETS, Config
@@ -133,11 +134,11 @@ class T5(EncoderDecoder):
     def logits(
         self, hidden: Float[Array, "batch out d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
     ) -> Float[Array, "batch out _"]:
-        """What the task's head makes of `hidden`, in float32; a tied head reads hidden / √d_model."""
+        """What the task's head makes of `hidden`, in float32 or wider; a tied head reads hidden / √d_model."""
         del attention_mask, key
         if self.task == "SEQ_2_SEQ_LM":
             hidden = self.lm_head(hidden) if self.head else self.shared.attend(hidden * self.config.d_model**-0.5)
-        return hidden.astype(jnp.float32)
+        return widened(hidden)
 
     def module_names(self) -> dict[str, tuple[str, ...]]:
         """transformers' name of every module, one per layer of its stack."""

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from .._given import Given
 from .._scope import scope
+from .._wide import widened
 from ._cache import Cache
 from ._encoder_decoder import Encoded, EncoderDecoder, names_of_stacks
 from ._table import COPY, TRANSPOSE, Entry, How, Rule, Tied
@@ -121,11 +122,11 @@ class Whisper(EncoderDecoder):
     def logits(
         self, hidden: Float[Array, "batch out d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
     ) -> Float[Array, "batch out _"]:
-        """What the task's head makes of `hidden`, in float32."""
+        """What the task's head makes of `hidden`, in float32 or wider."""
         del attention_mask, key
         if self.task == "SEQ_2_SEQ_LM":
             hidden = self.proj_out(hidden) if self.head else self.decoder.embed_tokens.attend(hidden)
-        return hidden.astype(jnp.float32)
+        return widened(hidden)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
