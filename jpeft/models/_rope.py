@@ -141,8 +141,7 @@ def _longrope(
     if amplitude is None:
         amplitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     short, long = (
-        jnp.asarray(inverse / np.asarray(scaling[name]), dtype)[None, None]
-        for name in ("short_factor", "long_factor")
+        jnp.asarray(inverse / np.asarray(scaling[name]), dtype)[None, None] for name in ("short_factor", "long_factor")
     )
     return jnp.where((positions.max(-1) >= original)[:, None, None], long, short), amplitude
 

@@ -271,7 +271,7 @@ class DistilBert(nnx.Module):
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
     ) -> Float[Array, "..."]:
-        """What the task's head makes of `hidden`, in float32 or wider; SEQ_CLS, MULTIPLE_CHOICE read the first token."""
+        """What the task's head makes of `hidden`, in float32 or wider; some tasks read the first token alone."""
         if not self.head:
             return widened(hidden)
         config = self.config

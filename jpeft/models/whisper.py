@@ -108,7 +108,7 @@ class Whisper(EncoderDecoder):
                 f"this length; got {input_features.shape}"
             )
         e = self.encoder.heard(input_features.astype(self.dtype))
-        return self.encoder(e, None, None, **self._options)
+        return self.encoder(e, None, None, None, **self._options)
 
     def words(self, ids: Int[Given, "batch out"]) -> Float[Array, "batch out d_model"]:
         return self.decoder.embed_tokens(jnp.asarray(ids))

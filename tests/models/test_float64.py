@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The zoo in float64 throughout: no norm, softmax, table or product of it is narrower than the numbers that it reads."""
+"""The zoo in float64 throughout: no norm, softmax, table or product of it is narrower than what it reads."""
 
 import jax
 import jax.numpy as jnp
