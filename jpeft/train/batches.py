@@ -92,8 +92,9 @@ class Batches:
         """`input_ids`, `attention_mask` `[accumulation, rows, width]` and `labels`; missing rows weigh nothing.
 
         With them `token_type_ids` where a row has two texts, and of packed rows `segment_ids` (from 1; padding has the
-        last one's, which it may look at) and `positions` (from 0 in every example). Of preference pairs the rows are
-        chosen and rejected in turn.
+        last one's, which it may look at) and `positions` (from 0 in every example). Where targets are packed beside
+        inputs, `decoder_segment_ids` likewise, `row_segments` (the segments of a row, 0 for none) and no positions,
+        which the model counts. Of preference pairs the rows are chosen and rejected in turn.
 
         Args:
           batch: which rows.
@@ -102,7 +103,8 @@ class Batches:
         examples, each = self.examples, self.examples.per_example
         rows = self.buckets.batch_rows * each
         shape = rows, batch.width
-        arrays = _empty(shape, self._target(batch.width), self.pad_id, examples, packed=isinstance(self.buckets, Packs))
+        most = self.buckets.most if isinstance(self.buckets, Packs) else None
+        arrays = _empty(shape, self._target(batch.width), self.pad_id, examples, most)
         arrays |= {name: np.zeros(rows, values.dtype) for name, values in self.beside.items()}
         for at, members in enumerate(batch.rows):
             for k in range(each):
@@ -128,10 +130,13 @@ class Batches:
     def _target(self, width: int) -> int:
         """Tokens that targets are padded to beside inputs of this width; 0 where there are no targets.
 
-        The longest of any input that may stand in a batch of this width, so a width is compiled once.
+        In packed rows those of the fullest. Else the longest of any input that may stand in a batch of this width, so
+        a width is compiled once.
         """
         if self.examples.labels_of != "target":
             return 0
+        if isinstance(self.buckets, Packs):
+            return self.buckets.target_width
         longest = int(self.examples.target_lengths[self.examples.lengths <= width].max(initial=1))
         return -(-longest // MULTIPLE) * MULTIPLE
 
@@ -160,14 +165,18 @@ def make_batches(
     num_widths: int,
     pad_id: int,
     packing: Packing = "none",
+    max_target: int | None = None,
 ) -> Batches:
     """Batches of `batch_size` rows, `accumulation` of them at a time, in the widths with the least padding.
 
-    Packed rows have all one width: `max_length`.
+    Packed rows have all one width: `max_length`, and up to `max_target` (None: `max_length`) tokens of targets.
     """
     rows = batch_size * accumulation
     if packing != "none":
-        return Batches(examples, pack(examples.lengths, max_length, rows, packing), accumulation, pad_id)
+        pairs = examples.labels_of == "target"
+        beside = (examples.target_lengths, max_target or max_length) if pairs else ()
+        packs = pack(np.maximum(examples.lengths, 1), max_length, rows, packing, *beside)
+        return Batches(examples, packs, accumulation, pad_id)
     widths = choose_widths(examples.lengths, num_widths, max_length)
     return Batches(examples, Buckets(examples.lengths, widths, rows), accumulation, pad_id)
 
@@ -197,8 +206,9 @@ def batches_like(train: Batches, examples: Examples) -> Batches:
 
 
 def _empty(
-    shape: tuple[int, int], target: int, pad_id: int, examples: Examples, *, packed: bool
+    shape: tuple[int, int], target: int, pad_id: int, examples: Examples, most: int | None
 ) -> dict[str, np.ndarray]:
+    """Arrays of padding; `most` is how many examples a packed row has at most, None where it is no such row."""
     rows = shape[0]
     labels = {"row": (rows,), "token": shape, "span": (rows, 2), "target": (rows, target)}[examples.labels_of]
     arrays = {
@@ -208,24 +218,31 @@ def _empty(
     }
     if examples.types is not None:
         arrays["token_type_ids"] = np.zeros(shape, np.int32)
-    if packed:
-        arrays |= {"segment_ids": np.zeros(shape, np.int32), "positions": np.zeros(shape, np.int32)}
-    return arrays
+    if most is None:
+        return arrays
+    beside = {"positions": shape}
+    if examples.labels_of == "target":
+        beside = {"decoder_segment_ids": (rows, target), "row_segments": (rows, most)}
+    return arrays | {name: np.zeros(size, np.int32) for name, size in {"segment_ids": shape, **beside}.items()}
 
 
 def _put(arrays: dict[str, np.ndarray], at: int, members: list[int], examples: Examples) -> None:
-    """Writes the examples `members` into row `at`, one behind the other."""
-    start = 0
+    """Writes the examples `members` into row `at`, one behind the other; an empty input is one token of padding."""
+    start = end = 0
     for segment, member in enumerate(members, 1):
-        tokens = examples.tokens[member]
+        tokens, labels = examples.tokens[member], examples.labels[member]
         place = at, slice(start, start + len(tokens))
-        arrays["input_ids"][place], arrays["attention_mask"][place] = tokens, 1
-        labels = examples.labels[member]
-        where = {"token": place, "target": (at, slice(len(labels)))} if labels.ndim else {}
+        size = max(len(tokens), 1)
+        arrays["input_ids"][place], arrays["attention_mask"][at, start : start + size] = tokens, 1
+        where = {"token": place, "target": (at, slice(end, end + len(labels)))} if labels.ndim else {}
         arrays["labels"][where.get(examples.labels_of, at)] = labels
         if examples.types is not None:
             arrays["token_type_ids"][place] = examples.types[member]
         if "segment_ids" in arrays:
             arrays["segment_ids"][at, start:] = segment
+        if "positions" in arrays:
             arrays["positions"][place] = np.arange(len(tokens))
-        start += len(tokens)
+        if "row_segments" in arrays:
+            arrays["decoder_segment_ids"][at, end:] = arrays["row_segments"][at, segment - 1] = segment
+            end += len(labels)
+        start += size

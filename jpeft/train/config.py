@@ -243,7 +243,9 @@ def _conflicts(config: Config) -> list[str]:
         "data.streaming has no epoch at whose end to evaluate; give train.eval_every": (
             data.streaming and bool(paths(data.eval)) and train.eval_every is None
         ),
-        "data.packing is for CAUSAL_LM: a packed row has no one label": not writes and data.packing != "none",
+        "data.packing is for CAUSAL_LM and SEQ_2_SEQ_LM: a packed row has no one label": (
+            not writes and task != "SEQ_2_SEQ_LM" and data.packing != "none"
+        ),
         f"data.template is for CAUSAL_LM; {task} has no messages": not writes and data.template is not None,
         f"data.label_names is for {' and '.join(CLASSIFYING)}; {task} has no labels": (
             not classify and names is not None

@@ -160,9 +160,12 @@ def shapes(batches: Batches) -> str:
     """What is compiled, and how full each shape is."""
     if isinstance(batches.buckets, Packs):
         packs = batches.buckets
+        beside = ""
+        if packs.target_fill is not None:
+            beside = f"with targets in {packs.target_width} tokens, {100 * packs.target_fill:.1f} % full, "
         return (
-            f"packed: {len(packs.members):,} rows of {packs.width} tokens, {100 * packs.fill:.1f} % full, up to "
-            f"{packs.most} examples in one; 1 compilation"
+            f"packed: {len(packs.members):,} rows of {packs.width} tokens, {100 * packs.fill:.1f} % full, {beside}up "
+            f"to {packs.most} examples in one; 1 compilation"
         )
     lines = []
     order = batches.buckets.in_order()

@@ -101,7 +101,7 @@ def read_data(config: Config) -> Dataset:
         train = streamed.first
     else:
         examples = data.encode(rows, options, words, names, config.train.seed)
-        fixed = {"max_length": options.max_length, "num_widths": options.num_widths, "packing": options.packing}
+        fixed = {name: getattr(options, name) for name in ("max_length", "max_target", "num_widths", "packing")}
         train = data.make_batches(examples, **shape, **fixed)
     held = None
     if configuration.paths(options.eval):
@@ -199,7 +199,8 @@ def describe(config: Config, dataset: Dataset) -> str:
         lines.append(f"labels: {', '.join(dataset.label_names)}")
     shapes = dataset.train.buckets
     if isinstance(shapes, Packs):
-        padded_to = f"{shapes.width} tokens, packed with up to {shapes.most} examples"
+        beside = "" if shapes.targets is None else f" and {shapes.target_width} of targets"
+        padded_to = f"{shapes.width} tokens{beside}, packed with up to {shapes.most} examples"
     else:
         padded_to = f"one of {', '.join(map(str, shapes.widths))} tokens, padded"
     lines += [

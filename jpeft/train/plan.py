@@ -11,6 +11,7 @@ from .. import _mesh
 from .._summary import summary
 from ..models._hub import model_folder
 from . import job, loop, utilization
+from .buckets import Batch
 from .config import Config
 from .devices import num_groups, whole
 from .objective import objective
@@ -101,15 +102,10 @@ def _compiled(config: Config, found: Subject, mesh: Mesh | None) -> Program:
 
 
 def _widest(dataset: job.Dataset) -> dict[str, Any]:
-    """Shapes of the widest batch; arrays `[accumulation, rows, seq]` are those that have a width."""
-    width = max(dataset.train.buckets.widths)
-    arrays = next(iter(dataset.train.walk(0))).arrays
-
-    def shape(array: Any) -> jax.ShapeDtypeStruct:
-        sizes = array.shape if array.ndim < 3 else (*array.shape[:2], width, *array.shape[3:])
-        return jax.ShapeDtypeStruct(sizes, jax.dtypes.canonicalize_dtype(array.dtype))
-
-    return {name: shape(array) for name, array in arrays.items()}
+    """Shapes of the widest batch."""
+    arrays = dataset.train.collate(Batch(max(dataset.train.buckets.widths), []))
+    dtype = jax.dtypes.canonicalize_dtype
+    return {name: jax.ShapeDtypeStruct(array.shape, dtype(array.dtype)) for name, array in arrays.items()}
 
 
 def _memory(step: Program) -> str:

@@ -65,7 +65,8 @@ class Data:
       stride: tokens that two windows of a context share, of `QUESTION_ANS`; None is a quarter of `max_length`.
       longer: what happens to longer text: `truncate` (counted and printed) or `split` into rows (plain texts).
       txt: what is one text of a `.txt` file: a `line`, a `paragraph` or the whole `document`.
-      packing: several examples in one row of `max_length` tokens, each for itself: `none`, `first_fit` or `best_fit`.
+      packing: several examples in one row of `max_length` tokens, and `max_target` of targets, each for itself:
+        `none`, `first_fit` or `best_fit`.
       num_widths: into how many widths rows are padded at most, where they are not packed; each is compiled once.
       streaming: rows are read while training goes on, some at a time; needs `train.max_steps`.
       window: rows that streaming holds, shuffles and packs at a time.
