@@ -19,6 +19,9 @@ from .buckets import MULTIPLE, Batch
 
 Packing = Literal["none", "first_fit", "best_fit"]
 
+#: Rows of pairs that are looked through for room at most: beyond them the time for n pairs grows as n.
+OPEN_ROWS = 2**14
+
 
 @dataclasses.dataclass(frozen=True)
 class Packs:
@@ -94,7 +97,7 @@ def pack(
       packing: `first_fit` takes each example in turn and puts it into the first row that has room; `best_fit` takes
         the longest first and puts each into the row where it leaves least. With targets there has to be room for both;
         the longest is that which takes the largest share of a row on either side, and what is left is the sum of the
-        two sides' shares.
+        two sides' shares. Of more than 16,384 rows with room the fullest is done with.
       targets: tokens of every example's target, none above `target_width`; None where there are none.
       target_width: tokens of the targets of a row.
 
@@ -183,33 +186,47 @@ class _First:
 
 
 class _Sides:
-    """Rows by the room that is left in them on several sides, all of which an example needs.
+    """Rows by the room that is left in them on both sides, which an example needs at once.
 
     Args:
       room: of an empty row, on each side.
-      least: what any example needs of it; a row that has less is done.
+      least: what any example needs of it; a row that has less is done with. So is, of more than `OPEN_ROWS`, the one
+        that has least on its fuller side.
       best: into the row where an example leaves least, else into the first.
     """
 
     def __init__(self, room: np.ndarray, least: np.ndarray, best: bool):
         self._room, self._least, self._best = room, least, best
-        self._left, self._rows, self._count = np.zeros((0, len(room)), int), np.zeros(0, int), 0
+        self._held = np.zeros((3, OPEN_ROWS + 1), int)  # what is left on either side, and which row it is
+        self._open = self._count = 0
 
     def place(self, size: np.ndarray) -> int:
         """The row for an example of these sizes; a new one where it fits into none."""
         at = self._found(size)
         if at is None:
-            at, self._count = len(self._rows), self._count + 1
-            self._left = np.concatenate([self._left, self._room[None]])
-            self._rows = np.append(self._rows, self._count - 1)
-        row = int(self._rows[at])
-        self._left[at] -= size
-        if (self._left[at] < self._least).any():
-            self._left, self._rows = np.delete(self._left, at, 0), np.delete(self._rows, at)
+            at = self._open
+            self._held[:, at] = *self._room, self._count
+            self._open, self._count = at + 1, self._count + 1
+        row = int(self._held[2, at])
+        self._held[:2, at] -= size
+        if (self._held[:2, at] < self._least).any():
+            self._close(at)
+        elif self._open > OPEN_ROWS:
+            self._close(int(np.argmin(np.minimum(*self._shares(slice(self._open))))))
         return row
 
     def _found(self, size: np.ndarray) -> int | None:
-        fits = np.flatnonzero((self._left >= size).all(1))
+        """Where the row stands among those that are open; None where there is none."""
+        one, other = self._held[:2, : self._open]
+        fits = np.flatnonzero((one >= size[0]) & (other >= size[1]))
         if not len(fits):
             return None
-        return int(fits[np.argmin((self._left[fits] / self._room).sum(1))] if self._best else fits[0])
+        return int(fits[np.argmin(np.add(*self._shares(fits)))] if self._best else fits[0])
+
+    def _shares(self, which: Any) -> np.ndarray:
+        """What part of a row is left on either side."""
+        return self._held[:2, which] / self._room[:, None]
+
+    def _close(self, at: int) -> None:
+        self._held[:, at : self._open - 1] = self._held[:, at + 1 : self._open]
+        self._open -= 1

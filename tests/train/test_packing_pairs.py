@@ -90,6 +90,20 @@ def test_targets_are_as_wide_as_the_fullest_row_of_them():
     assert packs.fill == 1
 
 
+def test_of_many_rows_with_room_the_fullest_are_done_with(monkeypatch):
+    """Every pair lies in one row all the same, within its room."""
+    rng = np.random.default_rng(0)
+    lengths, targets = rng.integers(1, 33, 2000), rng.integers(1, 17, 2000)
+    for kind in ("first_fit", "best_fit"):
+        monkeypatch.setattr(packing, "OPEN_ROWS", 2000)
+        every = packing.pack(lengths, 32, 4, kind, targets, 16)
+        monkeypatch.setattr(packing, "OPEN_ROWS", 64)
+        some = packing.pack(lengths, 32, 4, kind, targets, 16)
+        assert sorted(np.concatenate(some.members)) == [*range(2000)]
+        assert all(lengths[row].sum() <= 32 and targets[row].sum() <= 16 for row in some.members)
+        assert len(every.members) < len(some.members) < 1.3 * len(every.members)
+
+
 def test_a_target_that_is_too_long():
     with pytest.raises(ValueError, match="a target of 21 tokens is longer than a row of 20; cut it first"):
         packing.pack(np.array([3, 4]), 40, 2, "best_fit", np.array([21, 2]), 20)
