@@ -122,7 +122,7 @@ def rotate(
 
 
 def _dynamic(
-    positions: Float[Array, "batch seq"], exponents: np.ndarray, theta: float, max_position: int, factor: float
+    positions: Given, exponents: np.ndarray, theta: float, max_position: int, factor: float
 ) -> Float[Array, "batch 1 half"]:
     """Frequencies for a base that grows with the row's length, once that exceeds the context length."""
     length = jnp.maximum(positions.max(-1, keepdims=True) + 1, max_position)

@@ -173,9 +173,8 @@ def make_batches(
     """
     rows = batch_size * accumulation
     if packing != "none":
-        pairs = examples.labels_of == "target"
-        beside = (examples.target_lengths, max_target or max_length) if pairs else ()
-        packs = pack(np.maximum(examples.lengths, 1), max_length, rows, packing, *beside)
+        targets = examples.target_lengths if examples.labels_of == "target" else None
+        packs = pack(np.maximum(examples.lengths, 1), max_length, rows, packing, targets, max_target or max_length)
         return Batches(examples, packs, accumulation, pad_id)
     widths = choose_widths(examples.lengths, num_widths, max_length)
     return Batches(examples, Buckets(examples.lengths, widths, rows), accumulation, pad_id)
