@@ -116,7 +116,7 @@ def prompt_tokens(mask: Any, decoder: Any = None) -> Iterator[None]:
 
     Args:
       mask: `[batch, seq]` as of the model's tokens, 0 where a token is not the prompt; None for all text. Of an encoder
-        with a decoder beside it, the encoder's.
+        with a decoder beside it, the encoder's; its `encode` and `decode`, called one by one, have each their own.
       decoder: `[batch, out]`, likewise of such a decoder's tokens.
 
     Example:

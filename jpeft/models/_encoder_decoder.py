@@ -173,8 +173,7 @@ class Stack(nnx.Module):
         virtual = x.shape[1] - e.shape[1]
         # Without virtual tokens those that see each other are as far apart as they stand, and one row's bias is all's.
         apart = places if segments is None or positions is not None or virtual else _counted(None, e)
-        prompt = {} if encoded is None else {"prompt": current().decoder_prompt}
-        with scope(**prompt, **in_front(virtual, e.shape[:2], mask, owners)):
+        with scope(**in_front(virtual, e.shape[:2], mask, owners)):
             context = Context(whole, self.bias(apart), encoded, owners)
             x, _ = self._run(self.enter(x, places), context, Memory(), False, options)
         return Encoded(x, whole, owners)
@@ -197,8 +196,7 @@ class Stack(nnx.Module):
             raise ValueError("a text is written for a row, so a row cannot pack several examples (segment_ids)")
         positions = _counted(positions, e)
         x, places, whole, _ = self.input_embedding(e, positions, mask, None)
-        prompt = current().decoder_prompt
-        with scope(prompt=prompt, **in_front(x.shape[1] - e.shape[1], e.shape[:2], mask, None)):
+        with scope(**in_front(x.shape[1] - e.shape[1], e.shape[:2], mask, None)):
             context = Context(whole, self.bias(places), encoded._replace(states=None))
             cross = self._cross(encoded.states)
             x, new = self._run(self.enter(x, places), context, Memory(cross=cross), True, options)
@@ -274,6 +272,11 @@ class EncoderDecoder(nnx.Module):
         given = decoder_attention_mask, decoder_positions, decoder_segment_ids
         x = self.decoder(e, *given, encoded, **self._options).states
         return x[:, x.shape[1] - e.shape[1] :]
+
+    def decode_behind(self, encoded: Encoded, *given: Any) -> Float[Array, "batch out d_model"]:
+        """As `decode`, within a call of the whole model, of which the scope's `prompt` is the encoder's."""
+        with scope(prompt=current().decoder_prompt):
+            return self.decode(encoded, *given)
 
     def cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` rows of `length` decoder tokens; virtual tokens get slots of their own."""

@@ -92,7 +92,7 @@ class T5(EncoderDecoder):
         with scope(key=key):
             encoded = self.encode(input_ids, attention_mask, token_type_ids, segment_ids, positions, inputs_embeds)
             given = decoder_input_ids, decoder_attention_mask, decoder_positions, decoder_segment_ids
-            return self.logits(self.decode(encoded, *given))
+            return self.logits(self.decode_behind(encoded, *given))
 
     def hidden(
         self,
@@ -113,7 +113,7 @@ class T5(EncoderDecoder):
         with scope(key=key):
             encoded = self.encode(input_ids, attention_mask, token_type_ids, segment_ids, positions, inputs_embeds)
             given = decoder_input_ids, decoder_attention_mask, decoder_positions, decoder_segment_ids
-            return self.decode(encoded, *given)
+            return self.decode_behind(encoded, *given)
 
     def encode(
         self,

@@ -81,7 +81,8 @@ class Whisper(EncoderDecoder):
         """
         with scope(key=key):
             encoded = self.encode(input_features, attention_mask)
-            return self.logits(self.decode(encoded, decoder_input_ids, decoder_attention_mask, decoder_positions))
+            given = decoder_input_ids, decoder_attention_mask, decoder_positions
+            return self.logits(self.decode_behind(encoded, *given))
 
     def hidden(
         self,
@@ -96,7 +97,7 @@ class Whisper(EncoderDecoder):
         """The decoder's normalised last states; arguments as in a call."""
         with scope(key=key):
             encoded = self.encode(input_features, attention_mask)
-            return self.decode(encoded, decoder_input_ids, decoder_attention_mask, decoder_positions)
+            return self.decode_behind(encoded, decoder_input_ids, decoder_attention_mask, decoder_positions)
 
     def encode(self, input_features: Float[Given, "batch mels frames"], attention_mask: Any = None) -> Encoded:
         """The encoder's states, for `decode`. Virtual tokens that a method puts in front have no place among frames."""
