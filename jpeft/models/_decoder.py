@@ -155,7 +155,7 @@ class Decoder(nnx.Module):
         with scope(**step_scope(len(e))):
             x, places, _, _ = self.input_embedding(e, cache.next[:, None], None, None)
             x, new = self._run(x, places, None, None, cache, virtual=virtual, keep=True)
-        return or_nan(self.norm(x), cache), extended(cache, new, places)
+        return or_nan(self.norm(x), cache), extended(cache, new, places, x)
 
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None

@@ -212,7 +212,7 @@ class Stack(nnx.Module):
             bias = self.bias(places, jnp.concatenate([cache.places, places], 1))
             context = Context(reach(cache), bias, Encoded(None, cache.cross_mask))  # type: ignore[arg-type]
             x, new = self._run(self.enter(x, places), context, Memory(cache.kv, cache.cross), True, options)
-        return or_nan(x, cache), extended(cache, new, places)
+        return or_nan(x, cache), extended(cache, new, places, x)
 
     def _run(
         self, x: jax.Array, context: Context, memory: Memory, keep: bool, options: Mapping[str, Any]

@@ -298,7 +298,7 @@ class GPT2(nnx.Module):
         with scope(**step_scope(len(e))):
             x, places, _, _ = self.input_embedding(e, cache.next[:, None], None, None)
             x, new = self._run(x, places, reach(cache), None, cache.kv, keep=True)
-        return or_nan(self.ln_f(x), cache), extended(cache, new, places)
+        return or_nan(self.ln_f(x), cache), extended(cache, new, places, x)
 
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
