@@ -52,12 +52,16 @@ class Scheme(NamedTuple):
     dtype: Any = None
 
 
+#: What bitsandbytes multiplies a row's largest magnitude by; a quotient by 127 is rounded as each compiler likes.
+INT8_STEP = np.float32(1 / 127)
+
+
 def _to_int8(matrix: jax.Array) -> Leaves:
     """Every column over its largest magnitude, times 127, rounded (Dettmers et al. 2022, without outliers)."""
     matrix = matrix.astype(jnp.float32)
     largest = jnp.abs(matrix).max(-2, keepdims=True)
     codes = jnp.round(matrix * (127 / jnp.where(largest > 0, largest, 1)))
-    return {"codes": codes.astype(jnp.int8), "scales": largest / 127}
+    return {"codes": codes.astype(jnp.int8), "scales": largest * INT8_STEP}
 
 
 def _from_scaled(leaves: Mapping[str, jax.Array], d_in: int, d_out: int) -> jax.Array:

@@ -207,6 +207,12 @@ def _kernel_of(path: str) -> str:
     return kernel if name in _AS_KERNEL else path
 
 
+def _flat_of(path: str) -> list[str] | None:
+    """The module that flat codes belong to, by the parts of its path; None of any other leaf."""
+    parts = path.split("/")
+    return parts[:-2] if parts[-1] == "flat_codes" else None
+
+
 def _of_codes(leaf: Any, spec: P) -> Spec:
     """The spec of codes or scales whose last axes are the kernel's d_in and d_out, packed; a scale may have one d_in.
 
@@ -229,7 +235,7 @@ def _derived(path: str, leaf: Any, leaves: Mapping[str, Any], specs: Mapping[str
     """An adapter leaf's spec, by its address `<module>/adapters/<name>/<leaf>`."""
     parts = path.split("/")
     at = parts.index(ADAPTERS)
-    own = [p for p in specs if parts[:at] in (p.split("/")[:-1], _kernel_of(p).split("/")[:-1])]
+    own = [p for p in specs if parts[:at] in (p.split("/")[:-1], _kernel_of(p).split("/")[:-1], _flat_of(p))]
     if not own and (at == 0 or (parts[at + 2] not in _SIDES and parts[at + 2] != "saved")):
         return (None,) * leaf.ndim  # at a seam without leaves of its own, or shared by the whole model
     if not own:

@@ -293,12 +293,14 @@ def test_loading_quantized_with_a_new_head_trains_that(tmp_path):
     assert jpeft.partition(model)[2]["score/kernel"].dtype == jnp.float32
 
 
-def test_a_quantized_model_is_saved_after_dequantize(tmp_path):
+def test_a_quantized_model_is_saved_in_codes_and_after_dequantize_in_floats(tmp_path):
     model = jpeft.quantize(wide_llama(), "int4_64")
-    with pytest.raises(jpeft.models.CheckpointError, match=r"kept as int4_64; .* and dequantize, before saving"):
-        jpeft.models.save(model, tmp_path / "model")
-    jpeft.models.save(jpeft.dequantize(model), tmp_path / "model")
-    np.testing.assert_array_equal(jpeft.models.load(tmp_path / "model")(IDS), model(IDS))
+    jpeft.models.save(model, tmp_path / "codes")
+    jpeft.models.save(jpeft.dequantize(model), tmp_path / "floats")
+    for folder in ("codes", "floats"):
+        np.testing.assert_array_equal(jpeft.models.load(tmp_path / folder)(IDS), model(IDS))
+    sizes = [(tmp_path / folder / "model.safetensors").stat().st_size for folder in ("codes", "floats")]
+    assert sizes[0] < 0.5 * sizes[1]
 
 
 def test_a_merge_is_of_the_dequantized_kernel():
@@ -333,6 +335,10 @@ def test_flat_codes_are_replicated_and_rules_of_ones_own_reach_codes():
     model = jpeft.quantize(MODELS["llama"].build())
     at = jpeft.shardings(model, mesh)
     assert at["layers/mlp/up_proj/kernel/flat_codes"].spec == P(None, None)
+    adapted = subjects.fill(jpeft.adapt(model, jpeft.LoRA(rank=2, targets="all-linear"), key=KEY))
+    placed = jpeft.shard(adapted, mesh)  # what adapts them has no axis to follow
+    assert jpeft.shardings(adapted, mesh)["layers/mlp/up_proj/adapters/lora/A"].spec == P(None, None, None)
+    assert subjects.error(placed(IDS), adapted(IDS)) < subjects.FLOAT32
     own = jpeft.shardings(jpeft.quantize(wide_llama(), "int8"), mesh, [("**/up_proj/kernel", P(None, "fsdp"))])
     assert own["layers/mlp/up_proj/kernel/codes"].spec == P(None, None, "fsdp")
     assert own["layers/mlp/up_proj/kernel/scales"].spec == P(None, None, "fsdp")

@@ -195,7 +195,9 @@ def save(model: Any, path: str | Path) -> None:
 
     The folder is written beside its place and renamed, so a save that is killed leaves an older one as it was. What
     else an older folder holds, such as a tokenizer, stays. Adapters are not saved here: merge or strip them first.
-    Kernels in NF4 or FP4 are written as bitsandbytes writes them, codes and all; those of other schemes are not.
+    Kernels in codes are written as codes: those in NF4, FP4 and int8 as bitsandbytes writes them, so that transformers
+    loads the same codes; those of other schemes, of several at once, or of weights that are no torch Linear's, in a
+    layout of jpeft's own (`_stored_own.py`).
 
     Raises:
       CheckpointError: the model has leaves that its table does not know.

@@ -41,8 +41,15 @@ _BITS = {word: 8 * dtype.itemsize for word, dtype in FLOATS.items()} | {
     for word in words.split()
 }
 #: The dtypes of codes.
-_CODES = {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32)}
-_WORDS = {dtype: word for word, dtype in (FLOATS | _CODES).items()}
+_CODES = {
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+}
+#: Safetensors' word for a dtype.
+WORDS = {dtype: word for word, dtype in (FLOATS | _CODES).items()}
 #: What is read at a time: it stays in a core's cache while it is checked, converted and turned.
 _BLOCK_BYTES = 2**20
 #: Blocks that are read one after another, in one thread.
@@ -320,7 +327,7 @@ def write(file: Path, sources: Mapping[str, Source], metadata: Mapping[str, str]
     stop = 0
     for name, source in sources.items():
         start, stop = stop, stop + nbytes(source)
-        entries[name] = {"dtype": _WORDS[source.dtype], "shape": list(source.shape), "data_offsets": [start, stop]}
+        entries[name] = {"dtype": WORDS[source.dtype], "shape": list(source.shape), "data_offsets": [start, stop]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
     with open(file, "wb") as stream:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from .._projections import Matmul, registered
 from .._quantized import become_quantized, put_leaves
-from . import _stored_bnb, _stored_groups
+from . import _stored_bnb, _stored_groups, _stored_own
 from ._files import CheckpointError, names
 from ._safetensors import Tensor
 from ._stored_config import Stored
@@ -108,4 +108,5 @@ _FORMATS = {
     "bnb8": _stored_bnb.eight_bits,
     "gptq": _stored_groups.gptq,
     "awq": _stored_groups.awq,
+    "jpeft": _stored_own.weights,
 }

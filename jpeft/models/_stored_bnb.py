@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import _nf4
+from .._schemes import INT8_STEP
 from ._files import CheckpointError, names, parse_json
 from ._safetensors import Source, Tensor, read_bytes, read_whole
 from ._stored_config import Stored
@@ -24,8 +25,8 @@ _STATE = ".quant_state.bitsandbytes__"
 _TABLES = {"nf4": _nf4.NF4, "fp4": _nf4.FP4}
 _DTYPES = ("float16", "bfloat16", "float32")
 
-#: Weights in 4 bits that are written: whether the magnitudes are codes themselves, by scheme.
-WRITTEN = {f"{kind}{ending}": bool(ending) for kind in _TABLES for ending in ("", "_double")}
+#: Schemes of 4 bits: whether the magnitudes are codes themselves.
+FOUR_BITS = {f"{kind}{ending}": bool(ending) for kind in _TABLES for ending in ("", "_double")}
 
 
 def four_bits(tensors: Mapping[str, Tensor], stored: Stored) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def _read_eight(codes: Tensor, largest: Tensor, form: Tensor | None) -> tuple[st
     if form is not None and read_bytes(form).any():
         raise CheckpointError(f"{form.name} is not 0: codes in the tiles of a GPU are not read; save them by rows")
     d_out, d_in = codes.shape
-    scales = read_whole(largest, ("F32",), (d_out,))[None] / np.float32(127)
+    scales = read_whole(largest, ("F32",), (d_out,))[None] * INT8_STEP
     return "int8", {"codes": np.ascontiguousarray(read_whole(codes, ("I8",), (d_out, d_in)).T), "scales": scales}
 
 
@@ -136,14 +137,19 @@ def sources(
 ) -> dict[str, Source]:
     """What to write for the weight `name`, of one layer.
 
+    Raises:
+      CheckpointError: scales of int8, when they are fetched, that are no magnitude over 127.
+
     Args:
       scheme: one of `WRITTEN`.
       leaves: gives the layer's.
       shape: d_in and d_out.
       dtype: of the weight in floats.
     """
+    if scheme == "int8":
+        return _in_eight(name, leaves, shape)
     d_in, d_out = shape
-    kind, double = scheme.partition("_")[0], WRITTEN[scheme]
+    kind, double = scheme.partition("_")[0], FOUR_BITS[scheme]
     blocks = -(-d_in * d_out // _nf4.BLOCK)
 
     def flat(of: str) -> np.ndarray:
@@ -173,3 +179,26 @@ def sources(
 
 #: Room for a description, filled up with spaces.
 _STATE_BYTES = 256
+#: Schemes that bitsandbytes has.
+WRITTEN = (*FOUR_BITS, "int8")
+
+
+def _in_eight(name: str, leaves: Callable[[], Mapping[str, np.ndarray]], shape: tuple[int, int]) -> dict[str, Source]:
+    start, (d_in, d_out) = name.removesuffix("weight"), shape
+    return {
+        name: Source((d_out, d_in), np.dtype(np.int8), lambda: leaves()["codes"].T),
+        f"{start}SCB": Source((d_out,), np.dtype(np.float32), lambda: _largest(name, leaves()["scales"][0])),
+        f"{start}weight_format": Source((), np.dtype(np.uint8), lambda: np.zeros((), np.uint8)),  # by rows
+    }
+
+
+def _largest(name: str, scales: np.ndarray) -> np.ndarray:
+    """Magnitudes that `INT8_STEP` makes these scales of, bit for bit; of several the roundest, as 16 bits have them."""
+    near = (scales / INT8_STEP).astype(np.float32)
+    tried = np.stack([near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(np.inf))])
+    right = tried * INT8_STEP == scales
+    if not right.any(0).all():
+        raise CheckpointError(f"{name} has scales of int8 that are no float32 times 1 / 127; quantize it anew")
+    bits = tried.view(np.uint32).astype(np.int64)
+    last = np.where(right, np.where(bits == 0, 2**32, bits & -bits), 0)  # the value of a number's last bit that is set
+    return tried[last.argmax(0), np.arange(len(scales))]

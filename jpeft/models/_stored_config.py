@@ -9,8 +9,8 @@ class Stored(NamedTuple):
     """Codes of a folder.
 
     Attributes:
-      method: `bnb4`, `bnb8`, `gptq` or `awq`.
-      bits: of a code.
+      method: `bnb4`, `bnb8`, `gptq`, `awq`, or `jpeft`.
+      bits: of a code; 0 where every weight says its own.
       size: inputs that share a scale; -1 for all. Of GPTQ and AWQ.
       plus_one: whether a stored zero is one less than the zero meant (the first version of GPTQ's format).
     """
@@ -34,7 +34,7 @@ def stored(hf: Mapping[str, Any]) -> tuple[Stored | None, dict[str, Any]]:
     if not isinstance(said, Mapping):
         raise ValueError(f"quantization_config must be a mapping; got {said!r:.100}")
     method = said.get("quant_method", "bitsandbytes" if "load_in_4bit" in said or "load_in_8bit" in said else None)
-    readers = {"bitsandbytes": _bitsandbytes, "gptq": _gptq, "awq": _awq}
+    readers = {"bitsandbytes": _bitsandbytes, "gptq": _gptq, "awq": _awq, "jpeft": _own}
     if method not in readers:
         raise ValueError(f"quantization_config has quant_method={method!r:.100}; read are {', '.join(readers)}")
     return readers[method](said), rest
@@ -65,6 +65,11 @@ def _awq(said: Mapping[str, Any]) -> Stored:
     _allow("awq", "version", version.lower() if isinstance(version, str) else version, ("gemm",))
     _allow("awq", "zero_point", said.get("zero_point", True), (True,))
     return Stored("awq", 4, _size("awq", said))
+
+
+def _own(said: Mapping[str, Any]) -> Stored:
+    _allow("jpeft", "version", said.get("version"), (1,))
+    return Stored("jpeft", 0)
 
 
 def _size(method: str, said: Mapping[str, Any]) -> int:
