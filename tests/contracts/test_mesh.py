@@ -40,8 +40,9 @@ FAST = (
 
 #: How often a program's text may gather what it needs, a layer counted once: forward, backward, and a part again.
 TIMES = 2.5
-#: Methods that make larger matrices of few numbers, whose gradients are summed as such.
-DENSE = ("fourierft", "oft", "loha", "compacter")
+#: Methods that make larger matrices of few numbers, whose gradients are summed as such; LoKr its w2, where that is the
+#: cheapest order of its product.
+DENSE = ("fourierft", "oft", "loha", "lokr", "compacter")
 
 ROWS, SEQ, KEY = 16, 6, jax.random.key(9)
 #: Virtual tokens that a method of the table may put in front, and the widest states of the models.

@@ -23,7 +23,6 @@ ROWS = {
     "instruct": {"instruction": "a good film", "input": "", "output": "the scene is bad"},
     "pubmedqa": {"question": "is the film good", "contexts": ["the plot was fine"], "final_decision": "yes"},
 }
-FAST = ("sst2_minilm_lora", "gsm8k_llama_lora", "pets_vit_lora")
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +46,7 @@ def data(tmp_path_factory, llama):
     return folder
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in recipes.listed()]
-)
+@pytest.mark.parametrize("name", recipes.listed())
 def test_a_recipe_trains(name, data, bert, llama, vit, pets, tmp_path, monkeypatch):
     places = {"JPEFT_DATA": data, "PAIRS": data, "MINILM": bert, "LLAMA": llama, "VIT": vit, "PETS": pets}
     for variable, value in places.items():
@@ -67,6 +64,8 @@ def test_a_recipe_trains(name, data, bert, llama, vit, pets, tmp_path, monkeypat
 def test_a_recipe_says_its_command_and_what_was_measured(name):
     text = recipes.text(name)
     assert f"jpeft train jpeft/train/recipes/{name}.yaml" in text
+    said = ("Measured 20", "docs/results/", "not measured, for want of")
+    assert "# Device" in text and sum(each in text for each in said) == 1
     assert yaml.safe_load(text)["out"] == f"runs/{name}"
 
 
