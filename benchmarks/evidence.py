@@ -15,8 +15,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DATA, OUT = ROOT / "docs" / "results" / "data", ROOT / "jpeft" / "train" / "advising" / "evidence.json"
 
-#: Kinds of methods by their names in the studies.
-KINDS = {"prefix": "prefix_tuning", "prompt": "prompt_tuning"}
+#: Kinds of methods by their names in the studies and benchmarks.
+KINDS = {
+    "prefix": "prefix_tuning", "prompt": "prompt_tuning", "p-tuning": "p_tuning", "norms": "norm_tuning",
+    "tokens": "trainable_tokens", "last layer": "last_layers", "parallel": "parallel_adapter",
+}  # fmt: skip
 
 
 def facts(data: Path = DATA) -> dict[str, dict[str, str]]:
@@ -33,7 +36,7 @@ def _steps(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """How long a step of every method takes."""
     for kind, row in json.loads(file.read_text(encoding="utf-8")).items():
         said = f"a step of MiniLM takes {row['of_lora']:.2f} of a LoRA step's time"
-        yield f"step/{kind}", _fact(said, "docs/results/speed.md")
+        yield f"step/{KINDS.get(kind, kind)}", _fact(said, "docs/results/speed.md")
 
 
 def _study(name: str, values: dict[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:

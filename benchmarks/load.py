@@ -2,13 +2,18 @@
 """Loading a checkpoint of a Llama shape against `transformers.from_pretrained`: time, memory, and bytes read.
 
     python benchmarks/load.py [--layers 12] [--cores 2] [--repeats 3] [--folder DIR] [--json FILE]
+    python benchmarks/load.py --preset llama-2-7b --sparse --sides "jpeft nf4" "jpeft mesh of 8 nf4" --repeats 1
 
 Writes a random checkpoint in bfloat16 shards (deleted afterwards), then loads it in processes of their own that take
 turns, each once: by transformers in the same dtype, with its weights touched, since it maps files that are read when
 they are used; and by jpeft onto one device, onto a mesh of eight (fake ones of this CPU), in float32, and quantized.
+With --sparse the shards are holes, whose zeros take no place on the disk.
+
 Memory is counted from when the libraries are imported: the highest resident memory, in which a mapped file's pages
-count, and the highest anonymous memory, which is what a machine must have. Bytes read are those of read calls
-(`/proc/self/io`); a mapped file is read by page faults, which do not count there.
+count, and the highest anonymous memory, which is what a machine must have. Beside it stand the model that came out and
+the largest slice in floats that one device gets of a leaf; the last column is the anonymous memory over 1.2 times that
+slice and the model. Bytes read are those of read calls (`/proc/self/io`); a mapped file is read by page faults, which
+do not count there.
 """
 
 import argparse
@@ -24,7 +29,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-SIDES = ("transformers", "jpeft", "jpeft mesh of 8", "jpeft nf4", "transformers float32", "jpeft float32")
+SIDES = (
+    *("transformers", "jpeft", "jpeft mesh of 8", "jpeft nf4", "transformers float32", "jpeft float32"),
+    *("jpeft mesh of 8 float32", "jpeft mesh of 8 nf4"),
+)
 SHAPE = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 2048,
     "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 8192, "hidden_act": "silu",
@@ -33,18 +41,27 @@ SHAPE = {
 }  # fmt: skip
 
 
-def write_checkpoint(folder: Path, layers: int, shard_bytes: int) -> int:
-    """Writes the checkpoint with small random values; its bytes."""
+def shape_of(preset: str | None, layers: int | None) -> dict[str, Any]:
+    """config.json of a preset, or of `SHAPE`; with another number of layers, if one is given."""
+    from jpeft.models._families import preset as named
+
+    own = {key: SHAPE[key] for key in ("architectures", "dtype")}
+    config = SHAPE | {"num_hidden_layers": 12} if preset is None else named(preset).to_hf() | own
+    return config if layers is None else config | {"num_hidden_layers": layers}
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any], shard_bytes: int, sparse: bool) -> int:
+    """Writes the checkpoint with small random values, or with holes; its bytes."""
     import jax
     import ml_dtypes
     import numpy as np
 
     from jpeft import models
+    from jpeft.models import _safetensors
     from jpeft.models._checkpoint import write_checkpoint
-    from jpeft.models._safetensors import Source
     from jpeft.models._weights import fill, rules
 
-    config = SHAPE | {"num_hidden_layers": layers}
+    layers = config["num_hidden_layers"]
     (folder / "config.json").write_text(json.dumps(config))
     model = jax.eval_shape(lambda: models.build(config, key=jax.random.key(0), dtype="bfloat16"))
     leaves = models._flatten(model)[1]
@@ -55,15 +72,32 @@ def write_checkpoint(folder: Path, layers: int, shard_bytes: int) -> int:
     def values(shape: tuple[int, ...]) -> Any:
         return np.resize(bits, shape)
 
-    sources: dict[str, Source] = {}
+    sources: dict[str, Any] = {}
     for rule in rules(models.weights(model)):
         stacked = "{i}" in rule.hf
         shape = leaves[rule.path].shape[1:] if stacked else leaves[rule.path].shape
         shape = tuple(shape[axis] for axis in rule.how.to_hf or range(len(shape)))
         for name in [fill(rule.hf, i) for i in range(layers)] if stacked else [rule.hf]:
-            sources[name] = Source(shape, bits.dtype, lambda shape=shape: values(shape))
+            sources[name] = _safetensors.Source(shape, bits.dtype, lambda shape=shape: values(shape))
+    if sparse:
+        _safetensors.write = write_holes
     write_checkpoint(folder, dict(sorted(sources.items())), shard_bytes)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def write_holes(file: Path, sources: dict[str, Any], metadata: dict[str, str]) -> None:
+    """A safetensors file of zeros that are not there."""
+    import numpy as np
+
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    stop = 0
+    for name, source in sources.items():
+        start, stop = stop, stop + int(np.prod(source.shape)) * 2
+        entries[name] = {"dtype": "BF16", "shape": list(source.shape), "data_offsets": [start, stop]}
+    text = json.dumps(entries).encode()
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + stop)
 
 
 class Memory(threading.Thread):
@@ -117,8 +151,27 @@ def load(side: str, folder: Path) -> dict[str, Any]:
     kept = action()
     seconds = time.perf_counter() - start
     found = {"seconds": seconds, "read": read_bytes() - before, **memory.stop()}
-    del kept
-    return found
+    return found | (
+        {"model": sum(p.nbytes for p in kept.parameters())} if name == "transformers" else _sizes(kept, how)
+    )
+
+
+def _sizes(model: Any, how: str) -> dict[str, int]:
+    """Bytes of a model, and of the largest slice in floats that a device gets."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import jpeft
+
+    shapes = jpeft.models._flatten(jax.eval_shape(lambda: jpeft.models.build(model.config, key=jax.random.key(0))))[1]
+    size = 4 if how.endswith("float32") else jnp.dtype(jnp.bfloat16).itemsize
+    place = jpeft.placement(jpeft.mesh("fsdp=4,tensor=2")) if "mesh" in how else None
+    slices = [x.shape if place is None else place(path, x).shard_shape(x.shape) for path, x in shapes.items()]
+    return {
+        "model": sum(leaf.nbytes for leaf in jpeft.models._flatten(model)[1].values()),
+        "slice": size * max(int(np.prod(shape)) for shape in slices),
+    }
 
 
 def _transformers(folder: Path, dtype: str) -> Any:
@@ -145,10 +198,11 @@ def _jpeft(folder: Path, how: str) -> Any:
     import jpeft
 
     options: dict[str, Any] = {}
-    if how == "mesh of 8":
+    if how.startswith("mesh of 8"):
         jax.config.update("jax_num_cpu_devices", 8)
         options["sharding"] = jpeft.placement(jpeft.mesh("fsdp=4,tensor=2"))
-    elif how == "nf4":
+        how = how.removeprefix("mesh of 8").strip()
+    if how == "nf4":
         options["quantize"] = "nf4"
     elif how:
         options["dtype"] = how
@@ -181,25 +235,30 @@ def show(results: dict[str, dict[str, float]], size: int) -> None:
     """Prints a table; ratios are to transformers in the same dtype."""
     print(f"a checkpoint of {size / 1e9:.2f} GB")
     print(
-        "| side | s | GB/s | resident MB | anonymous MB | read MB | time ratio | memory ratio, resident | anonymous |"
+        "| side | s | GB/s | resident MB | anonymous MB | read MB | model MB | largest slice MB | "
+        "time ratio | memory ratio, resident | anonymous | of the bound |"
     )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("|---|" + "---:|" * 11)
     for side, figures in results.items():
-        base = results.get("transformers" + (" float32" if side.endswith("float32") else ""), figures)
-        ratios = (figures[key] / base[key] for key in ("seconds", "resident", "anonymous"))
-        resident, anonymous, read = (f"{figures[key] / 2**20:,.0f}" for key in ("resident", "anonymous", "read"))
-        seconds = figures["seconds"]
-        print(
-            f"| {side} | {seconds:.2f} | {size / 1e9 / seconds:.2f} | {resident} | {anonymous} | {read} | "
-            + " | ".join(f"{ratio:.2f}" for ratio in ratios)
-            + " |"
+        base = results.get("transformers" + (" float32" if side.endswith("float32") else ""), {})
+        base = {} if side.endswith("nf4") else base
+        ratios = (f"{figures[key] / base[key]:.2f}" if base else "" for key in ("seconds", "resident", "anonymous"))
+        sizes = ("resident", "anonymous", "read", "model", "slice")
+        megabytes = (f"{figures[key] / 2**20:,.0f}" if key in figures else "" for key in sizes)
+        bound = (
+            f"{figures['anonymous'] / (1.2 * figures['slice'] + figures['model']):.2f}" if "slice" in figures else ""
         )
+        seconds = figures["seconds"]
+        cells = (side, f"{seconds:.2f}", f"{size / 1e9 / seconds:.2f}", *megabytes, *ratios, bound)
+        print(f"| {' | '.join(cells)} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--preset", help="a shape of jpeft.models.presets in the place of this file's own")
+    parser.add_argument("--layers", type=int, help="how many of them (12, or the preset's)")
+    parser.add_argument("--sparse", action="store_true", help="zeros that take no place on the disk")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:4]))
@@ -210,7 +269,7 @@ def main() -> None:
         return print(json.dumps(load(options.worker[0], Path(options.worker[1]))))
     folder = Path(tempfile.mkdtemp(prefix="jpeft-load-", dir=options.folder))
     try:
-        size = write_checkpoint(folder, options.layers, 10**9)
+        size = write_checkpoint(folder, shape_of(options.preset, options.layers), 10**9, options.sparse)
         results = compare(folder, sorted(os.sched_getaffinity(0))[: options.cores], options.repeats, options.sides)
     finally:
         shutil.rmtree(folder)

@@ -16,14 +16,10 @@ from flax import nnx
 from ._fields import Frozen
 from ._scope import current, dropout
 from ._site import Site
+from ._wide import wide as wide
 
 #: What `bias=` may say: train no bias, those of the adapted projections, or all.
 BIAS_CHOICES = ("none", "lora_only", "all")
-
-
-def wide(dtype: Any) -> Any:
-    """The dtype of adapters on leaves of `dtype`, and of their sums: float32, on a float64 base float64."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 class AdapterParam(nnx.Param):

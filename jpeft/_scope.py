@@ -33,6 +33,7 @@ class Scope:
         where nothing says.
       segments: `[batch, seq]` of a packed input, likewise; `seams.EVERY_SEGMENT` for a virtual token.
       prompt: which tokens are the prompt, `[batch, seq]` as given by the caller; None where all are.
+      decoder_prompt: likewise of a decoder beside an encoder.
       max_segments: how many examples a packed row has at most; None where nothing says.
       step: whether the running tokens stand behind others, virtual ones among them, that a cache holds.
       groups: how many of the running rows, which are sorted, belong to each expert, `[experts]`; None where each expert
@@ -47,6 +48,7 @@ class Scope:
     text: Any = None
     segments: Any = None
     prompt: Any = None
+    decoder_prompt: Any = None
     max_segments: int | None = None
     step: bool = False
     groups: Any = None
@@ -105,7 +107,7 @@ def dropout_key(key: jax.Array) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def prompt_tokens(mask: Any) -> Iterator[None]:
+def prompt_tokens(mask: Any, decoder: Any = None) -> Iterator[None]:
     """Says which tokens are the prompt, for every model called inside the block.
 
     Methods that act on the ends of the prompt (LoReFT and its like) need it where a text holds more than that; without
@@ -113,13 +115,20 @@ def prompt_tokens(mask: Any) -> Iterator[None]:
     prompt has been read, they do nothing.
 
     Args:
-      mask: `[batch, seq]` as of the model's tokens, 0 where a token is not the prompt; None for all text.
+      mask: `[batch, seq]` as of the model's tokens, 0 where a token is not the prompt; None for all text. Of an encoder
+        with a decoder beside it, the encoder's; its `encode` and `decode`, called one by one, have each their own.
+      decoder: `[batch, out]`, likewise of such a decoder's tokens.
 
     Example:
       >>> with jpeft.prompt_tokens(jnp.arange(seq)[None] < prompt_lengths[:, None]):
       ...     logits = model(input_ids, attention_mask)
     """
-    with scope(prompt=None if mask is None else jnp.asarray(mask)):
+    with scope(
+        **{
+            name: None if its is None else jnp.asarray(its)
+            for name, its in {"prompt": mask, "decoder_prompt": decoder}.items()
+        }
+    ):
         yield
 
 
@@ -127,9 +136,9 @@ def prompt_tokens(mask: Any) -> Iterator[None]:
 def max_segments(count: int) -> Iterator[None]:
     """Says how many examples a packed row (`segment_ids`) has at most, for every model called inside the block.
 
-    Prompts on a bidirectional model need it inside `jax.jit`: each example has a copy of the virtual tokens, and a
-    compiled program has room for `count` of them in every row, used or not. Elsewhere they are counted. A row of more
-    examples is an error where they can be counted, and in a compiled program NaN.
+    Prompts on a bidirectional model, or on an encoder with a decoder, need it inside `jax.jit`: each example has a copy
+    of the virtual tokens, and a compiled program has room for `count` of them in every row, used or not. Elsewhere they
+    are counted. A row of more examples is an error where they can be counted, and in a compiled program NaN.
 
     Args:
       count: the most examples that a row of the batch holds; padding is none.

@@ -106,10 +106,12 @@ class InputEmbedding(nnx.Module):
       block: `"encoder"` or `"decoder"`.
       causal: whether the tokens see none after them.
       max_positions: how many positions the model has a vector for; None where it takes any.
+      crosses: whether the tokens see those of another input too, as a decoder's see an encoder's.
     """
 
-    def __init__(self, d_model: int, block: str, causal: bool, max_positions: int | None = None):
+    def __init__(self, d_model: int, block: str, causal: bool, max_positions: int | None = None, crosses: bool = False):
         self.d_model, self.block, self.causal, self.max_positions = d_model, block, causal, max_positions
+        self.crosses = crosses
 
     def __call__(self, e: jax.Array, positions: Any, mask: Any, segments: Any) -> tuple[jax.Array, Any, Any, Any]:
         return split_embedded(noised(e, mask, segments, self.block)), positions, mask, segments

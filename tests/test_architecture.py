@@ -41,7 +41,7 @@ SOURCES = [
 LIMIT = 400
 #: The bottom: a method, a model or the core may build on these, which know nothing of them.
 _BASE = "_given _method _site seams _projections _grouped _matching _fields _scope _dropout _stack _stream _rows _text"
-_CODES = "_quantized _schemes _groups _nf4 _fused _fused_rule _fused_kernels _mersenne _neftune"
+_CODES = "_wide _freed _quantized _schemes _groups _nf4 _fused _fused_rule _fused_kernels _mersenne _neftune"
 FOUNDATION = {f"jpeft.{name}" for name in f"{_BASE} {_CODES}".split()}
 DISTRIBUTION = {"PIL": "pillow", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "yaml": "pyyaml"}  # on PyPI
 

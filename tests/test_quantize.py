@@ -18,6 +18,7 @@ import jpeft
 from jpeft import _nf4
 from jpeft._quantized import QuantizedKernel
 from jpeft._schemes import SCHEMES
+from jpeft.models import _quantizing, _weights
 
 KEY = jax.random.key(0)
 GOLDEN = np.load(Path(__file__).parent / "golden" / "bnb.npz")
@@ -259,6 +260,30 @@ def test_loading_quantizes_as_quantize_does(tmp_path, scheme):
     assert jpeft.partition(model)[0] == jpeft.partition(expected)[0]
     for path, value in subjects.leaves(expected).items():
         np.testing.assert_array_equal(subjects.leaves(model)[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    "scheme, axes", [("nf4_double", None), ("int4_32_asymmetric", "fsdp=4,tensor=2"), ("nf4", "fsdp=4,tensor=2")]
+)
+def test_loading_holds_a_layer_in_floats_where_a_leaf_is_large(tmp_path, scheme, axes, monkeypatch):
+    """The codes are those of the whole leaf, in their places; no more than one layer was there before them."""
+    jpeft.models.save(wide_llama(), tmp_path / "model")
+    layers, original = {}, _weights._leaf
+
+    def count(path, parts, tensors, leaf, sharding):
+        layers.setdefault(path, []).append(leaf.shape[0])
+        return original(path, parts, tensors, leaf, sharding)
+
+    monkeypatch.setattr(_weights, "_leaf", count)
+    monkeypatch.setattr(_quantizing, "_AT_ONCE", 1)
+    mesh = None if axes is None else jpeft.mesh(axes)
+    place = None if mesh is None else jpeft.placement(mesh)
+    model = jpeft.models.load(tmp_path / "model", quantize=scheme, sharding=place)
+    expected = subjects.leaves(jpeft.quantize(wide_llama(), scheme))
+    assert all(layers[path] == [1, 1] for path in layers if path.endswith("_proj/kernel"))
+    for path, value in jpeft.partition(model)[2].items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+        assert place is None or value.sharding == place(path, value), path
 
 
 def test_loading_quantized_with_a_new_head_trains_that(tmp_path):

@@ -2,6 +2,7 @@
 """The built wheel: what is in it, and that it works in an empty environment, first bare, then with its extras."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,25 +15,30 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
 
-#: The library alone, as the README shows it; ends by naming whatever it imported that no core dependency brings.
+#: The README's example, with the library alone; ends by naming whatever it imported that no core dependency brings.
 BARE = """
-import sys, jax, jax.numpy as jnp, jpeft
-from pathlib import Path
+import sys, numpy, jpeft
 assert "site-packages" in jpeft.__file__, jpeft.__file__
-key = jax.random.key(0)
-sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
-model = jpeft.models.build(dict(model_type="llama", **sizes), "CAUSAL_LM", key=key)
-model = jpeft.adapt(model, jpeft.LoRA(rank=2, alpha=4, targets=["q_proj", "v_proj"]), key=key)
-graphdef, trainable, frozen = jpeft.partition(model)
-tokens = jnp.arange(8)[None]
-loss = lambda t: jpeft.combine(graphdef, t, frozen)(tokens).var()
-grads = jax.jit(jax.grad(loss))(trainable)
-assert grads.keys() == trainable.keys()
-jpeft.export_peft(model, "adapter")
-jpeft.models.save(jpeft.merge(model), "merged")
-assert Path("adapter/adapter_model.safetensors").is_file() and Path("merged/model.safetensors").is_file()
-foreign = {"torch", "peft", "transformers", "datasets", "tyro", "pydantic", "sklearn"} & set(sys.modules)
+{example}
+assert value < 6.2, value  # log(512) = 6.24 is what knowing nothing gives
+jpeft.models.save(jpeft.strip(tuned), "my-base")
+numpy.savez("logits.npz", tokens=tokens, tuned=tuned(tokens), base=jpeft.strip(tuned)(tokens))
+foreign = {{"torch", "peft", "transformers", "datasets", "tyro", "pydantic", "sklearn"}} & set(sys.modules)
 assert not foreign, foreign
+"""
+#: What it wrote, in the libraries that it was written for.
+THEIRS = """
+import numpy, peft, torch, transformers
+found = numpy.load("logits.npz")
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.tensor(found["tokens"]).long()).logits.numpy()
+base, merged = (transformers.AutoModelForCausalLM.from_pretrained(name) for name in ("my-base", "my-model"))
+size = abs(found["tuned"]).max()
+assert abs(logits(base) - found["base"]).max() < 1e-5 * size
+assert abs(logits(merged) - found["tuned"]).max() < 1e-5 * size
+assert abs(logits(peft.PeftModel.from_pretrained(base, "my-adapter")) - found["tuned"]).max() < 1e-5 * size
+assert abs(found["tuned"] - found["base"]).max() > 1e-2 * size
 """
 
 
@@ -75,20 +81,41 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert "jpeft = jpeft.train.program:run" in zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
 
 
-@pytest.mark.slow
-def test_the_wheel_in_an_empty_environment(wheel, tmp_path):
-    """Bare: the README's story without torch. With its extras: the fast tests, against the installed package."""
-    venv.create(tmp_path / "env", with_pip=True)
-    python = tmp_path / "env" / "bin" / "python"
-    pip = (python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS)
+@pytest.fixture(scope="module", name="python")
+def _python(wheel, tmp_path_factory):
+    """The interpreter of an empty environment into which the wheel was installed, with nothing beside it."""
+    folder = tmp_path_factory.mktemp("empty") / "env"
+    venv.create(folder, with_pip=True)
+    install(folder / "bin" / "python", wheel)
+    return folder / "bin" / "python"
 
-    run(*pip, wheel, cwd=tmp_path)
-    run(python, "-c", BARE, cwd=tmp_path, JAX_PLATFORMS="cpu")
+
+def install(python, *what):
+    run(python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, *what, cwd=python.parent)
+
+
+def run_the_example(python, folder):
+    """The README's example in `folder`."""
+    example = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    run(python, "-c", BARE.format(example=example), cwd=folder, JAX_PLATFORMS="cpu")
+
+
+@pytest.mark.slow
+def test_the_readme_in_an_empty_environment(python, tmp_path):
+    """Its example, without torch."""
+    run_the_example(python, tmp_path)
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "my-model" / "model.safetensors").is_file()
     assert "train" in run(python.parent / "jpeft", "--help", cwd=tmp_path)
 
-    torch = next(line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch=="))
-    run(*pip, torch, cwd=tmp_path)
-    run(*pip, f"{wheel}[train,demo,test]", cwd=tmp_path)
+
+@pytest.mark.slow
+def test_the_wheel_with_its_extras(python, wheel, tmp_path):
+    """What the README's example wrote, in peft and transformers; then the fast tests, against the installed package."""
+    run_the_example(python, tmp_path)
+    install(python, next(line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch==")))
+    install(python, f"{wheel}[train,demo,test]")
+    run(python, "-c", THEIRS, cwd=tmp_path)
     assert "predict" in run(python.parent / "jpeft", "--help", cwd=tmp_path)
 
     tree = tmp_path / "tree"

@@ -59,8 +59,8 @@ def _most(segments: Any, text: Any) -> int:
     most, found = current().max_segments, _count(segments, text)
     if most is None and found is None:
         raise ValueError(
-            "each example of a packed row (segment_ids) has virtual tokens of its own here, for the model's tokens see "
-            "those after them, and how many examples a row has is not known while a program is compiled; say it by "
+            "each example of a packed row (segment_ids) has virtual tokens of its own here, for what these become "
+            "depends on its text, and how many examples a row has is not known while a program is compiled; say it by "
             "`with jpeft.max_segments(n): model(...)`"
         )
     if most is None:

@@ -21,6 +21,7 @@ from .. import _scope
 from .._dropout import keeps
 from .._given import Given
 from .._stream import split_tokens, token_ways, whole_tokens
+from .._wide import wide, widened
 from ..seams import EVERY_SEGMENT
 
 #: Query rows in a block: wide enough for a matrix product, narrow enough to skip most of what causality masks.
@@ -42,11 +43,12 @@ def attention(
     places: Int[Array, "rows seq"] | None = None,
     mask: Shaped[Given, "batch keys"] | None = None,
     segment_ids: Int[Given, "batch seq"] | None = None,
+    key_segments: Int[Given, "batch own_keys"] | None = None,
     bias: Float[Array, "rows heads seq bias_keys"] | None = None,
     dropout: float = 0.0,
     path: str = "attention/dropout",
 ) -> Float[Array, "batch seq heads d_head"]:
-    """softmax(q kᵀ · scale + bias) v over the visible keys, with the softmax in float32.
+    """softmax(q kᵀ · scale + bias) v over the visible keys, with the softmax in float32 or wider.
 
     With a cap, s = q kᵀ · scale becomes cap · tanh(s / cap) before the bias.
 
@@ -64,18 +66,20 @@ def attention(
         virtual tokens, then padding, then text, keys are not as far apart as they stand. Of one row for all, or each.
       mask: 0 for a key that nobody sees (padding).
       segment_ids: a query sees the keys of its own segment, and those of `seams.EVERY_SEGMENT`.
+      key_segments: of the keys, where they are not the queries' own tokens; keys in front of these have none, so that
+        all queries see them. None where they are.
       bias: added to the scores; of one row for all examples, or of one each. Keys in front of those that it covers,
         such as a prefix, get none.
       dropout: probability of dropping an attention weight, when the call has a key (`_scope`).
       path: names the dropout, unique in the model.
     """
-    _check(q, k, v, causal, window, segment_ids)
+    _check(q, k, v, causal, window, segment_ids, key_segments)
     bias = None if bias is None else _whole(q, k, bias)
     seed = _scope.dropout_seed(dropout, path)
     if window is not None and places is not None:
         window = jnp.asarray(window)
     known = window if isinstance(window, int) else None
-    limits = _Limits(window if isinstance(window, jax.Array) else None, mask, segment_ids, seed, places)
+    limits = _Limits(window if isinstance(window, jax.Array) else None, mask, segment_ids, seed, places, key_segments)
     spread = token_ways(q) > 1
     rules = _Rules(q.shape[1], k.shape[1], causal, known, scale, dropout, cap, q.shape[1] if spread else BLOCK_ROWS)
     if spread:
@@ -85,7 +89,7 @@ def attention(
     return _library(q, k, v, bias, limits, rules)
 
 
-def _check(q: Any, k: Any, v: Any, causal: bool, window: Any, segment_ids: Any) -> None:
+def _check(q: Any, k: Any, v: Any, causal: bool, window: Any, segment_ids: Any, key_segments: Any) -> None:
     if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0] or q.shape[2] % k.shape[2]:
         raise ValueError(
             "attention takes q [batch seq heads d_head] and k, v [batch keys kv_heads d_head] with heads a multiple of "
@@ -95,7 +99,13 @@ def _check(q: Any, k: Any, v: Any, causal: bool, window: Any, segment_ids: Any) 
         raise ValueError(f"a window looks back from a causal query; got window={window} with causal=False")
     if causal and k.shape[1] < q.shape[1]:
         raise ValueError(f"a causal query has a key of its own; got {q.shape[1]} queries and {k.shape[1]} keys")
-    if segment_ids is not None and k.shape[1] < q.shape[1]:
+    if key_segments is not None and (segment_ids is None or causal or k.shape[1] < key_segments.shape[1]):
+        raise ValueError(
+            "key_segments are of keys that are no queries, so causal=False, and go with segment_ids; got "
+            f"{key_segments.shape} for {k.shape[1]} keys, causal={causal} and "
+            f"{'no' if segment_ids is None else 'some'} segment_ids"
+        )
+    if segment_ids is not None and key_segments is None and k.shape[1] < q.shape[1]:
         raise ValueError(f"segment_ids need a key for every query; got {q.shape[1]} queries and {k.shape[1]} keys")
 
 
@@ -140,7 +150,9 @@ class _Rules:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["window", "mask", "segment_ids", "seed", "places"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["window", "mask", "segment_ids", "seed", "places", "key_segments"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class _Limits:
@@ -151,6 +163,7 @@ class _Limits:
     segment_ids: Any
     seed: Any = None
     places: Any = None
+    key_segments: Any = None
 
 
 def _visible(rules: _Rules, limits: _Limits, queries: range, keys: range) -> Given | None:
@@ -168,8 +181,9 @@ def _visible(rules: _Rules, limits: _Limits, queries: range, keys: range) -> Giv
     if limits.mask is not None:
         conditions.append(limits.mask[:, None, _cut(keys)] != 0)
     if limits.segment_ids is not None:
-        every = ((0, 0), (rules.offset, 0))
-        segments = jnp.pad(limits.segment_ids, every, constant_values=EVERY_SEGMENT)[:, None, _cut(keys)]
+        own = limits.segment_ids if limits.key_segments is None else limits.key_segments
+        every = ((0, 0), (rules.keys - own.shape[1], 0))
+        segments = jnp.pad(own, every, constant_values=EVERY_SEGMENT)[:, None, _cut(keys)]
         same = limits.segment_ids[:, _cut(queries), None] == segments
         conditions.append(same | (segments == EVERY_SEGMENT))
     return functools.reduce(jnp.logical_and, conditions) if conditions else None
@@ -297,18 +311,18 @@ def _softmax(
         s = s + jnp.where(visible, 0, _HIDDEN)
     p = jnp.exp(s - jax.lax.stop_gradient(jnp.max(s, -1, keepdims=True)))
     share = 1 / jnp.sum(p, -1, keepdims=True)
-    if visible is not None and limits.mask is not None:
+    if visible is not None and (limits.mask is not None or limits.key_segments is not None):
         share = jnp.where(jnp.any(visible, -1, keepdims=True), share, 0)
     return p, share, slope
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=wide(a.dtype))
 
 
 def _scaled(x: jax.Array, rules: _Rules) -> jax.Array:
     """x · scale. Queries and their gradients are scaled, not scores, which are many more."""
-    return (x.astype(jnp.float32) * rules.scale).astype(x.dtype)
+    return (widened(x) * rules.scale).astype(x.dtype)
 
 
 def _rows(x: jax.Array, kv_heads: int) -> jax.Array:

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._wide import wide, widened
+
 #: The slope of the kernel at distance 1, torch's choice.
 _A = -0.75
 
@@ -14,10 +16,11 @@ def resized(grid: Float[Array, "rows columns d_model"], size: tuple[int, int]) -
     """`grid` in `size` rows and columns; corners of pixels stay corners (torch's `align_corners=False`)."""
     if grid.shape[:2] == size:
         return grid
-    down, across = (jnp.asarray(_weights(old, new), jnp.float32) for old, new in zip(grid.shape, size, strict=False))
+    sizes, dtype = zip(grid.shape, size, strict=False), wide(grid.dtype)
+    down, across = (jnp.asarray(_weights(old, new), dtype) for old, new in sizes)
     precision = jax.lax.Precision.HIGHEST
-    wide = jnp.einsum("hr,wc,rcd->hwd", down, across, grid.astype(jnp.float32), precision=precision)
-    return wide.astype(grid.dtype)
+    whole = jnp.einsum("hr,wc,rcd->hwd", down, across, widened(grid), precision=precision)
+    return whole.astype(grid.dtype)
 
 
 def _weights(old: int, new: int) -> np.ndarray:

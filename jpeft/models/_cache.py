@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import core
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 from .._stack import Apart, apart, loops_apart
@@ -107,14 +108,16 @@ def filled(cache: Cache, new: KV, mask: Any, places: Any, positions: Any) -> Cac
     )
 
 
-def extended(cache: Cache, new: Any, places: Any) -> Cache:
+def extended(cache: Cache, new: Any, places: Any, last: Any) -> Cache:
     """`cache` with one token more in every row: its keys and values of all layers, and its positions `[batch, 1]`.
 
-    In a loop they are written in place.
+    In a loop they are written in place: after `last`, the token's state behind all layers, which all slots were read
+    for. Where the order is left to XLA, it copies a whole cache that is written and read in one step.
     """
+    at = cache.used + _nothing(last) if loops_apart() else cache.used
 
     def put(old: jax.Array, x: Any, axis: int) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, jnp.asarray(x).astype(old.dtype), cache.used, axis)
+        return jax.lax.dynamic_update_slice_in_dim(old, jnp.asarray(x).astype(old.dtype), at, axis)
 
     return cache._replace(
         kv=jax.tree.map(lambda old, x: put(old, x, old.ndim - 2), cache.kv, in_cache(new)),
@@ -123,6 +126,17 @@ def extended(cache: Cache, new: Any, places: Any) -> Cache:
         next=cache.next + 1,
         used=cache.used + 1,
     )
+
+
+@custom_vmap
+def _nothing(x: jax.Array) -> jax.Array:
+    """0, of which a compiler knows no more than that it is made of `x`; of all rows of a `jax.vmap` the same one."""
+    return jnp.minimum(jnp.isnan(x).sum(dtype=jnp.int32), 0)
+
+
+@_nothing.def_vmap
+def _(_size: int, _batched: Any, x: jax.Array) -> tuple[jax.Array, bool]:
+    return _nothing(x), False
 
 
 def repeated(cache: Cache, times: int) -> Cache:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from .._given import Given
 from .._scope import dropout, scope
+from .._wide import widened
 from ..seams import KeyValues
 from ._attention import attention
 from ._bert_layers import linear
@@ -151,7 +152,7 @@ class DisentangledAttention(nnx.Module):
             for kind, name in {"c2p": keys, "p2c": queries}.items():
                 if config.relates(kind):
                     y = self._heads(getattr(self, name)(table))[0]
-                    found[kind] = (y.astype(jnp.float32) * config.score_scale).astype(y.dtype)
+                    found[kind] = (widened(y) * config.score_scale).astype(y.dtype)
         return found
 
     def _bias(self, q: jax.Array, k: jax.Array, tables: dict[str, jax.Array], relative: Relative | None) -> Any:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from .. import _stack
 from .._given import Given
 from .._scope import dropout, scope
+from .._wide import wide, widened
 from ..seams import InputEmbedding
 from ._cache import KV, Cache, check_step, empty, extended, filled, num_slots, or_nan, reach, step_scope
 from ._decoder_config import DecoderConfig
@@ -154,12 +155,12 @@ class Decoder(nnx.Module):
         with scope(**step_scope(len(e))):
             x, places, _, _ = self.input_embedding(e, cache.next[:, None], None, None)
             x, new = self._run(x, places, None, None, cache, virtual=virtual, keep=True)
-        return or_nan(self.norm(x), cache), extended(cache, new, places)
+        return or_nan(self.norm(x), cache), extended(cache, new, places, x)
 
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
     ) -> Float[Array, "..."]:
-        """What the task's head makes of `hidden`, in float32; SEQ_CLS reads the last token that is not masked."""
+        """What the task's head makes of `hidden`, in float32 or wider; SEQ_CLS reads the last unmasked token."""
         if self.task == "SEQ_CLS":
             hidden = last_token(hidden, attention_mask)
         elif self.task == "TOKEN_CLS":
@@ -170,7 +171,7 @@ class Decoder(nnx.Module):
             hidden = self.embed_tokens.attend(hidden)
         elif self.head:
             hidden = getattr(self, self.head[0])(hidden)
-        logits, cap = hidden.astype(jnp.float32), self.config.logit_cap
+        logits, cap = widened(hidden), self.config.logit_cap
         return logits if cap is None or self.task != "CAUSAL_LM" else cap * jnp.tanh(logits / cap)
 
     def _embed(self, input_ids: Any, inputs_embeds: Any) -> Float[Array, "batch seq d_model"]:
@@ -221,6 +222,7 @@ class Decoder(nnx.Module):
                 theta=kind.theta,
                 max_position=config.max_position_embeddings,
                 scaling=kind.scaling,
+                dtype=wide(self.dtype),
             )
             for kind in kinds
         ]

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._given import Given
+from .._wide import wide
 from ._deberta_config import Config
 
 
@@ -88,8 +89,8 @@ def position_to_content(
 
 
 def _products(x: jax.Array, table: jax.Array) -> jax.Array:
-    """x · each row of the table, `[heads batch seq rows]` in float32: heads first, as a matrix product lays them."""
-    return jnp.einsum("bshd,rhd->hbsr", x, table, preferred_element_type=jnp.float32)
+    """x · each row of the table, `[heads batch seq rows]` in float32 or wider: heads first, as a product lays them."""
+    return jnp.einsum("bshd,rhd->hbsr", x, table, preferred_element_type=wide(x.dtype))
 
 
 def _pairs(far: Distances) -> jax.Array:

@@ -14,20 +14,27 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from .. import _stack
 from .._given import Given
-from .._scope import scope
+from .._scope import current, scope
 from ..seams import InputEmbedding, KeyValues
 from ._attention import attention
 from ._cache import KV, Cache, check_step, empty, extended, filled, in_cache, num_slots, or_nan, reach, step_scope
-from ._layers import in_front
+from ._layers import in_front, segment_positions
 from ._step_attention import step_attention
 from ._table import Entry, Rule, module_names
 
 
 class Encoded(NamedTuple):
-    """What a decoder reads of the encoder: its states, virtual tokens among them, and which of them it sees."""
+    """What a decoder reads of the encoder: its states, virtual tokens among them, and which of them it sees.
+
+    Attributes:
+      states: of all its tokens.
+      mask: 0 for those that nobody sees; None where all are seen.
+      segments: of which example of a packed row each is; None where a row is one.
+    """
 
     states: Float[Array, "batch seq d_model"]
     mask: Shaped[Given, "batch seq"] | None
+    segments: Int[Given, "batch seq"] | None = None
 
 
 class Context(NamedTuple):
@@ -35,13 +42,14 @@ class Context(NamedTuple):
 
     Attributes:
       mask, bias: of the stack's own tokens as keys: which are seen, and what is added to their scores, or None.
-      states, seen: in a decoder, the encoder's states (None where their keys and values are given), and which are seen.
+      encoded: in a decoder, what it reads of the encoder; states are None where their keys and values are given.
+      segments: of the stack's own tokens, where rows are packed.
     """
 
     mask: Any
     bias: Float[Array, "rows heads seq keys"] | None
-    states: Any
-    seen: Any
+    encoded: Any = None
+    segments: Any = None
 
 
 class Memory(NamedTuple):
@@ -77,28 +85,31 @@ class Attention(nnx.Module):
         bias: Any = None,
         causal: bool = False,
         past: KV | None = None,
+        segments: tuple[Any, Any] = (None, None),
     ) -> Float[Array, "batch seq d_model"]:
+        """Attention of `x` to `kv`; `segments` are of `x`, and of the keys where these are not its own."""
         q = self._projected(0, x)
         if past is not None:
             y = step_attention(self.keys_values, q, past, kv, x, seen=mask, scale=self.scale, bias=bias)
         else:
             k, v, mask = self.keys_values(*kv, mask, x)
+            limits = {"mask": mask, "segment_ids": segments[0], "key_segments": segments[1]}
             rate, path = self.dropout_rate, f"{self.path}/attention_dropout"
-            y = attention(q, k, v, causal=causal, scale=self.scale, mask=mask, bias=bias, dropout=rate, path=path)
+            y = attention(q, k, v, causal=causal, scale=self.scale, bias=bias, dropout=rate, path=path, **limits)
         return getattr(self, self.projections[3])(y.reshape(*y.shape[:2], -1))
 
     def across(
         self, x: Float[Array, "batch seq d_model"], context: Context, memory: Memory
     ) -> Float[Array, "batch seq d_model"]:
         """Attention of `x` to the encoder's states."""
-        past = None
+        past, theirs = None, context.encoded
         if memory.cross is None:
-            kv = self.read(context.states)
+            kv = self.read(theirs.states)
         elif memory.past is None:
             kv = memory.cross
         else:
             kv, past = self._none(x), memory.cross
-        return self(x, kv, context.seen, past=past)
+        return self(x, kv, theirs.mask, past=past, segments=(context.segments, theirs.segments))
 
     def read(self, states: Float[Array, "batch keys d_model"]) -> KV:
         """Their keys and values."""
@@ -153,16 +164,19 @@ class Stack(nnx.Module):
         e: Float[Array, "batch seq d_model"],
         mask: Any,
         positions: Any,
+        segments: Any,
         encoded: Encoded | None = None,
         **options: Any,
     ) -> Encoded:
-        """The states and their mask, with virtual tokens in front."""
-        x, places, whole, _ = self.input_embedding(e, _counted(positions, e), mask, None)
-        states, seen = (None, None) if encoded is None else encoded
-        with scope(**in_front(x.shape[1] - e.shape[1], e.shape[:2], mask, None)):
-            context = Context(whole, self.bias(places), states, seen)
+        """The states and their mask, with virtual tokens in front; `encoded` is given to a decoder."""
+        x, places, whole, owners = self.input_embedding(e, _counted(positions, e, segments), mask, segments)
+        virtual = x.shape[1] - e.shape[1]
+        # Without virtual tokens those that see each other are as far apart as they stand, and one row's bias is all's.
+        apart = places if segments is None or positions is not None or virtual else _counted(None, e)
+        with scope(**in_front(virtual, e.shape[:2], mask, owners)):
+            context = Context(whole, self.bias(apart), encoded, owners)
             x, _ = self._run(self.enter(x, places), context, Memory(), False, options)
-        return Encoded(x, whole)
+        return Encoded(x, whole, owners)
 
     def prefill(
         self,
@@ -173,11 +187,17 @@ class Stack(nnx.Module):
         encoded: Encoded,
         **options: Any,
     ) -> tuple[Float[Array, "batch keys d_model"], Cache]:
-        """As a call: the states, and the cache with these tokens and the encoder's states in it."""
+        """As a call: the states, and the cache with these tokens and the encoder's states in it.
+
+        Raises:
+          ValueError: rows are packed.
+        """
+        if encoded.segments is not None:
+            raise ValueError("a text is written for a row, so a row cannot pack several examples (segment_ids)")
         positions = _counted(positions, e)
         x, places, whole, _ = self.input_embedding(e, positions, mask, None)
         with scope(**in_front(x.shape[1] - e.shape[1], e.shape[:2], mask, None)):
-            context = Context(whole, self.bias(places), None, encoded.mask)
+            context = Context(whole, self.bias(places), encoded._replace(states=None))
             cross = self._cross(encoded.states)
             x, new = self._run(self.enter(x, places), context, Memory(cross=cross), True, options)
         cache = filled(cache, new, whole, places, positions)
@@ -190,9 +210,9 @@ class Stack(nnx.Module):
         with scope(**step_scope(len(e))):
             x, places, _, _ = self.input_embedding(e, cache.next[:, None], None, None)
             bias = self.bias(places, jnp.concatenate([cache.places, places], 1))
-            context = Context(reach(cache), bias, None, cache.cross_mask)
+            context = Context(reach(cache), bias, Encoded(None, cache.cross_mask))  # type: ignore[arg-type]
             x, new = self._run(self.enter(x, places), context, Memory(cache.kv, cache.cross), True, options)
-        return or_nan(x, cache), extended(cache, new, places)
+        return or_nan(x, cache), extended(cache, new, places, x)
 
     def _run(
         self, x: jax.Array, context: Context, memory: Memory, keep: bool, options: Mapping[str, Any]
@@ -235,11 +255,28 @@ class EncoderDecoder(nnx.Module):
         decoder_input_ids: Int[Given, "batch out"],
         decoder_attention_mask: Shaped[Given, "batch out"] | None = None,
         decoder_positions: Int[Given, "rows out"] | None = None,
+        decoder_segment_ids: Int[Given, "batch out"] | None = None,
     ) -> Float[Array, "batch out d_model"]:
-        """The decoder's states. Virtual tokens that a method puts in front of its own are left out."""
+        """The decoder's states. Virtual tokens that a method puts in front of its own are left out.
+
+        Raises:
+          ValueError: of the encoder's and the decoder's rows one alone is packed.
+        """
+        if (encoded.segments is None) != (decoder_segment_ids is None):
+            alone = "decoder_segment_ids" if encoded.segments is None else "segment_ids"
+            raise ValueError(
+                "in packed rows an example's tokens of the decoder (decoder_segment_ids) see those of the encoder that "
+                f"have its number (segment_ids); give both, got {alone} alone"
+            )
         e = self.words(decoder_input_ids)
-        x, _ = self.decoder(e, decoder_attention_mask, decoder_positions, encoded, **self._options)
+        given = decoder_attention_mask, decoder_positions, decoder_segment_ids
+        x = self.decoder(e, *given, encoded, **self._options).states
         return x[:, x.shape[1] - e.shape[1] :]
+
+    def decode_behind(self, encoded: Encoded, *given: Any) -> Float[Array, "batch out d_model"]:
+        """As `decode`, within a call of the whole model, of which the scope's `prompt` is the encoder's."""
+        with scope(prompt=current().decoder_prompt):
+            return self.decode(encoded, *given)
 
     def cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` rows of `length` decoder tokens; virtual tokens get slots of their own."""
@@ -269,8 +306,12 @@ class EncoderDecoder(nnx.Module):
         check_step(cache, input_ids)
         return self.decoder.step(cache, self.words(input_ids), **self._options)
 
-    def decoder_inputs(self, labels: Int[Array, "batch out"]) -> Int[Array, "batch out"]:
+    def decoder_inputs(
+        self, labels: Int[Array, "batch out"], segment_ids: Int[Given, "batch out"] | None = None
+    ) -> Int[Array, "batch out"]:
         """What the decoder reads to give `labels`: the start token, then all but the last; padding for ignored ones.
+
+        In a packed row every segment begins with the start token.
 
         Raises:
           ValueError: the config has neither a decoder_start_token_id nor a pad_token_id.
@@ -280,6 +321,8 @@ class EncoderDecoder(nnx.Module):
         if start is None or pad is None:
             raise ValueError("the config has no pad_token_id, which a decoder starts with and reads for ignored labels")
         shifted = jnp.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=start)
+        if segment_ids is not None:
+            shifted = jnp.where(segment_positions(segment_ids) == 0, start, shifted)
         return jnp.where(shifted < 0, pad, shifted)
 
     @property
@@ -295,5 +338,8 @@ def names_of_stacks(entries: Sequence[Entry], encoder: int, decoder: int) -> dic
     return module_names(rest, encoder) | module_names(own, decoder)
 
 
-def _counted(positions: Any, e: jax.Array) -> Int[Array, "rows seq"]:
-    return jnp.arange(e.shape[1])[None] if positions is None else positions
+def _counted(positions: Any, e: jax.Array, segments: Any = None) -> Int[Array, "rows seq"]:
+    """Positions as given; else from 0, in a packed row in each segment."""
+    if positions is not None:
+        return positions
+    return jnp.arange(e.shape[1])[None] if segments is None else segment_positions(segments)

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from .._scope import current, fold_path, platform, scope
+from .._wide import widened
 from ..seams import Grouped, by_expert, register
 from ._layers import gated
 
@@ -90,7 +91,7 @@ class SparseMoe(nnx.Module):
     def __call__(self, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
         x = _jittered(x, self.jitter)
         tokens = x.reshape(-1, x.shape[-1])
-        weights, chosen = jax.lax.top_k(jax.nn.softmax(self.gate(tokens).astype(jnp.float32)), self.top)
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(widened(self.gate(tokens))), self.top)
         return self.experts(tokens, chosen, weights / weights.sum(-1, keepdims=True)).reshape(x.shape)
 
 

@@ -10,10 +10,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .._rows import sum_rows
+from .._wide import widened
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / √(variance + eps) · scale + bias over the last axis, in float32."""
+    """(x - mean) / √(variance + eps) · scale + bias over the last axis, in float32 or wider."""
 
     def __init__(self, features: int, eps: float, *, dtype: Any):
         self.scale = nnx.Param(jnp.ones(features, dtype))
@@ -30,7 +31,7 @@ def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> 
 
 
 def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> tuple[jax.Array, Any]:
-    centred = _wide(x) - jnp.mean(_wide(x), -1, keepdims=True)
+    centred = widened(x) - jnp.mean(widened(x), -1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + eps)
     unit = centred * inverse
     y = unit * _last_axis(scale, x.ndim) + _last_axis(bias, x.ndim)
@@ -41,7 +42,7 @@ def _backward(eps: float, residuals: Any, g: jax.Array) -> tuple[jax.Array, jax.
     """dx = (du - mean(du) - u mean(u du)) · inverse, with u the normalised input and du = g scale."""
     del eps
     unit, inverse, scale = residuals
-    dtype, unit, g = unit.dtype, _wide(unit), _wide(g)
+    dtype, unit, g = unit.dtype, widened(unit), widened(g)
     du = g * _last_axis(scale, g.ndim)
     shift = jnp.mean(du, -1, keepdims=True) + unit * jnp.mean(unit * du, -1, keepdims=True)
     dscale, dbias = sum_rows(g * unit), sum_rows(g)
@@ -53,9 +54,4 @@ _layer_norm.defvjp(_forward, _backward)
 
 def _last_axis(x: jax.Array, ndim: int) -> jax.Array:
     """A vector as the last of `ndim` axes."""
-    return _wide(x).reshape((1,) * (ndim - 1) + x.shape)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    """In float32, or float64 if it is that already."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return widened(x).reshape((1,) * (ndim - 1) + x.shape)

@@ -15,13 +15,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from .._given import Given
-from .._rows import scale_rows
+from .._rows import against_table, scale_rows
+from .._wide import widened
 from ..seams import held
 
 
 def _gelu(x: jax.Array) -> jax.Array:
-    """x Φ(x) in float32, by erf: `jax.nn.gelu` computes erfc, which takes three times as long on CPU."""
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    """x Φ(x) in float32 or wider, by erf: `jax.nn.gelu` computes erfc, which takes three times as long on CPU."""
+    y = widened(x)
     return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
 
 
@@ -53,7 +54,7 @@ ACTIVATIONS = {name: _recomputed(fn) for name, fn in _ACTIVATIONS.items()}
 
 
 class RMSNorm(nnx.Module):
-    """x / √(mean(x²) + eps) · (offset + scale), over the last axis, in float32."""
+    """x / √(mean(x²) + eps) · (offset + scale), over the last axis, in float32 or wider."""
 
     def __init__(self, features: int, eps: float, *, dtype: Any, start: float = 1.0, offset: float = 0.0):
         self.scale = nnx.Param(jnp.full(features, start, dtype))
@@ -62,9 +63,9 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         @_recomputed
         def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-            y = x.astype(jnp.float32)
+            y = widened(x)
             y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-            scale = scale.astype(jnp.float32) + self.offset if self.offset else scale
+            scale = widened(scale) + self.offset if self.offset else scale
             return scale_rows(y, scale).astype(x.dtype)
 
         return norm(x, self.scale[...])
@@ -115,6 +116,10 @@ class TokenTable(nnx.Embed):
 
     def __call__(self, inputs: Any) -> Float[Array, "*batch d_model"]:
         return held(super().__call__(inputs), inputs, self)
+
+    def attend(self, query: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
+        """The product with every row of the table: the logits of a head that is tied to it."""
+        return against_table(*self.promote_dtype((query, self.embedding[...]), dtype=self.dtype))
 
 
 def token_table(vocab: int, d_model: int, std: float, pad: int | None, *, rngs: nnx.Rngs, dtype: Any) -> TokenTable:

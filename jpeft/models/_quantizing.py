@@ -1,44 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantizing a checkpoint while it is read: one leaf is in its floats at a time, and one layer of it in float32."""
+"""Quantizing a checkpoint while it is read: some layers of one leaf are in floats at a time, one of them in float32."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from .._freed import give_back
 from .._projections import Matmul, registered
 from .._quantized import QuantizedKernel, quantize_module
 from .._schemes import SCHEMES, check_scheme
-from ._weights import Sharding
+from ._weights import Read, Sharding
 
-Convert = Callable[[str, jax.Array], Mapping[str, jax.Array]]
+Leaves = Mapping[str, jax.Array]
+Convert = Callable[[str, jax.ShapeDtypeStruct, Read], Leaves]
+
+#: Bytes of a leaf that are read before they are quantized, if one layer of it is not larger.
+_AT_ONCE = 2**26
 
 
 def reading(abstract: Any, scheme: str | None, sharding: Sharding | None) -> tuple[Any, tuple[str, ...], Convert]:
-    """The model of shapes that comes out, the paths of the kernels that are quantized, and (path, leaf) -> its leaves.
+    """The model of shapes that comes out, the paths of the kernels that are quantized, and what reads a leaf so.
 
     Raises:
       ValueError: an unknown scheme.
     """
     if scheme is None:
-        return abstract, (), lambda path, leaf: {path: leaf}
+        return abstract, (), lambda path, _, read: {path: read()}
     check_scheme(scheme)
     model = nnx.eval_shape(functools.partial(_quantized, scheme=scheme), abstract)
     kernels = tuple(
         "/".join(map(str, path)) for path, module in nnx.iter_modules(model) if isinstance(module, QuantizedKernel)
     )
-    one = SCHEMES[scheme].quantize
-    quantize = jax.jit(lambda leaf: one(leaf) if leaf.ndim == 2 else jax.lax.map(one, leaf))
 
-    def convert(path: str, leaf: jax.Array) -> Mapping[str, jax.Array]:
+    def convert(path: str, leaf: jax.ShapeDtypeStruct, read: Read) -> Leaves:
         if path not in kernels:
-            return {path: leaf}
-        found = {f"{path}/{name}": value for name, value in quantize(leaf).items()}
-        return found if sharding is None else {p: jax.device_put(v, sharding(p, v)) for p, v in found.items()}
+            return {path: read()}
+        step = _layers_at_once(leaf)
+        if leaf.ndim == 2 or step == leaf.shape[0]:
+            return _placed({f"{path}/{name}": x for name, x in _compiled(scheme)(read()).items()}, sharding)
+        return _by_layers(path, leaf, read, step, scheme, sharding)
 
     return model, kernels, convert
+
+
+def _placed(leaves: Leaves, sharding: Sharding | None) -> Leaves:
+    if sharding is None:
+        return leaves
+    shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in leaves.items()}
+    return {path: jax.device_put(x, sharding(path, shapes[path])) for path, x in leaves.items()}
+
+
+def _layers_at_once(leaf: jax.ShapeDtypeStruct) -> int:
+    """How many layers of a stack are read together: the most that divide it and do not exceed `_AT_ONCE`."""
+    each = math.prod(leaf.shape[1:]) * leaf.dtype.itemsize
+    return max(n for n in range(1, leaf.shape[0] + 1) if leaf.shape[0] % n == 0 and (n == 1 or n * each <= _AT_ONCE))
+
+
+def _by_layers(
+    path: str, leaf: jax.ShapeDtypeStruct, read: Read, step: int, scheme: str, sharding: Sharding | None
+) -> Leaves:
+    """A stack's codes, of `step` layers after another; these are waited for before the next ones are read."""
+    quantize = _compiled(scheme)
+    part = jax.eval_shape(quantize, jax.ShapeDtypeStruct((step, *leaf.shape[1:]), leaf.dtype))
+    shapes = {name: jax.ShapeDtypeStruct((leaf.shape[0], *x.shape[1:]), x.dtype) for name, x in part.items()}
+    places = {name: None if sharding is None else sharding(f"{path}/{name}", x) for name, x in shapes.items()}
+    whole: Leaves = {name: jnp.zeros(x.shape, x.dtype, device=places[name]) for name, x in shapes.items()}
+    put = _putting(None if sharding is None else tuple(places.items()))
+    for first in range(0, leaf.shape[0], step):
+        whole = jax.block_until_ready(put(whole, quantize(read(first, first + step)), first))
+        give_back()  # of what was float32 the C library keeps much
+    return {f"{path}/{name}": x for name, x in whole.items()}
+
+
+@functools.cache
+def _putting(places: tuple[tuple[str, Any], ...] | None) -> Callable[[Leaves, Leaves, Any], Leaves]:
+    """(leaves of a stack, those of some layers, the first of these) -> the stack with them in it, in its own memory."""
+
+    def put(whole: Leaves, part: Leaves, first: jax.Array) -> Leaves:
+        return {name: jax.lax.dynamic_update_slice_in_dim(x, part[name], first, 0) for name, x in whole.items()}
+
+    return jax.jit(put, donate_argnums=0, out_shardings=None if places is None else dict(places))
+
+
+@functools.cache
+def _compiled(scheme: str) -> Callable[[jax.Array], Leaves]:
+    """A leaf's codes, layer by layer; the next leaf or model of the same shapes needs no other program."""
+    one = SCHEMES[scheme].quantize
+    return jax.jit(lambda leaf: one(leaf) if leaf.ndim == 2 else jax.lax.map(one, leaf))
 
 
 def _quantized(model: Any, scheme: str) -> Any:

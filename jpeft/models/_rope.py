@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._given import Given
+from .._wide import widened
 from ._config import Pairs
 
 #: What each type of rotary embedding needs beside its base, and what it may have.
@@ -73,8 +74,9 @@ def rope_tables(
     theta: float,
     max_position: int,
     scaling: Mapping[str, Any] | Pairs | None = None,
+    dtype: Any = jnp.float32,
 ) -> tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]:
-    """cos and sin of position · frequency in float32, made once for all layers.
+    """cos and sin of position · frequency, made once for all layers.
 
     frequency_i = theta^(-2i / d_head), i < d_head / 2, then stretched as `scaling["rope_type"]` (one of
     `ROPE_TYPES`) says, by transformers' formulas.
@@ -85,15 +87,16 @@ def rope_tables(
       theta: the base.
       max_position: the model's context length, from which on `dynamic` and (by default) `longrope` stretch.
       scaling: what `rope_scaling` gave.
+      dtype: of the tables; narrower than float32, positions would be rounded.
     """
     scaling = dict(scaling or ())
     kind = scaling.get("rope_type", "default")
     exponents = np.arange(0, d_head, 2) / d_head
     amplitude = 1.0
     if kind == "dynamic":
-        frequencies = _dynamic(positions, exponents, theta, max_position, scaling["factor"])
+        frequencies = _dynamic(positions.astype(dtype), exponents, theta, max_position, scaling["factor"])
     elif kind == "longrope":
-        frequencies, amplitude = _longrope(positions, theta**-exponents, scaling, max_position)
+        frequencies, amplitude = _longrope(positions, theta**-exponents, scaling, max_position, dtype)
     else:
         inverse = theta**-exponents
         if kind == "linear":
@@ -102,8 +105,8 @@ def rope_tables(
             inverse = _llama3(inverse, scaling, max_position)
         elif kind == "yarn":
             inverse, amplitude = _yarn(inverse, theta, scaling, max_position)
-        frequencies = jnp.asarray(inverse, jnp.float32)[None, None]
-    angles = (positions[..., None].astype(jnp.float32) * frequencies)[:, :, None]
+        frequencies = jnp.asarray(inverse, dtype)[None, None]
+    angles = (positions[..., None].astype(dtype) * frequencies)[:, :, None]
     return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
 
@@ -113,23 +116,23 @@ def rotate(
     """Turns each pair (x_i, x_{i + half}) by its angle, of as many as the tables have; the rest of a head stays."""
     cos, sin = tables
     half = cos.shape[-1]
-    y = x.astype(jnp.float32)
+    y = widened(x)
     first, second, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1).astype(x.dtype)
 
 
 def _dynamic(
-    positions: Given, exponents: np.ndarray, theta: float, max_position: int, factor: float
+    positions: Float[Given, "batch seq"], exponents: np.ndarray, theta: float, max_position: int, factor: float
 ) -> Float[Array, "batch 1 half"]:
     """Frequencies for a base that grows with the row's length, once that exceeds the context length."""
-    length = jnp.maximum(positions.max(-1, keepdims=True) + 1, max_position).astype(jnp.float32)
+    length = jnp.maximum(positions.max(-1, keepdims=True) + 1, max_position)
     d_head = 2 * len(exponents)
     base = theta * (factor * length / max_position - (factor - 1)) ** (d_head / (d_head - 2))
-    return base[..., None] ** -jnp.asarray(exponents, jnp.float32)[None, None]
+    return base[..., None] ** -jnp.asarray(exponents, positions.dtype)[None, None]
 
 
 def _longrope(
-    positions: Given, inverse: np.ndarray, scaling: Mapping[str, Any], max_position: int
+    positions: Given, inverse: np.ndarray, scaling: Mapping[str, Any], max_position: int, dtype: Any
 ) -> tuple[Float[Array, "batch 1 half"], float]:
     """LongRoPE (https://arxiv.org/abs/2402.13753): a factor for every frequency, another set for rows that are long."""
     original = scaling.get("original_max_position_embeddings") or max_position
@@ -138,8 +141,7 @@ def _longrope(
     if amplitude is None:
         amplitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     short, long = (
-        jnp.asarray(inverse / np.asarray(scaling[name]), jnp.float32)[None, None]
-        for name in ("short_factor", "long_factor")
+        jnp.asarray(inverse / np.asarray(scaling[name]), dtype)[None, None] for name in ("short_factor", "long_factor")
     )
     return jnp.where((positions.max(-1) >= original)[:, None, None], long, short), amplitude
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
 from .._given import Given
+from .._wide import wide, widened
 from ..seams import KeyValues
 from ._cache import KV
 
@@ -31,7 +32,7 @@ def step_attention(
     cap: float | None = None,
     bias: Float[Array, "rows heads 1 covered"] | None = None,
 ) -> Float[Array, "batch 1 heads d_head"]:
-    """softmax(q kᵀ · scale + bias) v over the seen slots of a cache and the new keys, with the softmax in float32.
+    """softmax(q kᵀ · scale + bias) v over the seen slots of a cache and the new keys, the softmax in float32 or wider.
 
     What a method puts in front of an attention's keys at the seam is put in front of the new ones.
 
@@ -48,7 +49,7 @@ def step_attention(
     """
     k, v, mask = seam(*new, None, x)
     batch, _, heads, d_head = q.shape
-    rows = (q.astype(jnp.float32) * scale).astype(q.dtype).reshape(batch, k.shape[2], -1, d_head)
+    rows = (widened(q) * scale).astype(q.dtype).reshape(batch, k.shape[2], -1, d_head)
     slots = past.keys.shape[-2]
     scores = _product("bhgd,bhkd->bhgk", rows, past.keys), _product("bhgd,bkhd->bhgk", rows, k)
     s = jnp.concatenate(scores, -1)
@@ -76,4 +77,4 @@ def _visible(seen: Any, slots: int, mask: Any, new: int, batch: int) -> Bool[Arr
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a, b.astype(a.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, a, b.astype(a.dtype), preferred_element_type=wide(a.dtype))

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from .. import _stack
 from .._scope import dropout
+from .._wide import widened
 from ..seams import InputEmbedding, KeyValues, Residual
 from . import _encoder_decoder
 from ._cache import KV
@@ -49,7 +50,7 @@ class SelfAttentionLayer(nnx.Module):
     ) -> tuple[Float[Array, "batch seq d_model"], KV]:
         h = self.layer_norm(x)
         new = self.SelfAttention.read(h)
-        h = self.SelfAttention(h, new, context.mask, context.bias, self.causal, past)
+        h = self.SelfAttention(h, new, context.mask, context.bias, self.causal, past, (context.segments, None))
         return checkpoint_name(self.residual(dropout(h, self.dropout_rate, self.path), x), "attention_output"), new
 
 
@@ -131,7 +132,7 @@ class Stack(_encoder_decoder.Stack):
     def __init__(self, config: Config, decoder: bool, *, rngs: nnx.Rngs, dtype: Any):
         self.config, self.decoder = config, decoder
         self.name = "decoder" if decoder else "encoder"
-        self.input_embedding = InputEmbedding(config.d_model, self.name, causal=decoder)
+        self.input_embedding = InputEmbedding(config.d_model, self.name, causal=decoder, crosses=decoder)
         buckets, std = config.relative_attention_num_buckets, config.initializer_factor * config.d_model**-0.5
         self.relative_attention_bias = token_table(buckets, config.num_heads, std, None, rngs=rngs, dtype=dtype)
         path, depth = f"{self.name}/block", config.num_decoder_layers if decoder else config.num_layers
@@ -166,7 +167,7 @@ class Stack(_encoder_decoder.Stack):
             max_distance=self.config.relative_attention_max_distance,
             causal=self.decoder,
         )
-        return jnp.moveaxis(self.relative_attention_bias(buckets), -1, 1).astype(jnp.float32)
+        return widened(jnp.moveaxis(self.relative_attention_bias(buckets), -1, 1))
 
 
 def norm(config: Config, dtype: Any) -> RMSNorm:

@@ -80,6 +80,11 @@ class Config:
         return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
 
     @property
+    def num_tokens(self) -> int:
+        """Of an image: the class token and the patches."""
+        return 1 + self.grid[0] * self.grid[1]
+
+    @property
     def pooler_size(self) -> int:
         """Width of the pooler's output."""
         return self.hidden_size if self.pooler_output_size is None else self.pooler_output_size

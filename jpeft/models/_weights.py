@@ -24,6 +24,8 @@ from ._safetensors import Source, Tensor
 from ._table import Entry, How, Ignore, Rule, Tied, fill, num_indices, rules
 
 Sharding = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
+#: Reads a leaf; or, given the first layer and the one behind the last, these layers of it.
+Read = Callable[..., jax.Array]
 _LOG = logging.getLogger("jpeft")
 #: Tensors of one leaf that are read at once.
 _THREADS = 4
@@ -41,7 +43,9 @@ def load_leaves(
     prefixes: Sequence[str] = (),
     droppable: Sequence[str] = (),
     fresh: Sequence[str] = (),
-    convert: Callable[[str, jax.Array], Mapping[str, jax.Array]] = lambda path, leaf: {path: leaf},
+    convert: Callable[[str, jax.ShapeDtypeStruct, Read], Mapping[str, jax.Array]] = lambda path, _, read: {
+        path: read()
+    },
     codes: Callable[[str, Sequence[Tensor], Sequence[int]], Mapping[str, jax.Array] | None] = lambda *_: None,
 ) -> dict[str, jax.Array]:
     """Reads every leaf, each device's slice straight to its dtype and place.
@@ -55,7 +59,7 @@ def load_leaves(
         names, taken off them or exchanged to fit the checkpoint.
       droppable: starts of names (after the prefix) that another task's checkpoint may hold; dropped and logged.
       fresh: starts of paths that may be absent from the checkpoint; they are then absent from the result.
-      convert: (path, leaf) -> what is kept of it, by path; a leaf is read when the one before is converted.
+      convert: (path, shape, what reads the leaf) -> what is kept of it, by path.
       codes: (path, its tensors, layer axes) -> the same of a leaf whose tensors are codes; None of one in floats.
 
     Raises:
@@ -88,7 +92,10 @@ def load_leaves(
     for path, own in parts.items():
         lead = shapes[path].shape[: -len(own[0].shape)] if own[0].shape else shapes[path].shape
         found = codes(path, [tensors[part.key] for part in own], lead)
-        kept |= convert(path, _leaf(path, own, tensors, shapes[path], sharding)) if found is None else found
+        if found is None:
+            read = functools.partial(_layers, path, own, tensors, shapes[path], sharding)
+            found = convert(path, shapes[path], read)
+        kept |= found
     return kept
 
 
@@ -143,6 +150,23 @@ def _untied(tensors: Mapping[str, Tensor], entries: Sequence[Entry], parts: Mapp
         for copy, original in pairs
         if not safetensors.equal(tensors[copy], tensors[original])
     ]
+
+
+def _layers(
+    path: str,
+    parts: Sequence[_Part],
+    tensors: Mapping[str, Tensor],
+    leaf: jax.ShapeDtypeStruct,
+    sharding: Sharding | None,
+    first: int = 0,
+    stop: int | None = None,
+) -> jax.Array:
+    """A leaf, or some layers of a stack: the entries from `first` to before `stop` of its first axis."""
+    if stop is None:
+        return _leaf(path, parts, tensors, leaf, sharding)
+    each = len(parts) // leaf.shape[0]
+    some = jax.ShapeDtypeStruct((stop - first, *leaf.shape[1:]), leaf.dtype)
+    return _leaf(path, parts[first * each : stop * each], tensors, some, sharding)
 
 
 def _leaf(

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from .. import _stack
 from .._given import Given
 from .._scope import dropout, scope
+from .._wide import widened
 from ..seams import InputEmbedding
 from ._bert_config import PRESETS, Config
 from ._bert_layers import ClassificationHead, Embeddings, Layer, Pooler, linear
@@ -146,20 +147,20 @@ class Bert(nnx.Module):
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
     ) -> Float[Array, "..."]:
-        """What the task's head makes of `hidden`, in float32."""
+        """What the task's head makes of `hidden`, in float32 or wider."""
         if not self.head:
-            return hidden.astype(jnp.float32)
+            return widened(hidden)
         config = self.config
         rate = config.classifier_dropout
         if rate is None or (config.is_roberta and self.task == "MULTIPLE_CHOICE"):  # as in transformers
             rate = config.hidden_dropout_prob
         with scope(key=key):
             if _deep(config, self.task):
-                return self.classifier(hidden[:, 0], rate).astype(jnp.float32)
+                return widened(self.classifier(hidden[:, 0], rate))
             x = self.pooled(hidden) if self.task in ONE_PER_ROW else hidden
             if self.task != "QUESTION_ANS":
                 x = dropout(x, rate, "classifier/dropout")
-            return getattr(self, self.head[0])(x).astype(jnp.float32)
+            return widened(getattr(self, self.head[0])(x))
 
     def pooled(self, hidden: Float[Array, "batch seq d_model"]) -> Float[Array, "batch d_model"]:
         """The pooler's output: tanh of a projection of the first token's state."""

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from .. import _stack
 from .._given import Given
 from .._scope import dropout, scope
+from .._wide import widened
 from ..seams import InputEmbedding
 from ._bert_layers import Layer, linear
 from ._bert_weights import layer_rules, linear_rules, norm_rules
@@ -142,9 +143,9 @@ class Deberta(nnx.Module):
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
     ) -> Float[Array, "..."]:
-        """What the task's head makes of `hidden`, in float32."""
+        """What the task's head makes of `hidden`, in float32 or wider."""
         if not self.head:
-            return hidden.astype(jnp.float32)
+            return widened(hidden)
         config, rate = self.config, self.config.hidden_dropout_prob
         with scope(key=key):
             if self.task == "SEQ_CLS":
@@ -152,7 +153,7 @@ class Deberta(nnx.Module):
                 rate = rate if config.cls_dropout is None else config.cls_dropout
             if self.task != "QUESTION_ANS":
                 hidden = dropout(hidden, rate, "classifier/dropout")
-            return getattr(self, self.head[0])(hidden).astype(jnp.float32)
+            return widened(getattr(self, self.head[0])(hidden))
 
     def pooled(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None

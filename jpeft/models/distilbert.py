@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from .. import _stack
 from .._given import Given
 from .._scope import dropout, scope
+from .._wide import widened
 from ..seams import InputEmbedding, KeyValues, Residual
 from . import _config
 from ._attention import attention
@@ -270,15 +271,15 @@ class DistilBert(nnx.Module):
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
     ) -> Float[Array, "..."]:
-        """What the task's head makes of `hidden`, in float32; SEQ_CLS and MULTIPLE_CHOICE read the first token."""
+        """What the task's head makes of `hidden`, in float32 or wider; some tasks read the first token alone."""
         if not self.head:
-            return hidden.astype(jnp.float32)
+            return widened(hidden)
         config = self.config
         rates = {"TOKEN_CLS": config.dropout, "QUESTION_ANS": config.qa_dropout}
         x = jax.nn.relu(self.pre_classifier(hidden[:, 0])) if self.task in ONE_PER_ROW else hidden
         with scope(key=key):
             x = dropout(x, rates.get(self.task, config.seq_classif_dropout), "classifier/dropout")
-        return getattr(self, self.head[-1])(x).astype(jnp.float32)
+        return widened(getattr(self, self.head[-1])(x))
 
     def module_names(self) -> dict[str, tuple[str, ...]]:
         """transformers' name of every module, one per layer of the stack."""

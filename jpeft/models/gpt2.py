@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from .. import _stack
 from .._given import Given
 from .._scope import dropout, scope
+from .._wide import widened
 from ..seams import InputEmbedding, KeyValues, Residual
 from . import _config
 from ._attention import attention
@@ -297,12 +298,12 @@ class GPT2(nnx.Module):
         with scope(**step_scope(len(e))):
             x, places, _, _ = self.input_embedding(e, cache.next[:, None], None, None)
             x, new = self._run(x, places, reach(cache), None, cache.kv, keep=True)
-        return or_nan(self.ln_f(x), cache), extended(cache, new, places)
+        return or_nan(self.ln_f(x), cache), extended(cache, new, places, x)
 
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
     ) -> Float[Array, "..."]:
-        """What the task's head makes of `hidden`, in float32; SEQ_CLS reads the last token that is not masked."""
+        """What the task's head makes of `hidden`, in float32 or wider; SEQ_CLS reads the last unmasked token."""
         if self.task == "SEQ_CLS":
             hidden = last_token(hidden, attention_mask)
         elif self.task == "TOKEN_CLS":
@@ -313,7 +314,7 @@ class GPT2(nnx.Module):
             hidden = self.wte.attend(hidden)
         elif self.head:
             hidden = getattr(self, self.head[0])(hidden)
-        return hidden.astype(jnp.float32)
+        return widened(hidden)
 
     def _embed(self, input_ids: Any, inputs_embeds: Any) -> Float[Array, "batch seq d_model"]:
         """The tokens' vectors, without their positions'."""

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from .._given import Given
 from .._scope import scope
+from .._wide import widened
 from ._encoder_decoder import Encoded, EncoderDecoder, names_of_stacks
 from ._layers import token_table
 from ._t5_config import PRESETS, Config
@@ -70,6 +71,7 @@ class T5(EncoderDecoder):
         decoder_input_ids: Int[Given, "batch out"],
         decoder_attention_mask: Shaped[Given, "batch out"] | None = None,
         decoder_positions: Int[Given, "rows out"] | None = None,
+        decoder_segment_ids: Int[Given, "batch out"] | None = None,
         key: jax.Array | None = None,
     ) -> Float[Array, "batch out _"]:
         """Logits `[batch out vocab]`, or the decoder's states, by task.
@@ -78,16 +80,19 @@ class T5(EncoderDecoder):
           input_ids: the encoder's tokens; or give `inputs_embeds` in their place.
           attention_mask: 1 where there is a token, 0 where there is padding; None where all are tokens.
           token_type_ids: must be None; T5 has none.
-          segment_ids: must be None; an encoder and a decoder pack no rows.
-          positions: of the encoder's tokens, of which differences alone count; None counts from 0.
+          segment_ids: which example a token of a packed row belongs to; tokens attend within theirs alone.
+          positions: of the encoder's tokens, of which differences alone count; None counts from 0, in a packed row from
+            0 in each segment.
           inputs_embeds: token embeddings.
           decoder_input_ids: what the decoder has written so far, from the start token on (see `decoder_inputs`).
           decoder_attention_mask, decoder_positions: as those of the encoder.
+          decoder_segment_ids: likewise; an example's tokens see those of the encoder that have its number.
           key: turns dropout on; the same key gives the same masks. None is deterministic.
         """
         with scope(key=key):
             encoded = self.encode(input_ids, attention_mask, token_type_ids, segment_ids, positions, inputs_embeds)
-            return self.logits(self.decode(encoded, decoder_input_ids, decoder_attention_mask, decoder_positions))
+            given = decoder_input_ids, decoder_attention_mask, decoder_positions, decoder_segment_ids
+            return self.logits(self.decode_behind(encoded, *given))
 
     def hidden(
         self,
@@ -101,12 +106,14 @@ class T5(EncoderDecoder):
         decoder_input_ids: Int[Given, "batch out"],
         decoder_attention_mask: Shaped[Given, "batch out"] | None = None,
         decoder_positions: Int[Given, "rows out"] | None = None,
+        decoder_segment_ids: Int[Given, "batch out"] | None = None,
         key: jax.Array | None = None,
     ) -> Float[Array, "batch out d_model"]:
         """The decoder's normalised last states; arguments as in a call."""
         with scope(key=key):
             encoded = self.encode(input_ids, attention_mask, token_type_ids, segment_ids, positions, inputs_embeds)
-            return self.decode(encoded, decoder_input_ids, decoder_attention_mask, decoder_positions)
+            given = decoder_input_ids, decoder_attention_mask, decoder_positions, decoder_segment_ids
+            return self.decode_behind(encoded, *given)
 
     def encode(
         self,
@@ -120,11 +127,10 @@ class T5(EncoderDecoder):
         """The encoder's states, for `decode`; virtual tokens that a method puts in front stay among them."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        for name, value in {"token_type_ids": token_type_ids, "segment_ids": segment_ids}.items():
-            if value is not None:
-                raise ValueError(f"a t5 model has no token types and packs no rows; {name} must be None")
+        if token_type_ids is not None:
+            raise ValueError("a t5 model has no token types; token_type_ids must be None")
         e = jnp.asarray(inputs_embeds) if input_ids is None else self.words(input_ids)
-        return self.encoder(e.astype(self.dtype), attention_mask, positions, **self._options)
+        return self.encoder(e.astype(self.dtype), attention_mask, positions, segment_ids, **self._options)
 
     def words(self, ids: Int[Given, "batch out"]) -> Float[Array, "batch out d_model"]:
         """The vectors of tokens, the encoder's and the decoder's."""
@@ -133,11 +139,11 @@ class T5(EncoderDecoder):
     def logits(
         self, hidden: Float[Array, "batch out d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
     ) -> Float[Array, "batch out _"]:
-        """What the task's head makes of `hidden`, in float32; a tied head reads hidden / √d_model."""
+        """What the task's head makes of `hidden`, in float32 or wider; a tied head reads hidden / √d_model."""
         del attention_mask, key
         if self.task == "SEQ_2_SEQ_LM":
             hidden = self.lm_head(hidden) if self.head else self.shared.attend(hidden * self.config.d_model**-0.5)
-        return hidden.astype(jnp.float32)
+        return widened(hidden)
 
     def module_names(self) -> dict[str, tuple[str, ...]]:
         """transformers' name of every module, one per layer of its stack."""

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Shaped
 from .. import _stack
 from .._given import Given
 from .._scope import dropout, scope
+from .._wide import widened
 from ..seams import InputEmbedding, KeyValues, Residual
 from ._attention import attention
 from ._bicubic import resized
@@ -253,9 +254,9 @@ class ViT(nnx.Module):
     def logits(
         self, hidden: Float[Array, "batch seq d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
     ) -> Float[Array, "..."]:
-        """What the task's head makes of the class token in `hidden`, in float32; without a head `hidden` itself."""
+        """What the task's head makes of the class token in `hidden`, in float32 or wider; without one, `hidden`."""
         del attention_mask, key
-        return (self.classifier(hidden[:, 0]) if self.head else hidden).astype(jnp.float32)
+        return widened(self.classifier(hidden[:, 0]) if self.head else hidden)
 
     def pooled(self, hidden: Float[Array, "batch seq d_model"]) -> Float[Array, "batch d_pooled"]:
         """The pooler's output, of FEATURE_EXTRACTION."""

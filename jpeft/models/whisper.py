@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from .._given import Given
 from .._scope import scope
+from .._wide import widened
 from ._cache import Cache
 from ._encoder_decoder import Encoded, EncoderDecoder, names_of_stacks
 from ._table import COPY, TRANSPOSE, Entry, How, Rule, Tied
@@ -80,7 +81,8 @@ class Whisper(EncoderDecoder):
         """
         with scope(key=key):
             encoded = self.encode(input_features, attention_mask)
-            return self.logits(self.decode(encoded, decoder_input_ids, decoder_attention_mask, decoder_positions))
+            given = decoder_input_ids, decoder_attention_mask, decoder_positions
+            return self.logits(self.decode_behind(encoded, *given))
 
     def hidden(
         self,
@@ -95,7 +97,7 @@ class Whisper(EncoderDecoder):
         """The decoder's normalised last states; arguments as in a call."""
         with scope(key=key):
             encoded = self.encode(input_features, attention_mask)
-            return self.decode(encoded, decoder_input_ids, decoder_attention_mask, decoder_positions)
+            return self.decode_behind(encoded, decoder_input_ids, decoder_attention_mask, decoder_positions)
 
     def encode(self, input_features: Float[Given, "batch mels frames"], attention_mask: Any = None) -> Encoded:
         """The encoder's states, for `decode`. Virtual tokens that a method puts in front have no place among frames."""
@@ -107,7 +109,7 @@ class Whisper(EncoderDecoder):
                 f"this length; got {input_features.shape}"
             )
         e = self.encoder.heard(input_features.astype(self.dtype))
-        return self.encoder(e, None, None, **self._options)
+        return self.encoder(e, None, None, None, **self._options)
 
     def words(self, ids: Int[Given, "batch out"]) -> Float[Array, "batch out d_model"]:
         return self.decoder.embed_tokens(jnp.asarray(ids))
@@ -121,11 +123,11 @@ class Whisper(EncoderDecoder):
     def logits(
         self, hidden: Float[Array, "batch out d_model"], attention_mask: Any = None, *, key: jax.Array | None = None
     ) -> Float[Array, "batch out _"]:
-        """What the task's head makes of `hidden`, in float32."""
+        """What the task's head makes of `hidden`, in float32 or wider."""
         del attention_mask, key
         if self.task == "SEQ_2_SEQ_LM":
             hidden = self.proj_out(hidden) if self.head else self.decoder.embed_tokens.attend(hidden)
-        return hidden.astype(jnp.float32)
+        return widened(hidden)
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -1,45 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples as arrays of fixed shapes, in an order that a position of three numbers stands for.
-
-  for fed in batches.walk(seed=0, position={"seed": 0, "epoch": 1, "index": 7}): ...
+"""Tokenised examples as batches of fixed shapes.
 
 Which rows make a batch is a `Buckets` (each row alone, padded to one of few widths) or a `Packs` (several in one row).
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from .buckets import MULTIPLE, Batch, Buckets, choose_widths
 from .examples import IGNORED, Examples
+from .feed import Feed, Unit
 from .packing import Packing, Packs, pack
-from .records import DataError
 from .sections import Data
 
 
 @dataclasses.dataclass(frozen=True)
-class Fed:
-    """One batch of a training, and where it stands.
-
-    Attributes:
-      start: position of this batch, plain JSON; a walk from it gives this batch first.
-      after: position of the next.
-      arrays: `[accumulation, rows, ...]`, as the losses take them.
-      real, padded: its tokens without padding and with it.
-    """
-
-    start: dict[str, Any]
-    after: dict[str, Any]
-    arrays: dict[str, Any]
-    real: int
-    padded: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Batches:
-    """Examples as fixed shapes.
+class Batches(Feed):
+    """Tokenised examples as fixed shapes.
 
     Attributes:
       examples: tokenised rows.
@@ -55,45 +34,25 @@ class Batches:
     pad_id: int
     beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
-    def walk(
-        self, seed: int, position: Mapping[str, Any] | None = None, own: Collection[int] | None = None
-    ) -> Iterator[Fed]:
-        """Batches without end: those of every epoch, from a position on.
-
-        Args:
-          seed: of the order.
-          position: None is the beginning.
-          own: as of `collate`.
-
-        Raises:
-          DataError: the position is of another seed, or none of this data.
-        """
-        epoch, index = self._start(seed, position)
-        while True:
-            order = self.buckets.epoch(seed, epoch)
-            for at in range(index, len(order)):
-                last = at + 1 == len(order)
-                start = {"seed": seed, "epoch": epoch, "index": at}
-                after = {"seed": seed, "epoch": epoch + last, "index": 0 if last else at + 1}
-                yield Fed(start, after, self.collate(order[at], own), *self.sizes(order[at]))
-            epoch, index = epoch + 1, 0
+    @property
+    def unit(self) -> Unit:
+        return Unit("tokens", 1)
 
     @property
-    def rows(self) -> int:
-        """Rows of a micro-batch, both of every pair."""
-        return self.buckets.batch_rows * self.examples.per_example // self.accumulation
-
-    def position(self, seed: int, updates: int) -> dict[str, Any]:
-        """Where a training stands after so many updates."""
-        epoch, index = divmod(updates, self.buckets.num_batches)
-        return {"seed": seed, "epoch": epoch, "index": index}
+    def shapes(self) -> str:
+        """The widths that rows are padded to, or the one that they are packed into."""
+        if isinstance(self.buckets, Packs):
+            beside = "" if self.buckets.targets is None else f" and {self.buckets.target_width} of targets"
+            return f"{self.buckets.width} tokens{beside}, packed with up to {self.buckets.most} examples"
+        return f"one of {', '.join(map(str, self.buckets.widths))} tokens, padded"
 
     def collate(self, batch: Batch, own: Collection[int] | None = None) -> dict[str, np.ndarray]:
         """`input_ids`, `attention_mask` `[accumulation, rows, width]` and `labels`; missing rows weigh nothing.
 
         With them `token_type_ids` where a row has two texts, and of packed rows `segment_ids` (from 1; padding has the
-        last one's, which it may look at) and `positions` (from 0 in every example). Of preference pairs the rows are
-        chosen and rejected in turn.
+        last one's, which it may look at) and `positions` (from 0 in every example). Where targets are packed beside
+        inputs, `decoder_segment_ids` likewise, `row_segments` (the segments of a row, 0 for none) and no positions,
+        which the model counts. Of preference pairs the rows are chosen and rejected in turn.
 
         Args:
           batch: which rows.
@@ -102,7 +61,8 @@ class Batches:
         examples, each = self.examples, self.examples.per_example
         rows = self.buckets.batch_rows * each
         shape = rows, batch.width
-        arrays = _empty(shape, self._target(batch.width), self.pad_id, examples, packed=isinstance(self.buckets, Packs))
+        most = self.buckets.most if isinstance(self.buckets, Packs) else None
+        arrays = _empty(shape, self._target(batch.width), self.pad_id, examples, most)
         arrays |= {name: np.zeros(rows, values.dtype) for name, values in self.beside.items()}
         for at, members in enumerate(batch.rows):
             for k in range(each):
@@ -122,33 +82,35 @@ class Batches:
         width = batch.width + self._target(batch.width)
         return int(self._sizes[members].sum()), width * self.buckets.batch_rows * each
 
+    def like(self, examples: Examples) -> "Batches":
+        """Other examples in these widths, for which programs are compiled, and one more where a row needs it.
+
+        They are never packed: each is to be told from the others. Beside packed rows they have up to 4 widths of their
+        own.
+        """
+        rows, longest = self.buckets.batch_rows // self.accumulation, int(examples.lengths.max())
+        packed = isinstance(self.buckets, Packs)
+        widths = choose_widths(examples.lengths, 4, longest) if packed else self.buckets.widths
+        widths += () if longest <= widths[-1] else choose_widths([longest], 1, longest)
+        return Batches(examples, Buckets(examples.lengths, widths, rows), 1, self.pad_id)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "_sizes", self.examples.sizes)
 
     def _target(self, width: int) -> int:
         """Tokens that targets are padded to beside inputs of this width; 0 where there are no targets.
 
-        The longest of any input that may stand in a batch of this width, so a width is compiled once.
+        In packed rows those of the fullest. Else the longest of any input that may stand in a batch of this width, so
+        a width is compiled once.
         """
         if self.examples.labels_of != "target":
             return 0
+        if isinstance(self.buckets, Packs):
+            return self.buckets.target_width
         longest = int(self.examples.target_lengths[self.examples.lengths <= width].max(initial=1))
         return -(-longest // MULTIPLE) * MULTIPLE
 
     _sizes: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
-
-    def _start(self, seed: int, position: Mapping[str, Any] | None) -> tuple[int, int]:
-        match position:
-            case None:
-                return 0, 0
-            case {"seed": int(its), "epoch": int(epoch), "index": int(index)} if (
-                its == seed and epoch >= 0 and 0 <= index < self.buckets.num_batches
-            ):
-                return epoch, index
-        raise DataError(
-            f"{dict(position)} is no position in this data, whose seed is {seed} and which has "
-            f"{self.buckets.num_batches} batches an epoch; the data, the seed or the batch size was another"
-        )
 
 
 def make_batches(
@@ -160,14 +122,17 @@ def make_batches(
     num_widths: int,
     pad_id: int,
     packing: Packing = "none",
+    max_target: int | None = None,
 ) -> Batches:
     """Batches of `batch_size` rows, `accumulation` of them at a time, in the widths with the least padding.
 
-    Packed rows have all one width: `max_length`.
+    Packed rows have all one width: `max_length`, and up to `max_target` (None: `max_length`) tokens of targets.
     """
     rows = batch_size * accumulation
     if packing != "none":
-        return Batches(examples, pack(examples.lengths, max_length, rows, packing), accumulation, pad_id)
+        targets = examples.target_lengths if examples.labels_of == "target" else None
+        packs = pack(np.maximum(examples.lengths, 1), max_length, rows, packing, targets, max_target or max_length)
+        return Batches(examples, packs, accumulation, pad_id)
     widths = choose_widths(examples.lengths, num_widths, max_length)
     return Batches(examples, Buckets(examples.lengths, widths, rows), accumulation, pad_id)
 
@@ -184,21 +149,10 @@ def batches_by(data: Data, examples: Examples, batch_size: int, pad_id: int) -> 
     )
 
 
-def batches_like(train: Batches, examples: Examples) -> Batches:
-    """Other examples in the widths of `train`, for which programs are compiled, and one more where a row needs it.
-
-    They are never packed: each is to be told from the others. Beside packed rows they have up to 4 widths of their own.
-    """
-    rows, longest = train.buckets.batch_rows // train.accumulation, int(examples.lengths.max())
-    packed = isinstance(train.buckets, Packs)
-    widths = choose_widths(examples.lengths, 4, longest) if packed else train.buckets.widths
-    widths += () if longest <= widths[-1] else choose_widths([longest], 1, longest)
-    return Batches(examples, Buckets(examples.lengths, widths, rows), 1, train.pad_id)
-
-
 def _empty(
-    shape: tuple[int, int], target: int, pad_id: int, examples: Examples, *, packed: bool
+    shape: tuple[int, int], target: int, pad_id: int, examples: Examples, most: int | None
 ) -> dict[str, np.ndarray]:
+    """Arrays of padding; `most` is how many examples a packed row has at most, None where it is no such row."""
     rows = shape[0]
     labels = {"row": (rows,), "token": shape, "span": (rows, 2), "target": (rows, target)}[examples.labels_of]
     arrays = {
@@ -208,24 +162,31 @@ def _empty(
     }
     if examples.types is not None:
         arrays["token_type_ids"] = np.zeros(shape, np.int32)
-    if packed:
-        arrays |= {"segment_ids": np.zeros(shape, np.int32), "positions": np.zeros(shape, np.int32)}
-    return arrays
+    if most is None:
+        return arrays
+    beside = {"positions": shape}
+    if examples.labels_of == "target":
+        beside = {"decoder_segment_ids": (rows, target), "row_segments": (rows, most)}
+    return arrays | {name: np.zeros(size, np.int32) for name, size in {"segment_ids": shape, **beside}.items()}
 
 
 def _put(arrays: dict[str, np.ndarray], at: int, members: list[int], examples: Examples) -> None:
-    """Writes the examples `members` into row `at`, one behind the other."""
-    start = 0
+    """Writes the examples `members` into row `at`, one behind the other; an empty input is one token of padding."""
+    start = end = 0
     for segment, member in enumerate(members, 1):
-        tokens = examples.tokens[member]
+        tokens, labels = examples.tokens[member], examples.labels[member]
         place = at, slice(start, start + len(tokens))
-        arrays["input_ids"][place], arrays["attention_mask"][place] = tokens, 1
-        labels = examples.labels[member]
-        where = {"token": place, "target": (at, slice(len(labels)))} if labels.ndim else {}
+        size = max(len(tokens), 1)
+        arrays["input_ids"][place], arrays["attention_mask"][at, start : start + size] = tokens, 1
+        where = {"token": place, "target": (at, slice(end, end + len(labels)))} if labels.ndim else {}
         arrays["labels"][where.get(examples.labels_of, at)] = labels
         if examples.types is not None:
             arrays["token_type_ids"][place] = examples.types[member]
         if "segment_ids" in arrays:
             arrays["segment_ids"][at, start:] = segment
+        if "positions" in arrays:
             arrays["positions"][place] = np.arange(len(tokens))
-        start += len(tokens)
+        if "row_segments" in arrays:
+            arrays["decoder_segment_ids"][at, end:] = arrays["row_segments"][at, segment - 1] = segment
+            end += len(labels)
+        start += size

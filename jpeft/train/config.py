@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from . import _yaml
 from .sections import Data, Logging, Model, Optimizer, Preference, Train
 from .sections._checks import FORBID, at_least_one
+from .sections.model import SEEING
 from .standing import METRICS
 
 #: Tasks whose labels have names.
-CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS")
+CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS")
+#: Options of `data` that are for texts of every task.
+TEXTUAL = ("text", "loss_on", "max_length", "txt", "num_widths", "window")
 
 if TYPE_CHECKING:
     from .._method import Hybrid, Method
@@ -243,7 +246,9 @@ def _conflicts(config: Config) -> list[str]:
         "data.streaming has no epoch at whose end to evaluate; give train.eval_every": (
             data.streaming and bool(paths(data.eval)) and train.eval_every is None
         ),
-        "data.packing is for CAUSAL_LM: a packed row has no one label": not writes and data.packing != "none",
+        "data.packing is for CAUSAL_LM and SEQ_2_SEQ_LM: a packed row has no one label": (
+            not writes and task != "SEQ_2_SEQ_LM" and data.packing != "none"
+        ),
         f"data.template is for CAUSAL_LM; {task} has no messages": not writes and data.template is not None,
         f"data.label_names is for {' and '.join(CLASSIFYING)}; {task} has no labels": (
             not classify and names is not None
@@ -266,7 +271,16 @@ def _conflicts(config: Config) -> list[str]:
             train.ema is not None and "adalora" in kinds
         ),
     }
-    return [message for message, broken in rules.items() if broken]
+    return [message for message, broken in rules.items() if broken] + _of_texts(config)
+
+
+def _of_texts(config: Config) -> list[str]:
+    """Options that say how texts become tokens, where the model reads images."""
+    if config.model.task not in SEEING:
+        return []
+    usual = Data(config.data.train)
+    given = [name for name in TEXTUAL if getattr(config.data, name) != getattr(usual, name)]
+    return [f"data.{name} is for models that read texts; {config.model.task} reads images" for name in given]
 
 
 def _said(detail: Mapping[str, Any], keys: Sequence[str]) -> str:

@@ -10,15 +10,20 @@ that names file and line.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
-from . import formats, store
-from .batches import Batches, Fed, batches_by, batches_like, make_batches
+from . import formats, pictures, store
+from .batches import Batches, batches_by, make_batches
 from .encoding import Encoder, is_number
-from .examples import IGNORED, Examples, joined, repeated
-from .formats import Reader
-from .records import DataError, Record, Refusals
+from .examples import IGNORED, Examples, drawn, joined
+from .feed import Feed
+from .formats import Reader as Form
+from .pictures import Pictures
+from .picturing import Picturer
+from .readers import Reader, Sight
+from .records import DataError, Record, Refusals, brief
 from .sections import Data
+from .sections.model import SEEING
 from .sources import Opened, open_source
 from .tokenizer import Tokenizer
 
@@ -27,15 +32,17 @@ __all__ = [
     "Batches",
     "DataError",
     "Examples",
-    "Fed",
     "Part",
     "batches_by",
-    "batches_like",
     "encode",
+    "evaluated",
     "label_names",
     "make_batches",
     "read_rows",
 ]
+
+
+_Made = TypeVar("_Made", Examples, Pictures)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Part:
     """One source, opened, and what its columns mean."""
 
     opened: Opened
-    reader: Reader
+    reader: Form
 
 
 def read_rows(data: Data, task: str, split: str) -> list[Part]:
@@ -60,19 +67,30 @@ def read_rows(data: Data, task: str, split: str) -> list[Part]:
     """
     parts = []
     for source in data.sources(split):
-        opened = open_source(source, data.txt, streaming=data.streaming and split == "train")
+        streaming = data.streaming and split == "train"
+        opened = open_source(source, data.txt, streaming=streaming, images=task in SEEING)
         reader = formats.find(opened.columns, task, source.columns or {}, source.format, source.path)
         parts.append(Part(opened, reader))
     return parts
 
 
 def label_names(parts: Sequence[Part]) -> tuple[str, ...]:
-    """The labels of these rows, sorted: the names themselves, or `"0" ... "n-1"` for class numbers.
+    """The labels of these rows, sorted: the names themselves, or `"0" ... "n-1"` for class numbers without names.
 
     Raises:
-      DataError: fewer than two labels, names and numbers mixed, or class numbers that leave gaps.
+      DataError: fewer than two labels, names and numbers mixed, class numbers that leave gaps, or sources that name
+        them in different ways.
     """
     column = parts[0].reader.columns.get("label") or parts[0].reader.columns["tags"]
+    columns = ((part.opened.classes, part.reader.columns.get("label", "")) for part in parts)
+    told = {classes[name] for classes, name in columns if name in classes}
+    if len(told) > 1:
+        raise DataError(
+            f"the sources name the classes of column {column!r} in different ways, "
+            f"{' and '.join(brief(list(names)) for names in sorted(told))}; give data.label_names"
+        )
+    if told:
+        return told.pop()
     found = {label for part in parts for label in _labels(part) if isinstance(label, str | int)}
     numbers = {value for value in found if is_number(value)}
     words = {value for value in found if isinstance(value, str)}
@@ -105,32 +123,72 @@ def _labels(part: Part) -> Iterator[Any]:
         yield from value if "tags" in columns and isinstance(value, list) else (value,)
 
 
+@overload
 def encode(
-    parts: Sequence[Part], data: Data, tokenizer: Tokenizer, names: Sequence[str] | None, seed: int = 0
-) -> Examples:
-    """Tokenised rows: for classification with label `names`, for a language model without.
+    parts: Sequence[Part], data: Data, reader: Tokenizer, names: Sequence[str] | None, seed: int = 0
+) -> Examples: ...
+@overload
+def encode(
+    parts: Sequence[Part], data: Data, reader: Sight, names: Sequence[str] | None, seed: int = 0
+) -> Pictures: ...
+@overload
+def encode(
+    parts: Sequence[Part], data: Data, reader: Reader, names: Sequence[str] | None, seed: int = 0
+) -> Examples | Pictures: ...
+def encode(
+    parts: Sequence[Part], data: Data, reader: Reader, names: Sequence[str] | None, seed: int = 0
+) -> Examples | Pictures:
+    """Tokenised rows, or images: for classification with label `names`, for a language model without.
 
     Rows of a source that has a weight are repeated accordingly; `seed` draws the fraction.
 
     Raises:
       DataError: a bad row, more of them than may be skipped, or nothing left to train on.
     """
-    encoder = Encoder(data, tokenizer, names)
     refusals = Refusals(data.on_bad_row, data.max_bad_rows)
-    found = []
-    for part in parts:
-        source = part.opened.source
-        key = store.key_of(part.opened, part.reader, data, encoder, names)
-        examples = store.kept(data.cache, key, lambda part=part: encoder(part.opened.rows(), part.reader, refusals))
-        known = dataclasses.replace(examples, digests={source.path: part.opened.digest})
-        found.append(repeated(known, source.weight, seed) if len(known) else known)
-    examples = joined(found)
+    if isinstance(reader, Sight):
+        picturer = Picturer(data, reader, names or ())
+        made = [picturer(part.opened, part.reader, refusals) for part in parts]
+        examples = pictures.joined(_weighed(made, parts, seed))
+    else:
+        encoder = Encoder(data, reader, names)
+        made = [_tokenised(part, data, encoder, names, refusals) for part in parts]
+        examples = joined(_weighed(made, parts, seed))
     if refusals.shown:
         print_refused(refusals)
     if not len(examples):
         where = ", ".join(part.opened.source.path for part in parts)
-        raise DataError(f"none of the {examples.rows} rows of {where} has a token that can be trained")
+        what = "an image" if isinstance(reader, Sight) else "a token"
+        raise DataError(f"none of the {examples.rows} rows of {where} has {what} that can be trained")
     return examples
+
+
+def _tokenised(
+    part: Part, data: Data, encoder: Encoder, names: Sequence[str] | None, refusals: Refusals
+) -> Examples:  # fmt: skip
+    """The examples of one source, kept where `data.cache` says."""
+    key = store.key_of(part.opened, part.reader, data, encoder, names)
+    examples = store.kept(data.cache, key, lambda: encoder(part.opened.rows(), part.reader, refusals))
+    return dataclasses.replace(examples, digests={part.opened.source.path: part.opened.digest})
+
+
+def _weighed(made: Sequence[_Made], parts: Sequence[Part], seed: int) -> list[_Made]:
+    """What each source gives, as often as its weight says."""
+    weights = [part.opened.source.weight for part in parts]
+    return [
+        one if weight == 1 else one.chosen(drawn(len(one), weight, seed))
+        for one, weight in zip(made, weights, strict=True)
+    ]
+
+
+def evaluated(data: Data, examples: Examples | Pictures, batch_size: int, reader: Reader) -> Feed:
+    """Batches of what is evaluated and not trained on, texts in widths as `data` says."""
+    if isinstance(reader, Sight):
+        assert isinstance(examples, Pictures)
+        size = min(batch_size, len(examples))
+        return pictures.pixels(examples, reader.processor, reader.image, reader.tokens, batch_size=size)
+    assert isinstance(examples, Examples)
+    return batches_by(data, examples, batch_size, reader.pad_id)
 
 
 def print_refused(refusals: Refusals) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .batches import Batches
 from .examples import IGNORED, Examples
+from .feed import Feed
 from .job import Dataset
 from .packing import Packs
 from .tokenizer import Tokenizer
@@ -130,7 +130,7 @@ def as_html(dataset: Dataset, described: str, shown: Sequence[Shown]) -> str:
             text = html.escape(piece.text).replace("\n", "<i>↵</i><br>")
             parts.append(f"<span{' class=learnt' if piece.trained else ''}>{text}</span>")
         parts.append(f"</p>{html.escape(_label(row))}")
-    return _PAGE.format(body="".join(parts))
+    return PAGE.format(body="".join(parts))
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
@@ -156,13 +156,16 @@ def bars(lengths: np.ndarray) -> str:
     return "\n".join([told, *lines])
 
 
-def shapes(batches: Batches) -> str:
+def shapes(batches: Feed) -> str:
     """What is compiled, and how full each shape is."""
     if isinstance(batches.buckets, Packs):
         packs = batches.buckets
+        beside = ""
+        if packs.target_fill is not None:
+            beside = f"with targets in {packs.target_width} tokens, {100 * packs.target_fill:.1f} % full, "
         return (
-            f"packed: {len(packs.members):,} rows of {packs.width} tokens, {100 * packs.fill:.1f} % full, up to "
-            f"{packs.most} examples in one; 1 compilation"
+            f"packed: {len(packs.members):,} rows of {packs.width} tokens, {100 * packs.fill:.1f} % full, {beside}up "
+            f"to {packs.most} examples in one; 1 compilation"
         )
     lines = []
     order = batches.buckets.in_order()
@@ -198,12 +201,13 @@ def _svg(lengths: np.ndarray) -> str:
     return "".join([*parts, "<text x='0' y='148'>tokens of an example</text></svg>"])
 
 
-_PAGE = """<!doctype html><meta charset=utf-8><title>Training data</title><style>
+#: A page around a body, which needs no other file.
+PAGE = """<!doctype html><meta charset=utf-8><title>Training data</title><style>
 body{{font:15px/1.6 system-ui,sans-serif;max-width:60rem;margin:2rem auto;color:#1b1b1b;background:#fff}}
 h1{{font-size:1.3rem}}h2{{font-size:1rem;margin:1.6rem 0 .3rem;color:#555}}pre{{white-space:pre-wrap;color:#333}}
 .row{{font:14px/1.9 ui-monospace,monospace;color:#8a8a8a;overflow-wrap:anywhere;margin:0}}
 i{{color:#bbb;font-style:normal}}
 .row span:nth-of-type(even){{border-bottom:1px solid #ddd}}.row span.learnt{{color:#0b5d1e;background:#dcf3e1}}
-svg{{width:100%;max-width:640px}}rect{{fill:#4c78a8}}text{{font-size:9px;fill:#444}}
+svg{{width:100%;max-width:640px}}img{{min-width:14rem;image-rendering:pixelated}}rect{{fill:#4c78a8}}text{{font-size:9px;fill:#444}}
 </style><body>{body}
 """

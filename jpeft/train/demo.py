@@ -23,8 +23,8 @@ from .._summary import summary
 from . import config as configuration
 from . import data, folder, job, loop, saved, stdlib_docs
 from .config import Config
-from .data import Batches
 from .evaluate import Evaluator
+from .feed import Feed
 from .measures import scores
 from .plots import confusion, confusion_matrix
 from .progress import say
@@ -115,7 +115,7 @@ def settings(encoder: Path, files: dict[str, Path], out: Path) -> Config:
     )
 
 
-def baseline(encoder: Path, train: Batches, validation: Batches, test: Batches) -> np.ndarray:
+def baseline(encoder: Path, train: Feed, validation: Feed, test: Feed) -> np.ndarray:
     """Classes that logistic regression on frozen embeddings predicts for `test`; its penalty is validation's best."""
     from sklearn.linear_model import LogisticRegression
 
@@ -139,7 +139,7 @@ class Embedder:
 
         self._embed = jax.jit(embed)
 
-    def __call__(self, batches: Batches) -> np.ndarray:
+    def __call__(self, batches: Feed) -> np.ndarray:
         """`[examples, d_model]`, in the order of the examples."""
         rows: dict[int, np.ndarray] = {}
         for batch in batches.buckets.in_order():
@@ -148,15 +148,15 @@ class Embedder:
         return np.stack([rows[i] for i in range(len(rows))])
 
 
-def _test_split(file: Path, config: Config, dataset: job.Dataset) -> Batches:
+def _test_split(file: Path, config: Config, dataset: job.Dataset) -> Feed:
     held = dataclasses.replace(config.data, eval=str(file))
     parts = data.read_rows(held, "SEQ_CLS", "eval")
-    return data.batches_like(dataset.train, data.encode(parts, held, dataset.tokenizer, dataset.label_names))
+    return dataset.train.like(data.encode(parts, held, dataset.reader, dataset.label_names))
 
 
 def _scores(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     return scores(confusion(truth, predicted, int(max(truth.max(), predicted.max())) + 1))
 
 
-def _labels(batches: Batches) -> np.ndarray:
+def _labels(batches: Feed) -> np.ndarray:
     return np.array(batches.examples.labels)

@@ -106,4 +106,4 @@ def described() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     told = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.*)", told.read_text(), re.MULTILINE) if told.is_file() else None
-    return f"{cores} cores of {found[1] if found else platform.processor() or platform.machine()}"
+    return f"{cores} core{'s' * (cores != 1)} of {found[1] if found else platform.processor() or platform.machine()}"

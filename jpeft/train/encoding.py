@@ -113,7 +113,8 @@ class Encoder:
     def _check(self, reader: Reader) -> None:
         if self._data.longer == "split" and reader.form.name != "text":
             raise DataError(f"data.longer=split cuts plain texts into rows; {reader.form.name} rows lose their sense")
-        if self._data.packing != "none" and (reader.form.name == "preference" or "CAUSAL_LM" not in reader.form.tasks):
+        texts = {"CAUSAL_LM", "SEQ_2_SEQ_LM"} & {*reader.form.tasks}
+        if self._data.packing != "none" and (reader.form.name == "preference" or not texts):
             raise DataError(
                 f"data.packing={self._data.packing} puts several texts into one row; {reader.form.name} rows have one "
                 "answer each"

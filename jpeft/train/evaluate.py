@@ -12,8 +12,10 @@ from jax.sharding import Mesh
 
 from .._partition import GraphDef, Leaves, combine, partition
 from . import devices, roll
+from .batches import Batches
 from .buckets import Buckets, choose_widths
-from .data import IGNORED, Batches, Examples
+from .examples import IGNORED, Examples
+from .feed import Feed
 from .losses import logits_of
 from .measures import MEASURES, Measure
 from .tokenizer import Tokenizer
@@ -55,7 +57,7 @@ class Evaluator:
 
         self._compute = jax.jit(compute, out_shardings=devices.whole(mesh))
 
-    def __call__(self, trainable: Leaves, frozen: Leaves, batches: Batches) -> Evaluation:
+    def __call__(self, trainable: Leaves, frozen: Leaves, batches: Feed) -> Evaluation:
         """Evaluates every example once.
 
         Raises:
@@ -69,7 +71,7 @@ class Evaluator:
         return assembled(self._measure, batches, jax.device_get(outcomes))
 
 
-def assembled(measure: Measure, batches: Batches, outcomes: Sequence[Mapping[str, np.ndarray]]) -> Evaluation:
+def assembled(measure: Measure, batches: Feed, outcomes: Sequence[Mapping[str, np.ndarray]]) -> Evaluation:
     """The evaluation that the batches of `batches.buckets.in_order()` come to.
 
     Args:

@@ -70,6 +70,20 @@ class Examples:
         """Labels that count."""
         return int(sum((labels != IGNORED).sum() for labels in self.labels))
 
+    @property
+    def warning(self) -> str | None:
+        """What a training on them would not teach."""
+        if self.unended and self.unended == len(self.tokens):
+            return "no row learns an end of text, so the model will not learn to stop"
+        return None
+
+    def chosen(self, numbers: Sequence[int]) -> "Examples":
+        """The examples of these numbers, of which one may come several times; no array is copied."""
+        rows = [i * self.per_example + k for i in numbers for k in range(self.per_example)]
+        columns = {"tokens": self.tokens, "labels": self.labels, "types": self.types}
+        taken = {name: None if column is None else [column[row] for row in rows] for name, column in columns.items()}
+        return dataclasses.replace(self, **taken)
+
     def __str__(self) -> str:
         total = int(self.sizes.sum())
         said = [
@@ -85,17 +99,12 @@ class Examples:
         return "; ".join(said)
 
 
-def repeated(examples: Examples, weight: float, seed: int = 0) -> Examples:
-    """Every example `weight` times: 2.5 is twice, and half of them, which `seed` draws, once more.
-
-    No array is copied.
-    """
+def drawn(count: int, weight: float, seed: int = 0) -> Sequence[int]:
+    """Which of `count` examples a source of this weight has: 2.5 is each twice, and half of them, drawn, once more."""
     if weight == 1:
-        return examples
-    count = len(examples)
+        return range(count)
     more = np.random.default_rng((seed, count)).permutation(count)[: round(weight % 1 * count)]
-    chosen = [*range(count)] * int(weight) + sorted(more.tolist())
-    return dataclasses.replace(examples, **_rows(examples, chosen))
+    return [*range(count)] * int(weight) + sorted(more.tolist())
 
 
 def joined(parts: Sequence[Examples]) -> Examples:
@@ -118,10 +127,3 @@ def joined(parts: Sequence[Examples]) -> Examples:
 
 #: What is summed over sources.
 _COUNTS = ("rows", "truncated", "lost", "dropped", "skipped", "unended")
-
-
-def _rows(examples: Examples, chosen: Sequence[int]) -> dict[str, list[np.ndarray] | None]:
-    each = examples.per_example
-    rows = [i * each + k for i in chosen for k in range(each)]
-    columns = {"tokens": examples.tokens, "labels": examples.labels, "types": examples.types}
-    return {name: None if column is None else [column[row] for row in rows] for name, column in columns.items()}

@@ -2,7 +2,8 @@
 """The folder of a run: all that is needed to see, repeat and use it.
 
 config.yaml     the configuration, every key written out
-run.json        command, versions, device, data and tokenizer hashes, counts
+run.json        command, versions, device, hashes of the data and of the tokenizer or processor, counts
+images.sha256   of a model that reads images, the hash of every file, as `sha256sum --check` takes it
 metrics.jsonl   one line per log interval and per evaluation
 samples.jsonl   what the model wrote after every evaluation, where `train.samples` wants any
 plots/          the figures as pictures
@@ -35,9 +36,10 @@ from . import config as configuration
 from .config import Config
 from .job import Dataset, Parts
 from .provenance import git_states
+from .readers import called
 from .samples import Sample
 
-_VERSIONS = ("jpeft", "jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "datasets")
+_VERSIONS = ("jpeft", "jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "datasets", "pillow")
 
 #: Files that grow with the run.
 _LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -97,6 +99,9 @@ class RunFolder:
         write_text(self.path / "config.yaml", configuration.dump(config))
         (self.path / "metrics.jsonl").write_bytes(b"")
         (self.path / "samples.jsonl").unlink(missing_ok=True)
+        if dataset.files:
+            listed = "".join(f"{digest}  {file}\n" for file, digest in dataset.files.items())
+            write_text(self.path / "images.sha256", listed)
         record = {
             "command": sys.argv,
             "started": _now(),
@@ -107,7 +112,7 @@ class RunFolder:
             "devices": [str(device) for device in jax.devices()],
             "processes": jax.process_count(),
             "data_sha256": dataset.digests,
-            "tokenizer_sha256": dataset.tokenizer.digest,
+            f"{called(dataset.reader)}_sha256": dataset.reader.digest,
             "label_names": dataset.label_names,
             "updates": dataset.num_updates,
             "widths": dataset.train.buckets.widths,
@@ -214,7 +219,7 @@ def remove_run(path: str | Path) -> None:
         raise FileExistsError(f"{folder} holds something that is no run; it is not replaced")
     for name in ("adapter", "best", "checkpoints", "failure", "plots", "profile", "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "loggers.json"):
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "loggers.json", "images.sha256"):
         (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()

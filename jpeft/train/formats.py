@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from .items import Item, Labelled, Message, Preference, Talk, Text, Written
+from .items import Item, Labelled, Message, Pictured, Preference, Talk, Text, Written
 from .marked import asked, tagged
 from .records import DataError, brief
 
@@ -214,6 +214,16 @@ def _written(row: Parts) -> Item:
     return Written(_filled(row, "source"), _filled(row, "target"))
 
 
+def _pictured(row: Parts) -> Item:
+    """Of a file's name, its bytes, or what `datasets` writes for an image: both, of which one may be missing."""
+    value = row["image"]
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, str | bytes) or not value:
+        raise ValueError(f"column {_column(row, 'image')!r} must name an image file, or hold one; got {brief(value)}")
+    return Pictured(value, row["label"])
+
+
 def _messages(row: Parts) -> Item:
     return Talk(tuple(_turns(row["messages"], _column(row, "messages"), "role", "content")))
 
@@ -359,5 +369,11 @@ FORMS = (
             "target": ("target", "summary", "highlights", "output", "answer"),
         },
         _written,
+    ),
+    Form(
+        "image",
+        ("IMAGE_CLS",),
+        {"image": ("image", "img", "file_name", "image_path", "path", "file"), "label": _LABEL},
+        _pictured,
     ),
 )

@@ -19,6 +19,7 @@ from .._partition import Leaves
 from ..models import CheckpointError
 from .config import Config
 from .job import Dataset, Parts
+from .readers import called
 
 #: May differ without a word: where things lie, and what is only shown.
 FREE = ("out", "compilation_cache", "logging.", "train.save_every", "train.keep")
@@ -30,12 +31,11 @@ _ABSENT = "(nothing)"
 
 def identity(config: Config, dataset: Dataset, parts: Parts) -> dict[str, Any]:
     """What a run is, by dotted names: the configuration's keys, digests, versions, devices; plain JSON."""
-    tokenizer: Any = dataset.tokenizer
     found = flat(dataclasses.asdict(config)) | {
         "data files": list(dataset.digests.values()),
-        "tokenizer": tokenizer.digest,
+        called(dataset.reader): dataset.reader.digest,
         "labels": list(dataset.label_names or ()),
-        "rows": len(dataset.train.examples.tokens),  # of a stream, those of its first window
+        "rows": len(dataset.train.examples) * dataset.train.examples.per_example,  # of a stream, of its first window
         "batches an epoch": dataset.train.buckets.num_batches,
         "updates": dataset.num_updates,
         "base": fingerprint(parts.frozen),

@@ -51,14 +51,7 @@ def find(root: str | Path, names: Sequence[str] | None = None) -> Labelled:
       DataError: an image outside a class's folder, a file that is no image, a class without an image, fewer than two
         classes, or one that is not among the names.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}")
-    inside = _seen(root)
-    loose = [entry for entry in inside if not entry.is_dir()]
-    if loose:
-        raise DataError(f"{loose[0]} is in no class; images stand in a folder that is called as their class")
-    found = {folder.name: _images(folder) for folder in inside}
+    root, found = Path(root), by_class(root)
     if names is None and len(found) < 2:
         raise DataError(
             f"classification needs two labels or more; the folders in {root} are {', '.join(found) or 'none'}"
@@ -73,9 +66,23 @@ def find(root: str | Path, names: Sequence[str] | None = None) -> Labelled:
     return Labelled(tuple(file for files in found.values() for file in files), np.array(labels, np.int32), known)
 
 
+def by_class(root: str | Path) -> dict[str, list[Path]]:
+    """The files of every class, both sorted by name. Raises as `find`, but of the number of classes and their names."""
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root}")
+    inside = _seen(root)
+    loose = [entry for entry in inside if not entry.is_dir()]
+    if loose:
+        raise DataError(f"{loose[0]} is in no class; images stand in a folder that is called as their class")
+    return {folder.name: _images(folder) for folder in inside}
+
+
 def _images(folder: Path) -> list[Path]:
     files = _seen(folder)
     other = [file for file in files if not file.is_file() or file.suffix.lower() not in ENDINGS]
+    if other and other[0].is_dir():
+        raise DataError(f"{other[0]} is no image file but a folder; name the folder whose own folders are the classes")
     if other:
         raise DataError(f"{other[0]} is no image file; they end in {', '.join(ENDINGS)}")
     if not files:

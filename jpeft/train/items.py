@@ -69,4 +69,12 @@ class Written:
     target: str
 
 
-Item = Text | Labelled | Talk | Preference | Tagged | Asked | Written
+@dataclasses.dataclass(frozen=True)
+class Pictured:
+    """An image, as the name of its file or its bytes, and its class."""
+
+    image: str | bytes
+    label: Any
+
+
+Item = Text | Labelled | Talk | Preference | Tagged | Asked | Written | Pictured

@@ -2,6 +2,7 @@
 """A configuration made real: data as batches, and the adapted model as arrays in their places."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,14 +19,18 @@ from .._summary import Summary, summary
 from ..models._checkpoint import read_config
 from ..models._hub import model_folder
 from . import config as configuration
-from . import data, tokenizer
+from . import data, readers
+from .batches import Batches
 from .config import Config
-from .data import Batches
 from .encoding import Encoder
-from .packing import Packs
+from .feed import Feed
+from .pictures import Pictures, pixels
 from .preference import with_reference
+from .readers import Reader, Sight
 from .saved import no_form_in_peft
+from .sections.model import SEEING
 from .streaming import Streamed, stream
+from .tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,25 +38,33 @@ class Dataset:
     """What a run trains and is evaluated on.
 
     Attributes:
-      tokenizer: of the model's folder.
+      reader: of the model's folder: its tokenizer, or what makes images ready.
       label_names: in the order of the head's outputs; None for a language model.
       train: batches of one update each; of a stream those of its first window.
       eval: batches of one evaluation, or None.
       num_updates: updates of the whole run.
       stream: what is trained on in the place of `train`, where rows are not all held.
       template: that made the conversations text, in jinja; None where there are none.
+      max_length: tokens that a text is cut to; None of images.
     """
 
-    tokenizer: tokenizer.Tokenizer
+    reader: Reader
     label_names: tuple[str, ...] | None
-    train: Batches
-    eval: Batches | None
+    train: Feed
+    eval: Feed | None
     num_updates: int
     stream: Streamed | None = None
     template: str | None = None
+    max_length: int | None = None
 
     @property
-    def feed(self) -> Batches | Streamed:
+    def tokenizer(self) -> Tokenizer:
+        """The reader of texts."""
+        assert isinstance(self.reader, Tokenizer), "images have no tokenizer"
+        return self.reader
+
+    @property
+    def feed(self) -> Feed | Streamed:
         """What the training walks through."""
         return self.train if self.stream is None else self.stream
 
@@ -61,8 +74,14 @@ class Dataset:
 
     @property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of every data file."""
+        """SHA-256 of every data file; of images, of every source with all its files."""
         return self.train.examples.digests | (self.eval.examples.digests if self.eval else {})
+
+    @property
+    def files(self) -> dict[str, str]:
+        """SHA-256 of every image file."""
+        parts = [part.examples for part in (self.train, self.eval) if part is not None]
+        return {file: digest for part in parts if isinstance(part, Pictures) for file, digest in part.files.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,38 +102,59 @@ class Parts:
 
 
 def read_data(config: Config) -> Dataset:
-    """Reads and tokenises the data of a configuration.
+    """Reads the data of a configuration, and makes tokens or images of it.
 
     Raises:
       FileNotFoundError, DataError: see `data`.
+      CheckpointError: the processor is another model's.
+      ValueError: the model reads images and its task is for texts, or the other way round.
     """
-    words, options = tokenizer.load(model_folder(config.model.path)), config.data
+    reader, options = readers.load(model_folder(config.model.path)), config.data
     task = "PREFERENCE" if config.train.objective == "dpo" else config.model.task
+    if (task in SEEING) != isinstance(reader, Sight):
+        reads, wanted = ("images", "texts") if isinstance(reader, Sight) else ("texts", "images")
+        raise ValueError(f"model.task={task} is for models that read {wanted}, and {config.model.path} reads {reads}")
     rows = data.read_rows(options, task, "train")
     names = None
     if task in configuration.CLASSIFYING:
         names = options.label_names or data.label_names(rows)
-    shape = {"batch_size": config.train.batch_size, "accumulation": config.train.accumulation, "pad_id": words.pad_id}
-    streamed = None
-    if options.streaming:
-        streamed = stream(rows, options, Encoder(options, words, names), **shape)
-        train = streamed.first
-    else:
-        examples = data.encode(rows, options, words, names, config.train.seed)
-        fixed = {"max_length": options.max_length, "num_widths": options.num_widths, "packing": options.packing}
-        train = data.make_batches(examples, **shape, **fixed)
+    fed = _seen(config, rows, reader, names) if isinstance(reader, Sight) else _told(config, rows, reader, names)
     held = None
     if configuration.paths(options.eval):
-        held = data.batches_like(train, data.encode(data.read_rows(options, task, "eval"), options, words, names))
-    updates = config.train.max_steps or (config.train.epochs or 1) * train.buckets.num_batches
-    spoken = Encoder(options, words, names).spoken([part.reader for part in rows])
-    return Dataset(words, names, train, held, updates, streamed, spoken and spoken.source)
+        held = fed.train.like(data.encode(data.read_rows(options, task, "eval"), options, reader, names))
+    updates = config.train.max_steps or (config.train.epochs or 1) * fed.train.buckets.num_batches
+    return dataclasses.replace(fed, eval=held, num_updates=updates)
+
+
+def _seen(config: Config, rows: Sequence[data.Part], sight: Sight, names: tuple[str, ...] | None) -> Dataset:
+    """Images to train on."""
+    train = config.train
+    shape = {"batch_size": train.batch_size, "accumulation": train.accumulation}
+    examples = data.encode(rows, config.data, sight, names, train.seed)
+    return Dataset(sight, names, pixels(examples, sight.processor, sight.image, sight.tokens, **shape), None, 0)
+
+
+def _told(config: Config, rows: Sequence[data.Part], words: Tokenizer, names: tuple[str, ...] | None) -> Dataset:
+    """Texts to train on."""
+    options, train = config.data, config.train
+    shape = {"batch_size": train.batch_size, "accumulation": train.accumulation, "pad_id": words.pad_id}
+    encoder, streamed = Encoder(options, words, names), None
+    if options.streaming:
+        streamed = stream(rows, options, encoder, **shape)
+        batches = streamed.first
+    else:
+        examples = data.encode(rows, options, words, names, train.seed)
+        fixed = {name: getattr(options, name) for name in ("max_length", "max_target", "num_widths", "packing")}
+        batches = data.make_batches(examples, **shape, **fixed)
+    spoken = encoder.spoken([part.reader for part in rows])
+    return Dataset(words, names, batches, None, 0, streamed, spoken and spoken.source, options.max_length)
 
 
 def with_references(dataset: Dataset, parts: Parts, mesh: Mesh | None) -> Dataset:
     """The same data with the reference's log-probabilities beside every pair."""
     leaves = parts.graphdef, parts.trainable, parts.frozen
-    held = None if dataset.eval is None else with_reference(dataset.eval, *leaves, mesh)
+    assert isinstance(dataset.train, Batches)
+    held = with_reference(dataset.eval, *leaves, mesh) if isinstance(dataset.eval, Batches) else None
     return dataclasses.replace(dataset, train=with_reference(dataset.train, *leaves, mesh), eval=held)
 
 
@@ -197,16 +237,12 @@ def describe(config: Config, dataset: Dataset) -> str:
         lines.append(f"eval:  {dataset.eval.examples}")
     if dataset.label_names:
         lines.append(f"labels: {', '.join(dataset.label_names)}")
-    shapes = dataset.train.buckets
-    if isinstance(shapes, Packs):
-        padded_to = f"{shapes.width} tokens, packed with up to {shapes.most} examples"
-    else:
-        padded_to = f"one of {', '.join(map(str, shapes.widths))} tokens, padded"
+    epoch, most = dataset.train.buckets.num_batches, len(dataset.train.buckets.widths)
     lines += [
-        f"batches of {config.train.batch_size} x {config.train.accumulation} rows of {padded_to};"
+        f"batches of {config.train.batch_size} x {config.train.accumulation} rows of {dataset.train.shapes};"
         f" {100 * real / padded:.1f} % of what is computed is real",
-        f"{dataset.num_updates:,} updates, {shapes.num_batches:,} an epoch; at most {len(shapes.widths)} compilations",
+        f"{dataset.num_updates:,} updates, {epoch:,} an epoch; at most {most} compilation{'s' * (most > 1)}",
     ]
-    if dataset.train.examples.unended and dataset.train.examples.unended == len(dataset.train.examples.tokens):
-        lines.append("WARNING: no row learns an end of text, so the model will not learn to stop")
+    if dataset.train.examples.warning:
+        lines.append(f"WARNING: {dataset.train.examples.warning}")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ..models._files import is_file, read_json, write_text
 from .config import ConfigError
@@ -21,6 +21,7 @@ from .sections import Logging
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 
 
+@runtime_checkable
 class Logger(Protocol):
     """One that is told."""
 

@@ -22,10 +22,10 @@ from ..io.card import Card
 from ..io.checkpoint import Checkpoints, described
 from . import config as configuration
 from . import devices, job, loggers, roll
-from .batches import Fed
 from .clock import Clock
 from .config import Config
 from .evaluate import Evaluation, Evaluator
+from .feed import Fed
 from .folder import RunFolder, replaced
 from .identity import compare, identity
 from .interruption import Interrupted, Interruption
@@ -51,7 +51,7 @@ class Result:
       state: after the last update.
       evaluation: the last one, or None without evaluation data.
       losses: of every update that this process wrote a line of: all but those before a resume.
-      real_rate, padded_rate: tokens/s over the whole run, compilation and evaluation left out.
+      real_rate, padded_rate: tokens/s, or images/s, over the whole run, compilation and evaluation left out.
       adapter: folder of the saved adapter.
       standing: of the evaluations, where the configuration follows a figure of theirs.
       clock: where the time went.
@@ -293,13 +293,16 @@ class Loop:
         if not devices.is_main():
             return
         trainable = jax.tree.map(jnp.asarray, trainable)
-        config, data = self._config, self._config.data
-        files = {"trained on": configuration.paths(data.train), "evaluated on": configuration.paths(data.eval)}
-        said = [
-            f"{what.capitalize()} {', '.join(Path(f).name for f in names)}." for what, names in files.items() if names
-        ]
-        card = Card(" ".join(said), evaluation.metrics if evaluation else {})
         model = combine(self._parts.graphdef, trainable, self._parts.frozen)
-        info = Info(self._dataset.label_names, data.max_length, config.model.quantize)
-        with replaced(folder) as fresh:
-            save_adapter(model, fresh, config.model.path, info, card, config.method, self._dataset.template)
+        save_trained(model, self._config, self._dataset, evaluation.metrics if evaluation else {}, folder)
+
+
+def save_trained(model: Any, config: Config, dataset: job.Dataset, metrics: Mapping[str, Any], folder: Path) -> None:
+    """Writes the adapter of a trained model into `folder`, in the place of what was there, whole or not at all."""
+    data = config.data
+    files = {"trained on": configuration.paths(data.train), "evaluated on": configuration.paths(data.eval)}
+    said = [f"{what.capitalize()} {', '.join(Path(f).name for f in names)}." for what, names in files.items() if names]
+    info = Info(dataset.label_names, dataset.max_length, config.model.quantize)
+    with replaced(folder) as fresh:
+        card = Card(" ".join(said), metrics)
+        save_adapter(model, fresh, config.model.path, info, card, config.method, dataset.template)

@@ -13,7 +13,9 @@ of -100 is ignored, so a row or a token of padding weighs nothing. Every loss is
   QUESTION_ANS     labels `[batch 2]`, first and last token of the answer; the mean over both
   MULTIPLE_CHOICE  labels `[batch]`, which of the choices is right; what the model reads is `[batch choices seq]`
   SEQ_2_SEQ_LM     labels `[batch out]`, what the decoder is to write; it reads them shifted right from its start token,
-                   unless the batch holds `decoder_input_ids` (and may hold `decoder_attention_mask`)
+                   unless the batch holds `decoder_input_ids` (and may hold `decoder_attention_mask`); beside packed
+                   inputs it holds `decoder_segment_ids` `[batch out]`, and `row_segments` `[batch most]`, the segments
+                   of every row, whose columns say how many these are at most (`jpeft.max_segments`)
 """
 
 from collections.abc import Callable, Mapping
@@ -37,6 +39,8 @@ Measured = tuple[Float[Array, ""], Float[Array, ""], dict[str, jax.Array]]
 _READ = ("input_ids", "pixel_values", "input_features")
 #: Entries of a batch that a model of the zoo takes beside it and `attention_mask`.
 _EXTRAS = ("token_type_ids", "segment_ids", "positions")
+#: Those that the decoder beside an encoder takes.
+_DECODERS = ("decoder_input_ids", "decoder_attention_mask", "decoder_segment_ids")
 
 
 def lm_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Array, ""]:
@@ -82,7 +86,8 @@ def qa_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Arr
 def seq2seq_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Float[Array, ""]:
     """Mean over the labelled tokens of -log p(token | input, the tokens before it); labels `[batch out]`.
 
-    Arguments and errors as of `lm_loss`.
+    The prompt of the decoder, by which methods go that act on the ends of a prompt, is what it reads up to its first
+    label: the start token, as in generation. Other arguments and errors as of `lm_loss`.
     """
     return _mean(seq2seq_sums, model, batch, key)
 
@@ -90,7 +95,7 @@ def seq2seq_loss(model: Any, batch: Batch, key: jax.Array | None = None) -> Floa
 def lm_sums(model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1, *, terms: Terms = PLAIN) -> Sums:
     """Sum of `lm_loss`'s terms, and their number; `groups` and `terms` as in `head_nll`, `terms` in all of these."""
     targets = next_tokens(batch)
-    prompt = _prompt(targets, batch) if current().prompt is None else current().prompt
+    prompt = _prompt(targets, batch.get("segment_ids")) if current().prompt is None else current().prompt
     with scope(prompt=prompt):
         if not hasattr(model, "hidden"):
             return nll(logits_of(model, batch, key), targets, terms), _count(targets)
@@ -107,7 +112,7 @@ def lm_log_probs(model: Any, batch: Batch, key: jax.Array | None = None, groups:
     if "segment_ids" in batch:
         raise ValueError("rows of packed examples have no log-probability of their own; leave packing off")
     targets = next_tokens(batch)
-    prompt = _prompt(targets, batch) if current().prompt is None else current().prompt
+    prompt = _prompt(targets, None) if current().prompt is None else current().prompt
     with scope(prompt=prompt):
         if not hasattr(model, "hidden"):
             return log_probs(logits_of(model, batch, key), targets).sum(axis=1)
@@ -135,11 +140,14 @@ def seq2seq_sums(
     model: Any, batch: Batch, key: jax.Array | None = None, groups: int = 1, *, terms: Terms = PLAIN
 ) -> Sums:
     """Sum of `seq2seq_loss`'s terms, and their number; `groups` as in `head_nll`."""
-    labels = batch["labels"]
-    inputs = {name: batch[name] for name in ("decoder_input_ids", "decoder_attention_mask") if name in batch}
+    labels, segments = batch["labels"], batch.get("decoder_segment_ids")
+    inputs = {name: batch[name] for name in _DECODERS if name in batch}
     if "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = model.decoder_inputs(labels)
-    hidden = model.hidden(*_inputs(batch), **_extras(batch), **inputs, key=key)
+        inputs["decoder_input_ids"] = model.decoder_inputs(labels, segments)
+    prompt = _prompt(labels, segments) if current().decoder_prompt is None else current().decoder_prompt
+    room = {"max_segments": batch["row_segments"].shape[1]} if "row_segments" in batch else {}
+    with scope(decoder_prompt=prompt, **room):
+        hidden = model.hidden(*_inputs(batch), **_extras(batch), **inputs, key=key)
     return head_nll(model.logits, hidden, labels, key, groups=groups, terms=terms), _count(labels)
 
 
@@ -165,13 +173,12 @@ def next_tokens(batch: Batch) -> Int[Array, "batch seq"]:
     return targets.at[:, :-1].set(jnp.where(segments[:, 1:] == segments[:, :-1], targets[:, :-1], IGNORED))
 
 
-def _prompt(targets: Int[Array, "batch seq"], batch: Batch) -> Bool[Array, "batch seq"]:
+def _prompt(targets: Int[Array, "batch seq"], segments: Any) -> Bool[Array, "batch seq"]:
     """The tokens of each example up to the one that predicts its first label: what generation would be given."""
     counts = targets != IGNORED
     before = jnp.cumsum(counts, axis=1) - counts
-    if "segment_ids" not in batch:
+    if segments is None:
         return before == 0
-    segments = batch["segment_ids"]
     starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return before == jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
 

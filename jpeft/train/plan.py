@@ -11,6 +11,7 @@ from .. import _mesh
 from .._summary import summary
 from ..models._hub import model_folder
 from . import job, loop, utilization
+from .buckets import Batch
 from .config import Config
 from .devices import num_groups, whole
 from .objective import objective
@@ -20,7 +21,7 @@ from .planning.estimate import memory
 from .planning.report import exchanged, table
 from .planning.request import Request
 from .planning.subject import Subject, subject
-from .step import make_step
+from .step import Compiled, Cost, make_step
 
 
 def dry_run(config: Config) -> str:
@@ -33,21 +34,31 @@ def dry_run(config: Config) -> str:
     step = _compiled(config, found, mesh)
     sizes = [dataset.train.sizes(batch)[1] for batch in dataset.train.buckets.epoch(config.train.seed, 0)]
     padded = sum(sizes) * dataset.num_updates / dataset.train.buckets.num_batches
+    rows = f"{padded / dataset.train.unit.tokens:,.0f} {dataset.train.unit.name} with padding"
     lines.append(f"compiled in {step.seconds:.1f} s, for the widest rows, mesh {found.request.axes}; {_memory(step)}")
     lines += [*table(memory(found), found.request.machine.chip.memory, step), *exchanged(step)]
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     peak = utilization.peak_flops(devices)
     if peak is None:
-        return "\n".join([*lines, f"{padded:,.0f} tokens with padding; no time is estimated, this device is not known"])
+        return "\n".join([*lines, f"{rows}; no time is estimated, this device is not known"])
     width = sum(size**2 for size in sizes) / sum(sizes) / (config.train.batch_size * config.train.accumulation)
     keys = width / 2 if config.model.task == "CAUSAL_LM" else width
     seconds = utilization.flops_per_token(found.model, config.model.task, keys) * padded / peak
     lines.append(
-        f"{padded:,.0f} tokens with padding: {_time(seconds)} at the peak rate of {len(devices)} x "
+        f"{rows}: {_time(seconds)} at the peak rate of {len(devices)} x "
         f"{devices[0].device_kind}, {peak / 1e12:.2f} TFLOP/s of matrix products. An estimate, and a lower bound: real "
         "steps reach a part of it"
     )
     return "\n".join(lines)
+
+
+def cost(config: Config, dataset: job.Dataset) -> Cost | None:
+    """Of the run's own step for its widest batch, compiled and not run; None where the backend does not tell."""
+    mesh = job.make_mesh(config)
+    found = _subject(config, dataset, mesh)
+    update, key = _update(config, found, mesh)
+    update.compiled(found.state, found.frozen, found.batch, key)
+    return update.cost
 
 
 def _subject(config: Config, dataset: job.Dataset, mesh: Mesh | None) -> Subject:
@@ -86,6 +97,12 @@ def _machine(config: Config) -> Machine:
 
 def _compiled(config: Config, found: Subject, mesh: Mesh | None) -> Program:
     """The run's own step, compiled for its widest batch."""
+    update, key = _update(config, found, mesh)
+    return program(update.lower(found.state, found.frozen, found.batch, key), slices_of(found))
+
+
+def _update(config: Config, found: Subject, mesh: Mesh | None) -> tuple[Compiled, Any]:
+    """The run's own step, and the shape of its key."""
     update = make_step(
         found.graphdef,
         objective(config)[0],
@@ -97,19 +114,14 @@ def _compiled(config: Config, found: Subject, mesh: Mesh | None) -> Program:
     key: Any = job.dropout_key(config)
     if key is not None:
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole(mesh))
-    return program(update.lower(found.state, found.frozen, found.batch, key), slices_of(found))
+    return update, key
 
 
 def _widest(dataset: job.Dataset) -> dict[str, Any]:
-    """Shapes of the widest batch; arrays `[accumulation, rows, seq]` are those that have a width."""
-    width = max(dataset.train.buckets.widths)
-    arrays = next(iter(dataset.train.walk(0))).arrays
-
-    def shape(array: Any) -> jax.ShapeDtypeStruct:
-        sizes = array.shape if array.ndim < 3 else (*array.shape[:2], width, *array.shape[3:])
-        return jax.ShapeDtypeStruct(sizes, jax.dtypes.canonicalize_dtype(array.dtype))
-
-    return {name: shape(array) for name, array in arrays.items()}
+    """Shapes of the widest batch."""
+    arrays = dataset.train.collate(Batch(max(dataset.train.buckets.widths), []))
+    dtype = jax.dtypes.canonicalize_dtype
+    return {name: jax.ShapeDtypeStruct(array.shape, dtype(array.dtype)) for name, array in arrays.items()}
 
 
 def _memory(step: Program) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .feed import counted
 from .standing import LOWER_IS_BETTER
 
 
@@ -101,14 +102,13 @@ def _rate(logged: list[Any], folder: Path) -> Path:
 
 
 def _throughput(logged: list[Any], folder: Path) -> Path:
-    updates = [entry["update"] for entry in logged]
-    with _figure(folder / "throughput.png", "update", "tokens/s") as axes:
-        axes.plot(updates, [e["tokens_per_s"] for e in logged], color="black", label="real tokens")
-        axes.plot(
-            updates, [e["padded_tokens_per_s"] for e in logged], color="0.5", linestyle="--", label="with padding"
-        )
+    updates, unit = [entry["update"] for entry in logged], counted(logged[0])
+    real, padded = ([entry[f"{kind}{unit}_per_s"] for entry in logged] for kind in ("", "padded_"))
+    with _figure(folder / "throughput.png", "update", f"{unit}/s") as axes:
+        axes.plot(updates, real, color="black", label=f"real {unit}")
+        axes.plot(updates, padded, color="0.5", linestyle="--", label="with padding")
         axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.set_ylim(0, 1.15 * max(entry["padded_tokens_per_s"] for entry in logged))
+        axes.set_ylim(0, 1.15 * max(padded))
         axes.legend(frameon=False, loc="lower right")
     return folder / "throughput.png"
 

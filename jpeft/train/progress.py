@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from .devices import is_main
+from .feed import counted
 
 #: The bar's own part of a line; a share of the width is left to it.
 _BAR = "{percentage:3.0f}% |{bar:14}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
@@ -57,11 +58,12 @@ class Bar:
 
 def figures(entry: Mapping[str, Any]) -> list[str]:
     """A log line's figures as short texts, the most wanted first."""
+    unit = counted(entry)
     said = [
         "loss skipped" if entry["loss"] is None else f"loss {entry['loss']:.4f}",
         f"lr {entry['lr']:.1e}",
-        f"{entry['tokens_per_s']:,.0f} tokens/s",
-        f"({entry['padded_tokens_per_s']:,.0f} padded)",
+        f"{entry[f'{unit}_per_s']:,.0f} {unit}/s",
+        f"({entry[f'padded_{unit}_per_s']:,.0f} padded)",
     ]
     if entry.get("mfu") is not None:
         said.append(f"MFU {100 * entry['mfu']:.0f} %")

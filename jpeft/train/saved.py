@@ -21,10 +21,12 @@ from ..io.peft import check_export
 from ..models import CheckpointError
 from ..models import _safetensors as safetensors
 from ..models._checkpoint import read_config
-from ..models._families import FAMILIES, LABELLED
+from ..models._families import LABELLED
 from ..models._files import is_file, read_json, write_text
 from ..models._hub import adapter_folder, is_id, model_folder
-from . import images, own, templates, tokenizer
+from . import own, readers, templates
+from .images import Processor
+from .tokenizer import Tokenizer
 
 #: Lines of a text file that a drift is measured on.
 SAMPLED = 64
@@ -59,36 +61,29 @@ class Opened:
     """
 
     model: Any
-    reader: tokenizer.Tokenizer | images.Processor
+    reader: readers.Reader
     info: Info
     base: Path
     name: str
     template: str | None = None
 
     @property
-    def tokenizer(self) -> tokenizer.Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         """The reader of texts.
 
         Raises:
           ValueError: the model reads images.
         """
-        if isinstance(self.reader, images.Processor):
-            raise ValueError(
-                f"this model is for {self.model.task} and reads images, not texts; jpeft predict takes image files, "
-                f"and jpeft eval --data a folder with a folder of images for each class"
-            )
-        return self.reader
+        return readers.of_texts(self.reader, self.model.task)
 
     @property
-    def processor(self) -> images.Processor:
-        """The reader of images.
+    def processor(self) -> Processor:
+        """What makes images ready.
 
         Raises:
           ValueError: the model reads texts.
         """
-        if not isinstance(self.reader, images.Processor):
-            raise ValueError(f"this model is for {self.model.task} and reads texts, not images")
-        return self.reader
+        return readers.of_images(self.reader, self.model.task).processor
 
 
 def save_adapter(
@@ -190,7 +185,7 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
             raise ValueError("name a model, an adapter, or both")
         base = model_folder(model)
         loaded = models.load(base)
-        return Opened(loaded, _reader(base), _hf_info(base, loaded.task), base, str(model))
+        return Opened(loaded, readers.load(base), _hf_info(base, loaded.task), base, str(model))
     folder = adapter_folder(adapter)
     if _is_hubs(folder):
         return _open_hubs(model, folder)
@@ -207,7 +202,7 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
         loaded = models.load(base, _task(config, base), num_labels=num_labels, quantize=info.quantize)
     adapted = own.read(loaded, folder) if ours else import_peft(loaded, folder)
     info = _with_labels(info, loaded)
-    return Opened(adapted, _reader(base), info, base, str(name), templates.beside(folder))
+    return Opened(adapted, readers.load(base), info, base, str(name), templates.beside(folder))
 
 
 def _task(config: Mapping[str, Any], base: Path) -> str | None:
@@ -218,12 +213,6 @@ def _task(config: Mapping[str, Any], base: Path) -> str | None:
         case {"auto_mapping": {"base_model_class": str(architecture)}}:
             return models.task_of(read_config(base), architecture)
     return None
-
-
-def _reader(base: Path) -> tokenizer.Tokenizer | images.Processor:
-    """What makes ready what the models of a folder read. Raises as `tokenizer.load` and `images.load`."""
-    family = FAMILIES.get(read_config(base).get("model_type", ""))
-    return images.load(base) if family is not None and family.reads == "pixel_values" else tokenizer.load(base)
 
 
 def _is_hubs(folder: Path) -> bool:
@@ -247,7 +236,7 @@ def _open_hubs(model: str | Path | None, folder: Path) -> Opened:
     names = tuple(sorted(labels, key=lambda name: labels[name])) if labels and loaded.task in LABELLED else None
     info = _with_labels(Info(names, None), loaded)
     adapted = import_adapters(loaded, folder)
-    return Opened(adapted, _reader(base), info, base, str(model), templates.beside(folder))
+    return Opened(adapted, readers.load(base), info, base, str(model), templates.beside(folder))
 
 
 def _with_labels(info: Info, loaded: Any) -> Info:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model makes of image files: the class of each, and how well the classes of a folder are told apart."""
+"""What a model makes of image files: the class of each."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,9 @@ import jax
 import numpy as np
 
 from .._partition import Leaves, combine, partition
-from .evaluate import Prediction, figures
-from .examples import IGNORED
-from .image_folder import Labelled
+from .evaluate import Prediction
 from .images import Processor
 from .losses import logits_of
-from .measures import MEASURES
-from .records import DataError
 
 
 def classify(
@@ -33,59 +29,20 @@ def classify(
     Raises:
       DataError: no file is given, or one holds no image.
     """
-    labels = np.full(len(files), IGNORED, np.int32)
-    batches = _batches(processor, files, labels, batch_size)
-    rows = [row for batch in _each(model, _probabilities, batches) for row in np.asarray(batch)]
-    found = zip(files, rows, strict=False)  # the rest is padding
-    return [Prediction(str(file), names[int(row.argmax())], float(row.max())) for file, row in found]
-
-
-def measured(model: Any, processor: Processor, found: Labelled, *, batch_size: int = 32) -> dict[str, float]:
-    """Loss, accuracy and macro-F1 over all images of a folder.
-
-    Args:
-      model, processor, batch_size: as of `classify`.
-      found: images and classes, in the order of the head's outputs.
-
-    Raises:
-      DataError: a file holds no image.
-      FloatingPointError: the loss is not finite.
-    """
-    measure = MEASURES["IMAGE_CLS"]
-    batches = _batches(processor, found.files, found.labels, batch_size)
-    outcomes = [jax.device_get(batch) for batch in _each(model, lambda m, b: measure.sums(m, b, 1), batches)]
-    return figures(measure, outcomes)
-
-
-def _probabilities(model: Any, batch: dict[str, Any]) -> jax.Array:
-    return jax.nn.softmax(logits_of(model, batch, None))
-
-
-def _each(model: Any, compute: Callable[..., Any], batches: Iterator[dict[str, np.ndarray]]) -> Iterator[Any]:
-    """What a function of the model makes of every batch, compiled once for a size of images."""
+    if batch_size < 1:
+        raise ValueError(f"a batch has 1 image or more, got {batch_size}")
     graphdef, trainable, frozen = partition(model)
 
     @jax.jit
-    def compiled(trainable: Leaves, frozen: Leaves, batch: dict[str, Any]) -> Any:
-        return compute(combine(graphdef, trainable, frozen), batch)
+    def probabilities(trainable: Leaves, frozen: Leaves, pixels: jax.Array) -> jax.Array:
+        return jax.nn.softmax(logits_of(combine(graphdef, trainable, frozen), {"pixel_values": pixels}, None))
 
-    for batch in batches:
-        yield compiled(trainable, frozen, batch)
-
-
-def _batches(
-    processor: Processor, files: Sequence[str | Path], labels: np.ndarray, batch_size: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of one size, the last filled up with black images that have no label."""
-    if not files:
-        raise DataError("no image file was given")
-    if batch_size < 1:
-        raise ValueError(f"a batch has 1 image or more, got {batch_size}")
-    size = min(batch_size, len(files))
-    for start in range(0, len(files), size):
-        pixels, known = processor.batch(files[start : start + size]), labels[start : start + size]
-        lacking = size - len(known)
-        yield {
-            "pixel_values": np.pad(pixels, [(0, lacking), (0, 0), (0, 0), (0, 0)]),
-            "labels": np.pad(known, (0, lacking), constant_values=IGNORED),
-        }
+    found, size = [], max(1, min(batch_size, len(files)))
+    for start in range(0, max(1, len(files)), size):
+        pixels = processor.batch(files[start : start + size])
+        whole = np.pad(pixels, [(0, size - len(pixels)), (0, 0), (0, 0), (0, 0)])
+        found += [*np.asarray(probabilities(trainable, frozen, whole))[: len(pixels)]]
+    return [
+        Prediction(str(file), names[int(row.argmax())], float(row.max()))
+        for file, row in zip(files, found, strict=True)
+    ]

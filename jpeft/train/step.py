@@ -21,11 +21,11 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from .._adapt import penalty
+from .._freed import give_back
 from .._partition import GraphDef, Leaves, combine
 from .._scope import scope
 from .._sharding import mirrored
 from .._steering import check_steered
-from .freed import give_back
 from .losses import Batch, Measured, Sums, cls_loss, lm_loss, qa_loss, token_cls_loss
 
 __all__ = ["Metrics", "State", "begin", "cls_loss", "lm_loss", "make_step", "qa_loss", "token_cls_loss"]
@@ -305,7 +305,7 @@ class Compiled:
             self.compile_seconds += time.perf_counter() - start
         return self._programs[shapes]
 
-    def lower(self, state: State, frozen: Mapping[str, Any], batch: Batch, key: jax.Array | None) -> jax.stages.Lowered:
+    def lower(self, state: Any, frozen: Any, batch: Any, key: Any) -> jax.stages.Lowered:
         """The program before it is compiled, for the devices that the arguments lie on; shapes in places will do.
 
         Arguments that it does not read are its arguments all the same, so that its memory is what a run takes.

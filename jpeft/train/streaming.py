@@ -9,11 +9,12 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from .batches import Batches, Fed
+from .batches import Batches
 from .buckets import Buckets, choose_widths
 from .data import Part
 from .encoding import Encoder
 from .examples import Examples, joined
+from .feed import Fed
 from .packing import Packs, pack
 from .records import Bad, DataError, Record, Refusals
 from .sections import Data

@@ -76,6 +76,7 @@ class Watch:
             )
         self._loggers = loggers.opened(config.logging, folder.path, dataclasses.asdict(config)) if is_main() else []
         self._profile = Profile(config.logging.profile, folder.path / "profile")
+        self._unit = dataset.train.unit
         self._sampler = _sampler(config, dataset)
         self._pending = [Metrics(*jax.tree.map(jnp.float32, tuple(metrics))) for metrics in carried]
         self._lap = _Lap(self.clock, 0, 0)
@@ -181,7 +182,7 @@ class Watch:
         """Ends the bar and the loggers, draws the figures, says where the time went.
 
         Returns:
-          real and padded tokens/s over all updates.
+          real and padded tokens/s, or images/s, over all updates.
         """
         self._bar.close()
         self.clock.spent["compile"] = self._compiled.compile_seconds
@@ -192,7 +193,8 @@ class Watch:
         said = self._profile.close()
         say("\n".join([f"time: {self.clock}", *([said] if said else [])]))
         real, padded, seconds = self._sum
-        return real / max(seconds, 1e-9), padded / max(seconds, 1e-9)
+        counted = max(seconds, 1e-9) * self._unit.tokens
+        return real / counted, padded / counted
 
     def _lap_figures(self) -> dict[str, Any]:
         """Rates since the last line, without the time of compilation, evaluation and saving."""
@@ -200,8 +202,8 @@ class Watch:
         for index, value in enumerate((lap.real, lap.padded, seconds)):
             self._sum[index] += value
         return {
-            "tokens_per_s": round(lap.real / seconds, 1),
-            "padded_tokens_per_s": round(lap.padded / seconds, 1),
+            f"{self._unit.name}_per_s": round(lap.real / self._unit.tokens / seconds, 1),
+            f"padded_{self._unit.name}_per_s": round(lap.padded / self._unit.tokens / seconds, 1),
             "mfu": None if not self._peak else _rounded(self._flops * lap.real / seconds / self._peak),
             "data_wait": _rounded(lap.waited() / seconds),
             "peak_memory_mb": round(utilization.peak_bytes() / 2**20, 1),

@@ -138,12 +138,14 @@ class Model:
 
     def run(self, model: Any, ids: Any, mask: Any = None, positions: Any = None, segments: Any = None) -> jax.Array:
         """Its outputs, one row per token; of packed rows, with room for four examples."""
+        if self.decodes:
+            decoder = {"decoder_input_ids": ids, "decoder_attention_mask": mask, "decoder_positions": positions}
+            with jpeft.max_segments(4):
+                packed = {"segment_ids": segments, "decoder_segment_ids": segments}
+                return model(ids, mask, positions=positions, **decoder, **packed)
         if segments is not None:
             with jpeft.max_segments(4):
                 return model(ids, mask, segment_ids=segments)
-        if self.decodes:
-            decoder = {"decoder_input_ids": ids, "decoder_attention_mask": mask, "decoder_positions": positions}
-            return model(ids, mask, positions=positions, **decoder)
         return model(ids, mask, positions=positions) if self.masks else model(ids)
 
 
@@ -158,7 +160,9 @@ MODELS = {
         _zoo(BERT, "TOKEN_CLS"), ("query", "output.dense", "word_embeddings"), ("query",), causal=False, packs=True
     ),
     "llama": Model(_zoo(LLAMA, "CAUSAL_LM"), ("q_proj", "down_proj", "lm_head"), ("q_proj",), caches=True, packs=True),
-    "t5": Model(_zoo(T5, "SEQ_2_SEQ_LM"), ("q", "wo", "shared"), ("q",), causal=False, decodes=True, caches=True),
+    "t5": Model(
+        _zoo(T5, "SEQ_2_SEQ_LM"), ("q", "wo", "shared"), ("q",), causal=False, decodes=True, caches=True, packs=True
+    ),
     "quantized llama": Model(
         lambda: jpeft.quantize(_zoo(LLAMA, "CAUSAL_LM")(), "nf4_double"),
         ("q_proj", "down_proj", "lm_head"),

@@ -18,7 +18,7 @@ SHAPE = subjects.FLOAT32
 PACKED = 1e-5
 
 #: What packed rows are tested of in the fast lane.
-QUICK = ("p-tuning on bert", "gated prefix tuning on bert", "noreft on bert")
+QUICK = ("p-tuning on bert", "gated prefix tuning on bert", "noreft on bert", "prompt tuning on t5")
 PACKING = [
     pytest.param(case, id=name, marks=() if name in QUICK else pytest.mark.slow)
     for case in CASES

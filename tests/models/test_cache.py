@@ -13,6 +13,7 @@ from zoo_reference import build
 from zoo_subjects import GEMMA2, GEMMA3, GPT2, PHI3, T5
 
 import jpeft
+from jpeft.models import _cache
 
 #: Two float32 programs whose sums are over another number of (masked) terms, three layers deep.
 ROUNDINGS = 2 * subjects.FLOAT32
@@ -188,3 +189,10 @@ def test_wrong_calls_are_refused():
     assert longrope.cache(1, 8).slots == 8
     with pytest.raises(ValueError, match=r"from 8 tokens on \(original_max_position_embeddings\) the longrope"):
         longrope.cache(1, 9)
+
+
+def test_the_place_of_a_token_is_one_for_all_rows_of_a_vmap():
+    """What tells a compiler that slots are written last is 0, of any numbers, and has no axis of rows."""
+    x = jnp.array([[1.0, -2.0], [jnp.nan, jnp.inf]])
+    assert jax.vmap(_cache._nothing, out_axes=None)(x) == 0
+    assert jax.jit(jax.vmap(_cache._nothing, out_axes=None))(x) == 0

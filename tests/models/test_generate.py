@@ -4,6 +4,7 @@
 import functools
 import importlib
 import json
+import re
 
 import chex
 import jax
@@ -265,3 +266,25 @@ def test_wrong_calls_are_refused(model):
             run(**told)
     with pytest.raises(ValueError, match="got Llama with the task FEATURE_EXTRACTION"):
         models.generate(build(CONFIGS["tied"], "FEATURE_EXTRACTION"), IDS, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_no_step_copies_the_cache(name, tmp_path):
+    """In the compiled loop nothing of the cache's shape is copied: slots are written where they lie."""
+    family(name).save_pretrained(tmp_path)
+    model = models.load(tmp_path)
+    generate = importlib.import_module("jpeft.models.generate")
+    call = generate._call(model, IDS, MASK, models.Options(max_new_tokens=NEW, bucket=8))
+    program = generate._write.lower(*call.sizes, call.leaves, call.prompt, call.how).compile().as_text()
+    loops = [_computation(program, name) for name in re.findall(r"body=%([\w.]+)", program)]
+    slots = r"= (f32\[\d+,\d+,\d+,\d+\])\S* "  # of one layer; a prompt's are of all layers
+    ((loop, written),) = [
+        (loop, found) for loop in loops if (found := re.findall(rf"{slots}fusion\(.*dynamic_update_slice", loop))
+    ]
+    assert len(written) == 2 * jax.eval_shape(lambda: model.cache(1, 4)).kv.keys.shape[0]
+    assert not {*written} & {*re.findall(rf"{slots}copy\(", loop)}
+
+
+def _computation(program, name):
+    """The text of one of a program's computations."""
+    return program.split(f"\n%{name} (", 1)[1].split("\n}", 1)[0]

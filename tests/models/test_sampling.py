@@ -55,3 +55,19 @@ def test_draws_have_transformers_probabilities(name):
     assert statistic < scipy.stats.chi2.ppf(0.999, left.sum() - 1)
     plain = DRAWS * scipy.special.softmax(LOGITS.astype(np.float64))  # what no rule would give is told apart
     assert ((observed - plain) ** 2 / plain).sum() > scipy.stats.chi2.ppf(0.999, VOCAB - 1)
+
+
+def test_the_likeliest_is_the_first_of_the_largest():
+    """As `jnp.argmax`: ties, infinities, NaN in a row and rows of it alone."""
+    rng = np.random.default_rng(0)
+    logits = rng.integers(-3, 4, (40, 37)).astype(np.float32)
+    logits[3], logits[4], logits[5, 7:9], logits[6, 20] = -np.inf, np.nan, np.nan, np.inf
+    np.testing.assert_array_equal(_sampling.likeliest(jnp.asarray(logits)), jnp.argmax(logits, -1))
+
+
+def test_tokens_are_drawn_as_jax_draws_them():
+    logits = 3 * jax.random.normal(jax.random.key(0), (6, 50))
+    keys = jax.random.split(jax.random.key(1), 6)
+    drawn = _sampling.choose(logits, None, _sampling.rules(1.0, None, None, None, None), keys, 4)
+    expected = [jax.random.categorical(jax.random.fold_in(key, 4), row) for key, row in zip(keys, logits, strict=True)]
+    np.testing.assert_array_equal(drawn, np.stack(expected))

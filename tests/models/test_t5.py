@@ -252,8 +252,8 @@ def test_wrong_calls_are_refused():
     model, inputs = build(TINY, LM), jax.tree.map(jnp.asarray, batch(T5))
     with pytest.raises(ValueError, match="give either input_ids or inputs_embeds"):
         model(decoder_input_ids=inputs["decoder_input_ids"])
-    with pytest.raises(ValueError, match="packs no rows; segment_ids must be None"):
-        model(**inputs, segment_ids=inputs["input_ids"])
+    with pytest.raises(ValueError, match="no token types; token_type_ids must be None"):
+        model(**inputs, token_type_ids=inputs["input_ids"])
     with pytest.raises(ValueError, match="the config has no pad_token_id"):
         build(TINY | {"pad_token_id": None}, LM).decoder_inputs(jnp.ones((1, 3), int))
 

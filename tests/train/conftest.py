@@ -5,6 +5,7 @@ import json
 import random
 
 import jax
+import painted
 import pytest
 
 import jpeft
@@ -109,6 +110,35 @@ def generate(llama, reviews, tmp_path):
         "method": {"kind": "lora", "rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "embed_tokens"]},
         "optimizer": {"lr": 2e-2},
         "train": {"epochs": 1, "batch_size": 16, "log_every": 3},
+        "out": str(tmp_path / "run"),
+    }
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory):
+    """Folder of a tiny ViT without a head."""
+    return painted.write_vit(tmp_path_factory.mktemp("models") / "vit", hidden_dropout_prob=0.1)
+
+
+@pytest.fixture(scope="session")
+def pets(tmp_path_factory):
+    """Folder with train/ and validation/ (37 and 14 images of two classes)."""
+    folder = tmp_path_factory.mktemp("pets")
+    painted.paint(folder / "train", 19, 0)
+    (folder / "train" / "red" / "18.png").unlink()
+    painted.paint(folder / "validation", 7, 1)
+    return folder
+
+
+@pytest.fixture
+def see(vit, pets, tmp_path):
+    """A configuration, as plain values, that trains a classifier of images."""
+    return {
+        "model": {"path": str(vit), "task": "IMAGE_CLS"},
+        "data": {"train": str(pets / "train"), "eval": str(pets / "validation")},
+        "method": {"kind": "lora", "rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"], "dropout": 0.1},
+        "optimizer": {"lr": 2e-2},
+        "train": {"epochs": 2, "batch_size": 8, "log_every": 3},
         "out": str(tmp_path / "run"),
     }
 

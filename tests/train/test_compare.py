@@ -4,10 +4,12 @@
 import copy
 import csv
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jpeft.train import cli, config
 from jpeft.train.compare import digest, measure, report, runner, study, table
@@ -65,6 +67,11 @@ def test_the_runs_of_a_study(tree):
         ({"seeds": [1, 1]}, "seeds must be different"),
         ({"tune": {"optimizer.lr": [1]}, "tune_seed": 0}, "tune_seed=0 is one of the seeds"),
         ({"sizes": [0]}, "sizes must be 1 or more"),
+        ({"lanes": 0}, "lanes must be 1 or more, got 0"),
+        (
+            {"lanes": 2, "run": {"train": {"best": "loss", "max_steps": 2}}},
+            r"train\.best='loss' is not for lanes=2: lanes of one step are judged by their evaluation at the end",
+        ),
         ({"baselines": ["untuned"]}, "untuned is for CAUSAL_LM"),
         ({"methods": {"a": METHODS["lora"], "A": METHODS["lora"]}}, "differ in more than case"),
         ({"methods": {"lora": {"method": {"kind": "lora", "rnk": 2}}}}, "seed 0: unknown key method.rnk; did you mean"),
@@ -84,6 +91,15 @@ def test_trials_need_a_validation_split(tree):
         with_(tree, tune={"optimizer.lr": [1.0]})
 
 
+def test_lanes_need_a_validation_split_and_leave_no_times(tree):
+    tree["tasks"]["reviews"]["target"] = 0.9
+    with pytest.raises(config.ConfigError, match="with lanes=2 no run has a time of its own"):
+        with_(tree, lanes=2)
+    del tree["tasks"]["reviews"]["data"]["eval"]
+    with pytest.raises(config.ConfigError, match=r"lanes=2 needs data\.eval in every task"):
+        with_(tree, lanes=2)
+
+
 def test_a_study_from_yaml(tree, tmp_path):
     file = tmp_path / "study.yaml"
     file.write_text(json.dumps(tree))  # JSON is YAML
@@ -97,17 +113,18 @@ def test_a_study_from_yaml(tree, tmp_path):
 
 # ------------------------------------------------------------------------------------------- runs that are gone on with
 
-#: Stands in for a run's process: writes how often it was called, and a result.
+#: Stands in for a process: writes what it was called for, and the results.
 _FAKE = """
 import json, pathlib, sys
-folder = pathlib.Path(sys.argv[1])
-plan = json.loads((folder / "plan.json").read_text())
-lr = plan["config"]["optimizer"]["lr"]
-with open({log!r}, "a") as log: log.write(str(folder) + "\\n")
-if {die!r} in str(folder): sys.exit(9)
-result = {{"plan": plan, "eval": {{"accuracy": 1 - abs(lr - 0.1), "loss": 1.0}}, "seconds": 1.0}}
-if lr > 1: result = {{"plan": plan, "failed": "loss nan", "seconds": 1.0}}
-(folder / "result.json").write_text(json.dumps(result))
+folders = [pathlib.Path(folder) for folder in sys.argv[1:]]
+with open({log!r}, "a") as log: log.write("\\t".join(map(str, folders)) + "\\n")
+for folder in folders:
+    plan = json.loads((folder / "plan.json").read_text())
+    lr = plan["config"]["optimizer"]["lr"]
+    if {die!r} in str(folder): sys.exit(9)
+    result = {{"plan": plan, "eval": {{"accuracy": 1 - abs(lr - 0.1), "loss": 1.0}}, "seconds": 1.0}}
+    if lr > 1: result = {{"plan": plan, "failed": "loss nan", "seconds": 1.0}}
+    (folder / "result.json").write_text(json.dumps(result))
 """
 
 
@@ -129,6 +146,28 @@ def test_a_study_that_was_cut_off_goes_on(tree, tmp_path):
     assert len(calls(tmp_path)) == 5  # the one that failed again, and the one that was left
     runner.conduct(with_(tree, seeds=[0, 1, 2]), lambda _: None, fake(tmp_path))
     assert sorted(calls(tmp_path)[5:]) == ["reviews/tiny/bitfit/seed 2", "reviews/tiny/lora/seed 2"]
+
+
+def test_lanes_share_a_process_and_what_is_made_is_not_made_again(tree, tmp_path):
+    """Trials of a method together, its seeds together; of a lot that was cut off, what it left is kept."""
+    s = with_(tree, seeds=[0, 1, 2], lanes=2, tune={"optimizer.lr": [0.01, 0.1]})
+
+    def processes():
+        return [
+            [folder.split("/tiny/")[1] for folder in line.split("\t")]
+            for line in (tmp_path / "log").read_text().splitlines()
+        ]
+
+    with pytest.raises(runner.RunFailed, match=r"bitfit/seed 1 ended with exit code 9.*bitfit/seed 0/log\.txt ends"):
+        runner.conduct(s, lambda _: None, fake(tmp_path, die="bitfit/seed 1"))
+    trials = [[f"{name}/trial lr={lr}" for lr in (0.01, 0.1)] for name in ("lora", "bitfit")]
+    loras = [["lora/seed 0", "lora/seed 1"], ["lora/seed 2"]]
+    assert processes() == [*trials, *loras, ["bitfit/seed 0", "bitfit/seed 1"]]
+    done = runner.conduct(s, lambda _: None, fake(tmp_path))
+    assert processes()[5:] == [["bitfit/seed 1", "bitfit/seed 2"]]
+    assert [(d.run.method, d.run.seed) for d in done] == [(m, n) for m in ("lora", "bitfit") for n in range(3)]
+    runner.conduct(with_(tree, seeds=[0, 1, 2], tune=s.tune), lambda _: None, fake(tmp_path))  # lanes=1: the same study
+    assert len(processes()) == 6
 
 
 def test_the_best_trial_is_taken_and_divergence_is_not(tree, tmp_path):
@@ -234,6 +273,52 @@ def test_what_is_tested_is_what_was_saved(tree, tmp_path):
         assert result["test"][score] == pytest.approx(result["eval"][score], abs=1e-6)
     assert sum(result["train_labels"]) == 5
     assert json.loads(json.dumps(result)) == result
+
+
+#: Relative error of the losses of two trainings of some updates in float32, whose sums are added in another order.
+TOGETHER = 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [METHODS["lora"], {"method": {"kind": "pfeiffer", "reduction_factor": 4}}])
+def test_runs_that_are_trained_together_are_what_each_is_alone(method, tree, tmp_path):
+    """Two seeds, one with another rate and one that diverges, in one process: every figure of the run itself."""
+    task = tree["tasks"]["reviews"]
+    tree["tasks"]["reviews"] = {**task, "data": {**task["data"], "num_widths": 1}}
+    s = with_(tree, methods={"lora": method}, seeds=[0, 1])
+    plans = [runner._plan(s, run) for run in study.finals(s, {})]
+    folders = [tmp_path / name for name in ("a", "b", "lost", "alone")]
+    plans[1]["config"]["optimizer"] = {"lr": 2e-3}
+    plans.append(copy.deepcopy(plans[1]))
+    plans[2]["config"]["optimizer"] = {"lr": 1e30}
+    for folder, plan in zip(folders, [*plans, plans[1]], strict=True):
+        folder.mkdir()
+        (folder / "plan.json").write_text(json.dumps(plan))
+    measure.main(*folders[:3])
+    measure.main(folders[3])
+    first, lane, lost, alone = (json.loads((folder / "result.json").read_text()) for folder in folders)
+    assert (lane["lanes"], first["lanes"], "lanes" in alone) == (3, 3, False)
+    assert re.match(r"update \d+: loss nan\. The update was not made|a gradient in 10 updates", lost["failed"])
+    assert lane["eval"]["loss"] == pytest.approx(alone["eval"]["loss"], rel=TOGETHER)
+    assert lane["eval"]["loss"] != first["eval"]["loss"]
+    assert [at["update"] for at in lane["curve"]] == [at["update"] for at in alone["curve"]]
+    assert lane["test"] == pytest.approx(alone["test"], rel=TOGETHER)
+    for same in ("parameters", "adapter_kb", "collapsed", "train_labels", "label_names"):
+        assert lane[same] == alone[same]
+    for kept in ("gflop_step", "updates"):
+        assert lane["training"][kept] == alone["training"][kept]
+    assert lane["memory"] == {key: alone["memory"][key] for key in ("program_mb", "parts_mb")}
+    assert ("latency_ms" in first, "latency_ms" in lane) == (True, False)
+    weights = [
+        {key: x for file in (folder / "train" / "adapter").glob("*.safetensors") for key, x in load_file(file).items()}
+        for folder in (folders[1], folders[3])
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    for key, x in weights[0].items():
+        np.testing.assert_allclose(x, weights[1][key], rtol=1e-4, atol=1e-6)
+    s = with_(tree, methods={"lora": method}, seeds=[0, 1], lanes=3)
+    made = digest.digested(s, [runner.Done(run, r) for run, r in zip(study.finals(s, {}), (first, lane), strict=True)])
+    assert "2 of them trained with others of their method in one compiled step" in made.protocol[0]
 
 
 @pytest.mark.slow

@@ -307,3 +307,55 @@ def test_a_real_model_from_end_to_end(data, tmp_path):
         assert len(record["examples"]) == 10
         assert all(len(example["texts"]) == 1 for example in record["examples"])
     assert "rouge_l" in report.write(s, runs).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("confined")
+def test_maths_and_programs_are_tasks_of_one_study(data, tmp_path):
+    """Taught on real solutions, asked real questions, by real processes; a model of stories can do neither."""
+    sums, programs = (
+        [json.loads(line) for line in (data / name / "test.jsonl").read_text().splitlines()]
+        for name in ("gsm8k", "humaneval")
+    )
+    sums.sort(key=lambda row: len(row["question"] + row["answer"]))
+    programs.sort(key=lambda row: len(row["prompt"]))
+    solved = [{"text": row["prompt"] + row["canonical_solution"]} for row in programs[4:20]]
+    files = {
+        "sums": sums[4:20], "more sums": sums[20:24], "asked sums": sums[:4],
+        "programs": solved[:12], "more programs": solved[12:], "asked programs": programs[:4],
+    }  # fmt: skip
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def task(name, **asked):
+        said = {"train": str(tmp_path / f"{name}.jsonl"), "eval": str(tmp_path / f"more {name}.jsonl")}
+        rows = {"data": {**said, "template": "plain", "max_length": 128, "num_widths": 1}}
+        return {"task": "CAUSAL_LM", **rows, "test": str(tmp_path / f"asked {name}.jsonl"), **asked}
+
+    drawn = {"samples": 2, "temperature": 0.8, "max_new_tokens": 8, "batch_size": 4}
+    tree = {
+        "out": str(tmp_path / "study"),
+        "models": {"stories": {"path": str(data / "models" / "stories260K")}},
+        "tasks": {
+            "sums": task("sums", write="gsm8k", writing={"max_new_tokens": 8, "batch_size": 4}),
+            "programs": task("programs", write="humaneval", writing=drawn),
+        },
+        "methods": {"lora": {"method": {"kind": "lora", "rank": 4}}},
+        "run": {"train": {"max_steps": 2, "batch_size": 4, "save_every": None}, "optimizer": {"lr": 1e-3}},
+        "seeds": [0],
+        "baselines": ["untuned"],
+    }
+    s = study.parse(tree)
+    runs = runner.conduct(s, lambda _: None)
+    found = {table.task: table for table in report.digests.digested(s, runs).tables}
+    assert {name: table.main for name, table in found.items()} == {"sums": "strict_match", "programs": "pass@1"}
+    for name, table in found.items():
+        assert table.examples == 4
+        assert [row.method for row in table.rows] == ["untuned", "lora"]
+        assert [row.scores[table.main].mean for row in table.rows] == [0, 0]
+        file = tmp_path / "study" / "runs" / name / "stories" / "lora" / "seed 0" / "texts.json"
+        examples = json.loads(file.read_text())["examples"]
+        assert all(len(row["texts"]) == (2 if name == "programs" else 1) for row in examples)
+    assert {"strict_match", "flexible_extract", "equal_value"} < {*found["sums"].rows[0].scores}
+    assert {"pass@1", "token_jaccard"} <= {*found["programs"].rows[0].scores}
+    assert "pass@1" in report.write(s, runs).read_text()

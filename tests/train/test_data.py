@@ -301,10 +301,10 @@ def test_the_shapes_of_an_epoch_are_bounded(reviews, bert):
 def test_other_examples_come_in_the_training_widths(tmp_path, bert, reviews):
     train = batches(encode(reviews / "train.jsonl", bert), accumulation=2)
     file = write(tmp_path / "a.jsonl", [{"text": "the " * n, "label": "good"} for n in (2, 9, 30)])
-    same = data.batches_like(train, encode(reviews / "eval.jsonl", bert))
+    same = train.like(encode(reviews / "eval.jsonl", bert))
     assert same.buckets.widths == train.buckets.widths
     assert (same.buckets.batch_rows, same.accumulation) == (4, 1)
-    longer = data.batches_like(train, encode(file, bert))
+    longer = train.like(encode(file, bert))
     assert longer.buckets.widths == (*train.buckets.widths, 32)
-    cut = data.batches_like(train, encode(file, bert, max_length=30))
+    cut = train.like(encode(file, bert, max_length=30))
     assert cut.buckets.widths == (*train.buckets.widths, 30)

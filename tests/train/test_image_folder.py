@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images in folders by class: what is found, what is refused, a ViT that learns two colours, and what commands say."""
 
-import json
 import re
 
 import jax
@@ -10,37 +9,19 @@ import optax
 import pytest
 import torch
 import transformers
-from PIL import Image
+from painted import paint, write_vit
 from transformers.image_utils import load_image
 
 import jpeft
 from jpeft import models
 from jpeft.io.card import Card
-from jpeft.train import cli, config, image_folder, images, saved
+from jpeft.train import cli, image_folder, images, saved
 from jpeft.train.losses import cls_loss, cls_sums
 from jpeft.train.records import DataError
 from jpeft.train.step import begin, make_step
 
 #: float32 against float32, at logits of unit scale.
 CLOSE = 1e-5
-
-VIT = {
-    "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
-    "image_size": 8, "patch_size": 4, "num_channels": 3, "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}  # fmt: skip
-
-
-def _paint(root, count, seed):
-    """Noisy pictures, more red or more blue, of various sizes."""
-    rng = np.random.default_rng(seed)
-    for channel, name in ((2, "blue"), (0, "red")):
-        (root / name).mkdir(parents=True)
-        for at in range(count):
-            values = rng.integers(0, 120, (*rng.integers(9, 20, 2), 3))
-            values[..., channel] += 100
-            Image.fromarray(values.astype(np.uint8)).save(root / name / f"{at}.png")
-    return root
 
 
 def _trained(base, batch):
@@ -56,7 +37,7 @@ def _trained(base, batch):
 
 
 def test_files_are_found_by_class(tmp_path):
-    root = _paint(tmp_path / "train", 2, 0)
+    root = paint(tmp_path / "train", 2, 0)
     (root / "red" / ".DS_Store").touch()
     (root / "red" / "1.png").rename(root / "red" / "1.PNG")
     found = image_folder.find(root)
@@ -73,11 +54,9 @@ def test_files_are_found_by_class(tmp_path):
 
 
 def test_a_vit_learns_colours_from_files_and_is_the_same_when_opened_again(tmp_path):
-    model = tmp_path / "vit"
-    models.save(models.build(VIT, "IMAGE_CLS", key=jax.random.key(0), num_labels=2), model)
-    (model / images.FILE).write_text(json.dumps({"image_processor_type": "ViTImageProcessor", "size": 8}))
-    train = image_folder.find(_paint(tmp_path / "train", 16, 0))
-    test = image_folder.find(_paint(tmp_path / "test", 8, 1), train.names)
+    model = write_vit(tmp_path / "vit", "IMAGE_CLS")
+    train = image_folder.find(paint(tmp_path / "train", 16, 0))
+    test = image_folder.find(paint(tmp_path / "test", 8, 1), train.names)
     processor = images.load(model)
     batch, held = ({"pixel_values": processor.batch(part.files), "labels": part.labels} for part in (train, test))
 
@@ -103,7 +82,7 @@ def test_a_vit_learns_colours_from_files_and_is_the_same_when_opened_again(tmp_p
         (["a/1.png", "loose.png"], r"loose\.png is in no class"),
         (["a/1.png"], r"needs two labels or more; the folders in .* are a$"),
         (["a/1.png", "b/notes.txt"], r"b/notes\.txt is no image file; they end in \.png"),
-        (["a/1.png", "b/deep/1.png"], r"b/deep is no image file"),
+        (["a/1.png", "b/deep/1.png"], r"b/deep is no image file but a folder; name the folder whose"),
         (["a/1.png", "b/.hidden.png"], r"b holds no image of its class"),
         ([], r"the folders in .* are none"),
     ],
@@ -119,7 +98,7 @@ def test_what_is_no_folder_of_classes_is_refused(tmp_path, made, message):
 
 
 def test_classes_are_those_that_were_trained(tmp_path):
-    root = _paint(tmp_path / "test", 1, 0)
+    root = paint(tmp_path / "test", 1, 0)
     with pytest.raises(DataError, match=r"test/blue is of none of the classes red, green"):
         image_folder.find(root, ("red", "green"))
     (tmp_path / "empty").mkdir()
@@ -133,16 +112,13 @@ def test_classes_are_those_that_were_trained(tmp_path):
 def lora(tmp_path_factory):
     """(adapter, its base without a head, images): LoRA that learned two colours, with its head, as saved."""
     root = tmp_path_factory.mktemp("lora")
-    base = root / "vit"
-    models.save(models.build(VIT, "FEATURE_EXTRACTION", key=jax.random.key(0)), base)
-    said = {"image_processor_type": "ViTImageProcessor", "size": 8, "image_mean": [0.4, 0.5, 0.6]}
-    (base / images.FILE).write_text(json.dumps(said))
+    base = write_vit(root / "vit")
     head = models.load(base, "IMAGE_CLS", key=jax.random.key(4), num_labels=2)
-    train = image_folder.find(_paint(root / "train", 16, 0))
+    train = image_folder.find(paint(root / "train", 16, 0))
     batch = {"pixel_values": images.load(base).batch(train.files), "labels": train.labels}
     model = _trained(head, batch)
     saved.save_adapter(model, root / "adapter", base, saved.Info(("blue", "red"), None), Card())
-    return root / "adapter", base, _paint(root / "test", 5, 3)
+    return root / "adapter", base, paint(root / "test", 5, 3)
 
 
 def _run(capsys, *arguments):
@@ -182,7 +158,7 @@ def test_an_adapter_of_images_is_merged_and_predicts_and_is_measured_as_transfor
         code, out, _ = _run(capsys, "eval", *named, "--data", root, "--batch-size", 4)  # the last batch has 2 of 10
         assert code == 0
         said = dict(line.split() for line in out.splitlines()[1:])
-        assert out.splitlines()[0] == "10 images of 2 classes"
+        assert out.splitlines()[0] == "10 rows -> 10 images"
         loss = -np.log(truth[np.arange(10), found.labels]).mean()
         np.testing.assert_allclose(float(said["loss"]), loss, rtol=CLOSE, atol=CLOSE)
         np.testing.assert_allclose(float(said["accuracy"]), (truth.argmax(-1) == found.labels).mean(), atol=1e-6)
@@ -221,10 +197,13 @@ def test_a_bad_file_is_named_by_the_commands(capsys, lora, tmp_path, content, me
     ("arguments", "message"),
     [
         (["predict", "--max-length", "8", "x.png"], "reads images .IMAGE_CLS.; --max-length is for models that read t"),
-        (["eval", "--data", "ROOT", "--text", "a", "--label", "b"], "--text, --label is for models that read texts"),
-        (["eval", "--data", "ROOT", "ROOT"], "--data is one folder"),
+        (
+            ["eval", "--data", "ROOT", "--text", "a", "--max-length", "9"],
+            "--text, --max-length is for models that read",
+        ),
+        (["eval", "--data", "ROOT", "--label", "b"], "no column 'b'; it has image, label"),
         (["eval", "--data", "ROOT/blue"], "is in no class"),
-        (["eval", "--data", "ROOT", "--batch-size", "0"], "a batch has 1 image or more, got 0"),
+        (["eval", "--data", "ROOT", "--batch-size", "0"], "--batch-size is 1 or more, got 0"),
         (["eval", "--task", "sst2"], "IMAGE_CLS"),
         (["merge", "--out", "OUT/out", "--text", "NOTES"], "reads images, not texts; jpeft predict takes image files"),
         (["predict", "ROOT/absent.png"], r"absent\.png"),
@@ -246,8 +225,3 @@ def test_a_model_of_texts_has_no_processor(bert):
     opened = saved.open_model(bert, None)
     with pytest.raises(ValueError, match="reads texts, not images"):
         _ = opened.processor
-
-
-def test_a_training_of_images_is_refused_by_name():
-    with pytest.raises(config.ConfigError, match=r"model\.task: .*got 'IMAGE_CLS'"):
-        config.parse({"model": {"path": "vit", "task": "IMAGE_CLS"}, "data": {"train": "pets"}, "out": "run"})

@@ -10,6 +10,7 @@ from jpeft.train import batches as made
 from jpeft.train import packing
 from jpeft.train.examples import IGNORED, Examples
 from jpeft.train.losses import lm_sums
+from jpeft.train.records import DataError
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 53, "hidden_size": 32,
@@ -122,7 +123,7 @@ def test_a_process_makes_its_own_rows_alone(kind):
 
 def test_what_is_evaluated_beside_packed_rows_is_padded():
     train, held = walk(examples([9, 30, 7]), "best_fit"), examples([5, 6, 50, 7])
-    made_like = made.batches_like(train, held)
+    made_like = train.like(held)
     assert made_like.buckets.widths == (8, 50)
     assert "segment_ids" not in made_like.collate(made_like.buckets.in_order()[0])
 
@@ -219,5 +220,5 @@ def test_a_walk_goes_on_from_any_position(kind):
 )
 def test_a_position_of_other_data_is_refused(position):
     walked = walk(examples([5, 6, 7]), "none")
-    with pytest.raises(made.DataError, match="is no position in this data, whose seed is 5"):
+    with pytest.raises(DataError, match="is no position in this data, whose seed is 5"):
         next(walked.walk(5, position))

@@ -13,6 +13,7 @@ from jpeft.train import config, loop, recipes
 SMALL = {
     "MINILM": ["data.max_length=16", "train.batch_size=4"],
     "LLAMA": ["data.max_length=48", "train.batch_size=2", "data.template=plain", "model.remat=none", "method.rank=2"],
+    "VIT": ["train.batch_size=4"],
     "JPEFT_DATA": ["data.max_length=8", "train.batch_size=2", "method.rank=2"],
 }
 #: Rows of the data sets, in their own forms.
@@ -22,7 +23,7 @@ ROWS = {
     "instruct": {"instruction": "a good film", "input": "", "output": "the scene is bad"},
     "pubmedqa": {"question": "is the film good", "contexts": ["the plot was fine"], "final_decision": "yes"},
 }
-FAST = ("sst2_minilm_lora", "gsm8k_llama_lora")
+FAST = ("sst2_minilm_lora", "gsm8k_llama_lora", "pets_vit_lora")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def data(tmp_path_factory, llama):
     for file in ("train", "eval"):
         (folder / f"{file}.jsonl").write_text((json.dumps(pair) + "\n") * 12)
     (folder / "text").mkdir()
-    (folder / "text" / "tinyshakespeare.txt").write_text("the film was good and the plot is poor\n" * 20)
+    (folder / "text" / "tinyshakespeare.txt").write_text("the film was good and the plot is poor\n\n" * 20)
     (folder / "models").mkdir()
     (folder / "models" / "stories260K").symlink_to(llama)
     return folder
@@ -49,8 +50,9 @@ def data(tmp_path_factory, llama):
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in recipes.listed()]
 )
-def test_a_recipe_trains(name, data, bert, llama, tmp_path, monkeypatch):
-    for variable, value in {"JPEFT_DATA": data, "PAIRS": data, "MINILM": bert, "LLAMA": llama}.items():
+def test_a_recipe_trains(name, data, bert, llama, vit, pets, tmp_path, monkeypatch):
+    places = {"JPEFT_DATA": data, "PAIRS": data, "MINILM": bert, "LLAMA": llama, "VIT": vit, "PETS": pets}
+    for variable, value in places.items():
         monkeypatch.setenv(variable, str(value))
     file = tmp_path / f"{name}.yaml"
     file.write_text(recipes.text(name))

@@ -15,7 +15,8 @@ from jpeft.io.checkpoint import steps
 from jpeft.models import CheckpointError
 from jpeft.train import cli, config, exits, identity, interruption, loop, watch
 
-TIMES = {"seconds", "tokens_per_s", "padded_tokens_per_s", "mfu", "data_wait", "peak_memory_mb"}
+TIMES = {"seconds", "tokens_per_s", "padded_tokens_per_s", "images_per_s", "padded_images_per_s", "mfu", "data_wait",
+         "peak_memory_mb"}  # fmt: skip
 
 
 def lines(out):
@@ -57,13 +58,15 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_run_that_was_stopped_twice_is_the_run_that_was_not(classify, tmp_path, at, capsys):
+@pytest.mark.parametrize("subject", ["classify", "see"])
+def test_a_run_that_was_stopped_twice_is_the_run_that_was_not(subject, request, tmp_path, at, capsys):
     """By SIGTERM where an evaluation is due, then by a crash between two checkpoints and two lines."""
+    tree = request.getfixturevalue(subject)
     overrides = ["train.max_steps=9", "train.epochs=null", "train.batch_size=8", "train.accumulation=2",
                  "train.eval_every=4", "train.log_every=3", "train.save_every=5", "train.best=loss",
-                 "data.num_widths=1"]  # fmt: skip
-    whole = config.parse(config.overridden(classify, [*overrides, f"out={tmp_path / 'whole'}"]))
-    parts = config.parse(config.overridden(classify, [*overrides, f"out={tmp_path / 'parts'}"]))
+                 *(["data.num_widths=1"] if subject == "classify" else [])]  # fmt: skip
+    whole = config.parse(config.overridden(tree, [*overrides, f"out={tmp_path / 'whole'}"]))
+    parts = config.parse(config.overridden(tree, [*overrides, f"out={tmp_path / 'parts'}"]))
     loop.train(whole)
     at[4] = terminate
     with pytest.raises(interruption.Interrupted, match="after update 4"):

@@ -54,7 +54,7 @@ def test_a_wrong_sweep(changes, said, tree):
 @pytest.mark.parametrize(
     "section, values, said",
     [
-        (None, {"mesh": "data=1"}, "base.mesh='data=1' is not for a sweep: lanes of a sweep lie on one device"),
+        (None, {"mesh": "data=1"}, "base.mesh='data=1' is not for a sweep: lanes of one step lie on one device"),
         ("train", {"best": "loss"}, "base.train.best='loss' is not for a sweep"),
         ("data", {"eval": []}, "base.data.eval names no file"),
     ],

@@ -12,7 +12,7 @@ HELP = "loss and metrics of a model on a file, or by a task"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, and the rows."""
     names_model(parser)
-    parser.add_argument("--data", nargs="+", metavar="FILE", help=".jsonl, .csv ...; or the folder of images by class")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help=".jsonl, .csv ...; or a folder of images by class")
     parser.add_argument("--text", metavar="COLUMN", help="column of the text (text or sentence)")
     parser.add_argument("--label", metavar="COLUMN", help="column of the label (label)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows at a time (32)")
@@ -24,6 +24,8 @@ def run(options: argparse.Namespace) -> None:
     """Prints what was read, and a line for each metric."""
     if options.task is None and not options.data:
         raise config.ConfigError("jpeft eval takes a file (--data), or a task (--task)")
+    if options.batch_size < 1:
+        raise config.ConfigError(f"--batch-size is 1 or more, got {options.batch_size}")
     from .. import compilation
 
     compilation.keep_programs()
@@ -31,29 +33,19 @@ def run(options: argparse.Namespace) -> None:
         testing.run(options)
         return
     from ... import partition
-    from .. import data, image_folder, saved, seeing
+    from .. import data, saved
     from ..evaluate import Evaluator
 
     opened = saved.open_model(options.model, options.adapter)
-    if opened.model.task == "IMAGE_CLS":
-        no_text(options, "text", "label", "max_length")
-        if len(options.data) > 1:
-            raise config.ConfigError(
-                f"--data is one folder, with a folder of images for each class; got {len(options.data)}"
-            )
-        found = image_folder.find(options.data[0], saved.label_names(opened))
-        print(f"{len(found):,} images of {len(found.names)} classes")
-        measured = seeing.measured(opened.model, opened.processor, found, batch_size=options.batch_size)
-        for name, value in measured.items():
-            print(f"{name} {value:.6f}")
-        return
+    if opened.model.task in config.SEEING:
+        no_text(options, "text", "max_length")
     names = saved.label_names(opened) if opened.model.task in config.CLASSIFYING else None
     length = options.max_length or opened.info.max_length or 128
     what = config.Data(train=tuple(options.data), text=options.text, label=options.label, max_length=length)
     rows = data.read_rows(what, opened.model.task, "train")
-    examples = data.encode(rows, what, opened.tokenizer, names)
-    batches = data.batches_by(what, examples, options.batch_size, opened.tokenizer.pad_id)
+    examples = data.encode(rows, what, opened.reader, names)
+    feed = data.evaluated(what, examples, options.batch_size, opened.reader)
     print(examples)
     graphdef, trainable, frozen = partition(opened.model)
-    for name, value in Evaluator(graphdef, opened.model.task)(trainable, frozen, batches).metrics.items():
+    for name, value in Evaluator(graphdef, opened.model.task)(trainable, frozen, feed).metrics.items():
         print(f"{name} {value:.6f}")

@@ -63,10 +63,21 @@ def _short(value: Any) -> Any:
     return [_short(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
+def _processes(runs: Sequence[Done]) -> str:
+    """How the runs were shared out."""
+    lanes = [done.result["lanes"] for done in runs if "lanes" in done.result]
+    if not lanes:
+        return "each run trained in a process of its own"
+    return (
+        f"{len(lanes)} of them trained with others of their method in one compiled step, up to {max(lanes)} at once, "
+        "each as it would be alone: what these take in time is not known"
+    )
+
+
 def protocol(study: Study, runs: Sequence[Done]) -> list[str]:
     """What was done, in lines."""
     seeds = ", ".join(map(str, study.seeds))
-    lines = [f"{len(runs)} runs; seeds {seeds}; each run trained in a process of its own."]
+    lines = [f"{len(runs)} runs; seeds {seeds}; {_processes(runs)}."]
     if study.tune:
         by = "" if study.tune_by is None else f" by its {study.tune_by}"
         tried = "; ".join(f"{key} from {', '.join(map(str, values))}" for key, values in study.tune.items())

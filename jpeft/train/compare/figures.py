@@ -13,7 +13,7 @@ from .radar import radar
 from .table import Row, Table
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-MARKERS = "osD^vP*X<>hp"
+MARKERS = "osD^vP*X<>hpd"  # 13, and 8 colours: no pair comes twice among 104 methods
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "++", "ooo", "**")
 
@@ -217,8 +217,8 @@ def _groups(axes: Any, table: Table) -> bool:
 
 def _forgetting(axes: Any, table: Table) -> bool:
     """What was gained against what was forgotten: the best is at the lower left for perplexities."""
-    rows = [row for row in table.rows if row.scores and row.costs["general loss after"] is not None]
-    for at, row in enumerate(rows):
+    rows = _from_above(table, lambda row: bool(row.scores) and row.costs["general loss after"] is not None)
+    for at, row in rows:
         forgot = (row.costs["general loss after"] or 0) - (row.costs["general loss before"] or 0)
         axes.plot(
             forgot, row.scores[table.main].mean, ls="none", ms=9, label=row.method,
@@ -234,8 +234,8 @@ def _forgetting(axes: Any, table: Table) -> bool:
 
 
 def _pareto(axes: Any, table: Table) -> bool:
-    rows = [row for row in table.rows if row.scores and row.costs["trained"]]
-    for at, row in enumerate(rows):
+    rows = _from_above(table, lambda row: bool(row.scores and row.costs["trained"]))
+    for at, row in rows:
         mean, low, high = row.scores[table.main]
         axes.errorbar(
             row.costs["trained"], mean, yerr=[[mean - low], [high - mean]], label=row.method,
@@ -243,7 +243,7 @@ def _pareto(axes: Any, table: Table) -> bool:
             mfc="white" if row.all_collapsed else None,
         )  # fmt: skip
     best, front = None, []
-    for row in sorted((row for row in rows if not row.all_collapsed), key=lambda row: row.costs["trained"] or 0):
+    for row in sorted((row for _, row in rows if not row.all_collapsed), key=lambda row: row.costs["trained"] or 0):
         mean = row.scores[table.main].mean
         if best is None or (mean > best if table.more_is_better else mean < best):
             best = mean
@@ -251,7 +251,7 @@ def _pareto(axes: Any, table: Table) -> bool:
     if len(front) > 1:
         axes.step(*zip(*front, strict=True), where="post", color="black", lw=0.8, ls=":", zorder=0)
     axes.set_xscale("log")
-    hollow = "; hollow: collapsed" if any(row.all_collapsed for row in rows) else ""
+    hollow = "; hollow: collapsed" if any(row.all_collapsed for _, row in rows) else ""
     axes.set_xlabel(f"trained parameters (dotted: the best for at most so many{hollow})")
     _scaled(axes.yaxis, table)
     axes.set_ylabel(table.main)
@@ -308,8 +308,8 @@ def _latency(axes: Any, table: Table) -> bool:
 
 
 def _curves(axes: Any, table: Table) -> bool:
-    rows = [row for row in table.rows if len(row.curve) > 1]
-    for at, row in enumerate(rows):
+    rows = _from_above(table, lambda row: len(row.curve) > 1)
+    for at, row in rows:
         updates, seeds = [update for update, _ in row.curve], np.array([values for _, values in row.curve])
         colour = _of(COLOURS, at)
         marks = {"marker": _of(MARKERS, at), "markevery": max(1, len(updates) // 8), "ms": 5}
@@ -335,6 +335,12 @@ def _bars(axes: Any, rows: Sequence[Row], costs: Sequence[str]) -> None:
     _legend(axes)
 
 
+def _from_above(table: Table, shown: Callable[[Row], bool]) -> list[tuple[int, Row]]:
+    """Rows with their place in the table, which says how they are drawn in all plots; the highest on the plot first."""
+    rows = [(at, row) for at, row in enumerate(table.rows) if shown(row)]
+    return sorted(rows, key=lambda found: -found[1].scores[table.main].mean if found[1].scores else 0.0)
+
+
 def _scaled(axis: Any, table: Table) -> None:
     """A perplexity is an exponential: where equal ratios are equally long, the good methods are not all in a corner."""
     from matplotlib import ticker
@@ -348,7 +354,9 @@ def _scaled(axis: Any, table: Table) -> None:
 
 def _legend(axes: Any) -> None:
     """Beside the plot, where it hides nothing."""
-    if axes.get_legend_handles_labels()[0]:
+    lines = len(axes.get_legend_handles_labels()[0])
+    if lines:
+        axes.figure.set_figheight(max(axes.figure.get_figheight(), 0.4 + 0.205 * lines))
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9, handlelength=3.2)
 
 

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of a study, in a process of its own: trained, tested, timed and weighed, into one JSON.
+"""A process of a study: one run, or several in one compiled step, trained, tested, timed and weighed, a JSON each.
 
-`python -m jpeft.train.compare.measure FOLDER` reads FOLDER/plan.json (see `runner`) and writes FOLDER/result.json:
+`python -m jpeft.train.compare.measure FOLDER ...` reads FOLDER/plan.json (see `runner`) and writes FOLDER/result.json:
 
   plan           what was done
   eval, test     figures of merit on data.eval and on the test split
   outcome        the answer to every test example, and `groups` what group it is of
   parameters, training, memory, latency_ms, adapter_kb, forgetting, calibration_error, collapsed, largest_gap
   curve          the evaluations on the way
+  lanes          how many were trained in one step, where several were; what a run takes in time is then left out, and
+                 latency is of the first alone
   failed         in the place of all these, where the loss was not finite
 
 and, where texts are written, FOLDER/texts.json: the record of `jpeft eval`, with every prompt and text.
@@ -18,7 +20,7 @@ import importlib.metadata
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,58 +29,91 @@ import numpy as np
 from ...models._files import read_json, write_text
 from .. import config as configuration
 from .. import data, devices, folder, job, loop, saved, tasks, utilization
-from ..batches import Batches
 from ..config import Config
+from ..feed import Feed
 from ..records import Record, Refusals
 from ..sections import Data
 from ..step import Cost
 from ..tasks import running
 from ..tasks.settings import Settings
-from . import latency
+from . import latency, together
 from .judge import judge
 from .outcomes import Outcome, Written
 
 _VERSIONS = ("jpeft", "jax", "flax", "optax")
 
 
-def main(path: Path) -> None:
-    """Makes the run that FOLDER/plan.json describes."""
-    plan = read_json(path / "plan.json")
+def main(*paths: Path) -> None:
+    """Makes the runs that the plan.json of each folder describes, in one compiled step where they are several."""
+    plans = [read_json(path / "plan.json") for path in paths]
     started = time.time()
+    for path, plan, result in zip(paths, plans, results(plans, paths), strict=True):
+        result |= {
+            "plan": plan,
+            "seconds": round(time.time() - started, 1),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "device": devices.described(),
+            "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+        }
+        write_text(path / "result.json", json.dumps(result, allow_nan=False) + "\n")
+
+
+def results(plans: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """What each run comes to, one after another; `{"failed": why}` where a loss or an answer was not finite."""
+    if len(plans) == 1:
+        yield _or_failed(lambda: measured(plans[0], paths[0]))
+        return
+    configs = [_configured(plan, path) for plan, path in zip(plans, paths, strict=True)]
+    for at, (plan, path, lane) in enumerate(zip(plans, paths, together.train(configs), strict=True)):
+        if lane.failed:
+            yield {"failed": lane.failed}
+            continue
+
+        def tested(plan: Any = plan, path: Path = path, lane: together.Lane = lane, first: bool = at == 0) -> Any:
+            return _of_lane(lane) | _tested(plan, path, lane.config, lane.dataset, lane.adapter, timed=first)
+
+        yield _or_failed(tested)
+
+
+def _or_failed(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
-        result = measured(plan, path)
+        return make()
     except (loop.TrainingStopped, FloatingPointError) as error:
-        result = {"failed": str(error)}
-    result |= {
-        "plan": plan,
-        "seconds": round(time.time() - started, 1),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": devices.described(),
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
-    }
-    write_text(path / "result.json", json.dumps(result, allow_nan=False) + "\n")
+        return {"failed": str(error)}
 
 
 def measured(plan: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """What a run comes to.
+    """What a run comes to that is trained by itself.
 
     Raises:
       TrainingStopped, FloatingPointError: a loss or an answer is not finite.
     """
+    config = _configured(plan, path)
+    dataset = job.read_data(config)
+    if not plan["trained"]:
+        return _tested(plan, path, config, dataset, None)
+    result = loop.train(config)
+    found = _of_training(result, Path(config.out), dataset, plan["target"])
+    return found | _tested(plan, path, config, dataset, result.adapter)
+
+
+def _configured(plan: Mapping[str, Any], path: Path) -> Config:
+    """A run's configuration, its folder cleared."""
     out = path / "train"
     folder.remove_run(out)
     config = configuration.parse({**plan["config"], "out": str(out)})
-    if plan["size"] is not None:
-        config = _fewer(config, plan["size"], path / "rows.jsonl")
-    dataset = job.read_data(config)
-    if not plan["trained"]:
-        opened, found = saved.open_model(config.model.path, None), {}
-    else:
-        result = loop.train(config)
-        opened = saved.open_model(config.model.path, result.adapter)
-        found = _of_training(result, out, dataset, plan["target"])
+    return config if plan["size"] is None else _fewer(config, plan["size"], path / "rows.jsonl")
+
+
+def _tested(
+    plan: Mapping[str, Any], path: Path, config: Config, dataset: job.Dataset, adapter: Path | None, *,
+    timed: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """What the adapter, as it was saved, or the base, makes of the test split; nothing for a trial."""
+    found: dict[str, Any] = {}
     if not plan["test"]:
         return found
+    opened = saved.open_model(config.model.path, adapter)
     if "write" in plan:
         outcome = _written(opened, plan["write"], path)
     else:
@@ -89,8 +124,9 @@ def measured(plan: Mapping[str, Any], path: Path) -> dict[str, Any]:
         "outcome": outcome.saved(),
         "collapsed": outcome.collapsed,
         "calibration_error": outcome.calibration_error,
-        "latency_ms": latency.latencies(opened.model, dataset.train.buckets.widths[-1]),
     }
+    if timed:
+        found["latency_ms"] = latency.latencies(opened.model, dataset.train.buckets.widths[-1])
     if plan["group"] is not None:
         found |= _by_group(outcome, _groups(config, plan["test"], plan["group"]))
     if dataset.label_names is not None:
@@ -121,15 +157,13 @@ def _of_training(result: loop.Result, out: Path, dataset: job.Dataset, target: f
         if "eval_loss" in line
     ]
     record, cost = json.loads((out / "run.json").read_text(encoding="utf-8")), result.cost
-    files = sum(file.stat().st_size for file in result.adapter.glob("*.safetensors"))
     mfus = [line["mfu"] for line in steps if line.get("mfu") is not None]
     sizes = [sum(two) for two in zip(*map(dataset.train.sizes, dataset.train.buckets.epoch(0, 0)), strict=True)]
     padded = sizes[1] / dataset.train.buckets.num_batches
     return {
         "eval": next((p for p in curve if p["update"] == result.standing.update), curve[-1] if curve else None),
         "curve": curve,
-        "parameters": {key: record[key] for key in ("trainable", "changed", "base")}
-        | {"percent": 100 * record["trainable"] / record["base"]},
+        "parameters": _parameters(record),
         "training": {
             "updates": dataset.num_updates,
             "tokens_per_s": result.real_rate,
@@ -142,11 +176,43 @@ def _of_training(result: loop.Result, out: Path, dataset: job.Dataset, target: f
         },
         "memory": {
             "peak_mb": utilization.peak_bytes() / 2**20,
-            "program_mb": None if cost is None else (cost.arguments + cost.temporaries) / 2**20,
-            "parts_mb": None if cost is None else _parts(cost),
+            **_program(cost),
         },
-        "adapter_kb": files / 2**10,
+        "adapter_kb": _size_kb(result.adapter),
     }
+
+
+def _of_lane(lane: together.Lane) -> dict[str, Any]:
+    """Of a run that was trained with others, what is its own."""
+    return {
+        "lanes": lane.lanes,
+        "eval": lane.curve[-1],
+        "curve": lane.curve,
+        "parameters": _parameters({key: getattr(lane.counts, key) for key in ("trainable", "changed", "base")}),
+        "training": {
+            "updates": lane.dataset.num_updates,
+            "gflop_step": None if lane.cost is None else lane.cost.flops / 1e9,
+        },
+        "memory": _program(lane.cost),
+        "adapter_kb": _size_kb(lane.adapter),
+    }
+
+
+def _parameters(counts: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {key: counts[key] for key in ("trainable", "changed", "base")}
+    return shown | {"percent": 100 * counts["trainable"] / counts["base"]}
+
+
+def _program(cost: Cost | None) -> dict[str, Any]:
+    """Megabytes of a compiled step, whole and in parts."""
+    return {
+        "program_mb": None if cost is None else (cost.arguments + cost.temporaries) / 2**20,
+        "parts_mb": None if cost is None else _parts(cost),
+    }
+
+
+def _size_kb(adapter: Path) -> float:
+    return sum(file.stat().st_size for file in adapter.glob("*.safetensors")) / 2**10
 
 
 def _parts(cost: Cost) -> dict[str, float]:
@@ -168,11 +234,11 @@ def _reached(curve: list[dict[str, Any]], target: float | None) -> float | None:
     return None
 
 
-def _batches(config: Config, dataset: job.Dataset, changes: Mapping[str, Any]) -> Batches:
+def _batches(config: Config, dataset: job.Dataset, changes: Mapping[str, Any]) -> Feed:
     """Other rows, read as those of data.eval are."""
     options: Data = dataclasses.replace(config.data, **changes)
     rows = data.read_rows(options, config.model.task, "eval")
-    return data.batches_like(dataset.train, data.encode(rows, options, dataset.tokenizer, dataset.label_names))
+    return dataset.train.like(data.encode(rows, options, dataset.reader, dataset.label_names))
 
 
 def _fewer(config: Config, size: int, file: Path) -> Config:
@@ -226,4 +292,4 @@ def _forgetting(opened: saved.Opened, config: Config, dataset: job.Dataset, file
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

@@ -3,7 +3,7 @@
 
 A process of its own gives every run clean memory, so that its peak is its own, and lets nothing but the run fail. A
 study that was killed is called again: runs with a result are not repeated, and one that was cut off begins anew. A run
-that stopped because its loss was not finite has that for its result.
+that stopped because its loss was not finite has that for its result. With `lanes`, runs of one method share a process.
 
   STUDY/study.json                  what is compared, resolved
   STUDY/runs/TASK/MODEL/METHOD/.../ plan.json, result.json and the training's own folder
@@ -24,10 +24,13 @@ from . import study as studies
 from . import writing
 from .study import Run, Study
 
-#: What a run's process is asked for; the folder follows.
+#: What a process is asked for; the folders of its runs follow.
 COMMAND = (sys.executable, "-m", "jpeft.train.compare.measure")
 
 Key = tuple[str, str, str]
+
+#: Keys of a study that may change while it is made: what is compared stays the same.
+_FREE = ("seeds", "methods", "sizes", "lanes")
 
 
 class RunFailed(RuntimeError):
@@ -50,7 +53,7 @@ def conduct(
     Args:
       study: what is compared.
       say: is told of every run that is made.
-      command: a run's process.
+      command: a process, to which the folders of its runs are added.
       only_made: makes none.
 
     Raises:
@@ -60,15 +63,15 @@ def conduct(
     out = Path(study.out)
     _begin(study, out)
 
-    def made(run: Run) -> Done:
-        return _made(study, run, out, say, () if only_made else command)
+    def made(runs: Sequence[Run]) -> list[Done]:
+        return _made(study, runs, out, say, () if only_made else command)
 
-    trials = [made(run) for run in studies.trials(study)]
+    trials = made(studies.trials(study))
     chosen = choose(trials, study.tune_by)
     if chosen:
         lines = {" / ".join(key): values for key, values in chosen.items()}
         write_text(out / "chosen.json", json.dumps(lines, indent=2) + "\n")
-    return [made(run) for run in studies.finals(study, chosen)]
+    return made(studies.finals(study, chosen))
 
 
 def choose(trials: Sequence[Done], by: str | None = None) -> dict[Key, Mapping[str, Any]]:
@@ -106,11 +109,11 @@ def _begin(study: Study, out: Path) -> None:
     values, file = _values(study), out / "study.json"
     if file.exists():
         before = _begun(file)
-        changed = [key for key in values if before.get(key) != values[key] and key not in ("seeds", "methods", "sizes")]
+        changed = [key for key in values if before.get(key) != values[key] and key not in _FREE]
         if changed:
             raise studies.ConfigError(
                 f"{out} was begun with another {', '.join(changed)}; what is compared is the same for all its runs "
-                "(methods, seeds and sizes may be added); give another out="
+                "(methods, seeds and sizes may be added, and lanes be others); give another out="
             )
     elif out.exists() and any(out.iterdir()):
         raise studies.ConfigError(f"{out} holds something that is no study; give another out=")
@@ -130,26 +133,57 @@ def _begun(file: Path) -> dict[str, Any]:
         raise studies.ConfigError(f"{file} is no study: {error}; give another out=") from error
 
 
-def _made(study: Study, run: Run, out: Path, say: Callable[[str], None], command: Sequence[str]) -> Done:
-    """The run with its result, which is made if it is not there."""
-    folder = out / "runs" / run.folder
-    plan = _plan(study, run)
-    known = _known(folder, plan)
-    if known is not None:
-        return Done(run, known)
+def _made(
+    study: Study, runs: Sequence[Run], out: Path, say: Callable[[str], None], command: Sequence[str]
+) -> list[Done]:
+    """The runs with their results, which are made if they are not there."""
+    plans = {run.folder: _plan(study, run) for run in runs}
+    results = {
+        where: known for where, plan in plans.items() if (known := _known(out / "runs" / where, plan)) is not None
+    }
+    for lot in lots([run for run in runs if run.folder not in results], study.lanes):
+        results |= _make({run.folder: plans[run.folder] for run in lot}, out / "runs", say, command)
+    return [Done(run, results[run.folder]) for run in runs]
+
+
+def _make(
+    plans: Mapping[Path, dict[str, Any]], out: Path, say: Callable[[str], None], command: Sequence[str]
+) -> dict[Path, dict[str, Any]]:
+    """The results of runs that share a process, by folder; its log.txt is in the first one's."""
+    first = out / next(iter(plans))
     if not command:
-        raise RunFailed(f"{folder} is not made yet; without --report the study makes it")
-    say(f"run: {run.folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "plan.json", json.dumps(plan, indent=2) + "\n")
-    with (folder / "log.txt").open("wb") as log:
-        code = subprocess.run([*command, str(folder)], stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-    known = _known(folder, plan)
-    if known is None:
-        tail = "\n".join((folder / "log.txt").read_text(errors="replace").splitlines()[-5:])
-        raise RunFailed(f"{folder} ended with exit code {code} and no result; its log.txt ends with\n{tail}")
-    say(f"     {_said(known)}")
-    return Done(run, known)
+        raise RunFailed(f"{first} is not made yet; without --report the study makes it")
+    for where, plan in plans.items():
+        say(f"run: {where}")
+        (out / where).mkdir(parents=True, exist_ok=True)
+        write_text(out / where / "plan.json", json.dumps(plan, indent=2) + "\n")
+    with (first / "log.txt").open("wb") as log:
+        asked = [*command, *(str(out / where) for where in plans)]
+        code = subprocess.run(asked, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    results = {}
+    for where, plan in plans.items():
+        known = _known(out / where, plan)
+        if known is None:
+            tail = "\n".join((first / "log.txt").read_text(errors="replace").splitlines()[-5:])
+            raise RunFailed(
+                f"{out / where} ended with exit code {code} and no result; {first / 'log.txt'} ends with\n{tail}"
+            )
+        say(f"     {_said(known)}")
+        results[where] = known
+    return results
+
+
+def lots(runs: Sequence[Run], limit: int) -> list[list[Run]]:
+    """Runs that share a process: of one method, model, task and number of rows, at most `limit`; the base by itself."""
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        alone = run.seed if run.method == "untuned" else None
+        groups.setdefault((run.task, run.model, run.method, run.size, alone), []).append(run)
+    out = []
+    for group in groups.values():
+        size = -(-len(group) // -(-len(group) // limit))
+        out += [group[at : at + size] for at in range(0, len(group), size)]
+    return out
 
 
 def _plan(study: Study, run: Run) -> dict[str, Any]:

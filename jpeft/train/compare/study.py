@@ -27,6 +27,7 @@ from .. import _yaml
 from .. import config as configuration
 from ..config import ConfigError
 from ..sections._checks import FORBID
+from ..sweep import space
 from ..tasks.settings import Settings
 from . import writing
 
@@ -89,6 +90,9 @@ class Study:
         most of the examples, predicting it alone may have the best accuracy, and macro_f1 chooses something else.
       tune_seed: `train.seed` of these trials, none of the final ones.
       sizes: numbers of training rows, for curves of few examples; all rows are always among them.
+      lanes: runs of one method, which differ in their seed or in what is tried of `tune`, that are trained in one
+        compiled step at most, each as it would be alone; 1 gives each a step and a process of its own, and only then
+        is it known what a run takes in time.
     """
 
     __pydantic_config__: ClassVar = FORBID
@@ -104,6 +108,7 @@ class Study:
     tune_by: Literal["accuracy", "macro_f1", "loss"] | None = None
     tune_seed: int = 1000
     sizes: tuple[int, ...] = ()
+    lanes: int = 1
 
     @property
     def reference(self) -> str:
@@ -174,9 +179,13 @@ def parse(tree: Mapping[str, Any]) -> Study:
     wrong = _conflicts(study)
     for run in () if wrong else itertools.chain(trials(study), finals(study, {})):
         try:
-            training(run, "out")
+            config = training(run, "out")
         except ConfigError as error:
             wrong.append(f"{run.folder}: {error}")
+            continue
+        if study.lanes > 1:
+            said = f"is not for lanes={study.lanes}"
+            wrong += [f"{run.folder}: {what} {said}: {why}" for what, why in space.refused(config)]
     if wrong:
         raise ConfigError("\n".join(dict.fromkeys(wrong)))
     return study
@@ -318,6 +327,11 @@ def _conflicts(study: Study) -> list[str]:
         ),
         "sizes must be 1 or more, and different": any(n < 1 for n in study.sizes)
         or len({*study.sizes}) < len(study.sizes),
+        f"lanes must be 1 or more, got {study.lanes}": study.lanes < 1,
+        f"lanes={study.lanes} needs data.eval in every task: by it trainings in one step are judged": study.lanes > 1
+        and not all(task.data.get("eval") for task in study.tasks.values()),
+        f"target asks when a run reaches it, and with lanes={study.lanes} no run has a time of its own": study.lanes > 1
+        and any(task.target is not None for task in study.tasks.values()),
         "the baseline majority is for SEQ_CLS": not classify and "majority" in study.baselines,
         "the baseline untuned is for CAUSAL_LM: a new head knows nothing": classify and "untuned" in study.baselines,
         "tasks.*.general is for CAUSAL_LM": any(t.general and t.task != "CAUSAL_LM" for t in study.tasks.values()),

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from .. import _yaml
 from ..config import ConfigError
 from ..sections import Optimizer
-from ..sections.model import Scheme
+from ..sections.model import SEEING, Scheme
 from ..sections.optimizer import RULES
 from . import devices
 from .request import Request
@@ -30,9 +30,9 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--rank", type=int, metavar="R", help="of the method")
     plan.add_argument("--targets", metavar="NAMES", help="of the method: all-linear, or names with commas")
     plan.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="another option of the method")
-    plan.add_argument("--task", default="CAUSAL_LM", choices=("CAUSAL_LM", "SEQ_CLS"), help="(CAUSAL_LM)")
+    plan.add_argument("--task", default="CAUSAL_LM", choices=("CAUSAL_LM", "SEQ_CLS", *SEEING), help="(CAUSAL_LM)")
     plan.add_argument("--batch", type=int, default=None, metavar="ROWS", help="over all devices (one each)")
-    plan.add_argument("--seq", type=int, default=512, metavar="TOKENS", help="of a row (512)")
+    plan.add_argument("--seq", type=int, metavar="TOKENS", help="of a row of text (512)")
     plan.add_argument("--accumulation", type=int, default=1, metavar="N", help="micro-batches an update (1)")
     plan.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="(bfloat16)")
     plan.add_argument(
@@ -69,7 +69,9 @@ def run(options: argparse.Namespace) -> None:
         jax.config.update("jax_num_cpu_devices", request.machine.count)
     from . import advice, compiling, report
     from .estimate import estimate
+    from .subject import of_images
 
+    request = of_images(request) if request.task in SEEING else request
     found = estimate(request)
     program = None
     if not options.no_compile and request.machine.chip.platform != "cuda":
@@ -90,6 +92,8 @@ def request_of(options: argparse.Namespace) -> Request:
     Raises:
       ConfigError, ValueError: an argument has a value that cannot be.
     """
+    if options.task in SEEING and options.seq is not None:
+        raise ConfigError(f"--seq is of texts; what a model for {options.task} reads has the size of its images")
     if options.topology:
         if options.devices != 1:
             raise ConfigError("--topology says how many devices there are; leave --devices out")
@@ -105,7 +109,7 @@ def request_of(options: argparse.Namespace) -> Request:
         mesh=options.mesh,
         task=options.task,
         batch=machine.count if options.batch is None else options.batch,
-        seq=options.seq,
+        seq=512 if options.seq is None else options.seq,
         accumulation=options.accumulation,
         dtype=options.dtype,
         remat=options.remat,

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..sections.model import SEEING
 from .advice import Change
 from .compiling import Program
 from .devices import GIB
@@ -65,9 +66,10 @@ def _asked(request: Request) -> str:
     rule = f", {rule.name}" + (" with its state in host memory" if rule.offload else "") + (", ema" * request.ema)
     rule = "" if rule == ", adamw" else rule
     times = "" if request.accumulation == 1 else f" x {request.accumulation}"
+    rows = "images" if request.task in SEEING else "rows"
     return (
         f"{request.model} in {base}, {method}{rule}, remat {request.remat}\n"
-        f"{request.batch} rows{times} of {request.seq} tokens on {request.machine}, mesh {request.axes}"
+        f"{request.batch} {rows}{times} of {request.seq} tokens on {request.machine}, mesh {request.axes}"
     )
 
 

@@ -18,9 +18,9 @@ class Request:
       method: `{"kind": ..., **its options}`, as in a run's configuration; or several, for a hybrid.
       machine: the devices.
       mesh: such as `"fsdp=4,tensor=2"`; None is `fsdp` over all of them, within each slice.
-      task: `CAUSAL_LM` or `SEQ_CLS`, or any other where `arrays` says what a batch holds.
+      task: `CAUSAL_LM`, `SEQ_CLS` or `IMAGE_CLS`, or any other where `arrays` says what a batch holds.
       batch: rows of one micro-batch, over all devices.
-      seq: tokens of a row.
+      seq: tokens of a row; of an image those that its model makes of it (`subject.of_images`).
       accumulation: micro-batches of an update.
       dtype: of the base.
       remat: what a layer keeps for the backward pass.

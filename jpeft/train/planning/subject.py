@@ -30,6 +30,7 @@ from ...models._hub import model_folder
 from ..config import nearest
 from ..losses import SUMS
 from ..optim import make_optimizer
+from ..sections.model import SEEING
 from ..step import State, begin_shapes
 from .request import Request
 
@@ -154,13 +155,25 @@ def _standing_in(inner: tuple[int, ...], outer: tuple[int, ...], devices: Any) -
 
 def batch(request: Request, place: Any = None) -> Shapes:
     """A batch's arrays `[accumulation, rows, ...]`."""
-    shape = (request.batch, request.seq)
-    labels = shape if request.task == "CAUSAL_LM" else shape[:1]
-    usual = (("input_ids", shape, "int32"), ("attention_mask", shape, "int32"), ("labels", labels, "int32"))
     return {
         name: jax.ShapeDtypeStruct((request.accumulation, *size), jnp.dtype(dtype), sharding=place)
-        for name, size, dtype in request.arrays or usual
+        for name, size, dtype in request.arrays or _usual(request)
     }
+
+
+def _usual(request: Request) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    """Name, shape and dtype of what a batch of texts, or of images, holds."""
+    if request.task in SEEING:
+        pixels = request.batch, *adapted(request).input_shape
+        return ("pixel_values", pixels, "float32"), ("labels", pixels[:1], "int32")
+    shape = (request.batch, request.seq)
+    labels = shape if request.task == "CAUSAL_LM" else shape[:1]
+    return ("input_ids", shape, "int32"), ("attention_mask", shape, "int32"), ("labels", labels, "int32")
+
+
+def of_images(request: Request) -> Request:
+    """A request with rows of as many tokens as its model makes of an image. Raises as `subject`."""
+    return request.but(seq=adapted(request).config.num_tokens)
 
 
 def device_bytes(tree: Any) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The section `data`: rows, and how they become tokens."""
+"""The section `data`: rows, and how they become tokens or images."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -20,6 +20,7 @@ Form = Literal[
     "words",
     "squad",
     "source_target",
+    "image",
 ]
 
 
@@ -48,7 +49,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Rows and how they become tokens.
+    """Rows and how they become tokens or images.
 
     Attributes:
       train, eval: a file, a folder, a data set's id on the hub, a `Source`, or several of them.
@@ -65,13 +66,14 @@ class Data:
       stride: tokens that two windows of a context share, of `QUESTION_ANS`; None is a quarter of `max_length`.
       longer: what happens to longer text: `truncate` (counted and printed) or `split` into rows (plain texts).
       txt: what is one text of a `.txt` file: a `line`, a `paragraph` or the whole `document`.
-      packing: several examples in one row of `max_length` tokens, each for itself: `none`, `first_fit` or `best_fit`.
+      packing: several examples in one row of `max_length` tokens, and `max_target` of targets, each for itself:
+        `none`, `first_fit` or `best_fit`.
       num_widths: into how many widths rows are padded at most, where they are not packed; each is compiled once.
       streaming: rows are read while training goes on, some at a time; needs `train.max_steps`.
       window: rows that streaming holds, shuffles and packs at a time.
       on_bad_row: a row that cannot be read or learnt from: `stop`, or `skip` (counted and printed).
       max_bad_rows: how many may be skipped.
-      cache: folder in which tokenised rows are kept; None keeps none.
+      cache: folder in which tokenised rows, or resized images, are kept; None keeps none.
     """
 
     __pydantic_config__: ClassVar = FORBID

@@ -6,6 +6,9 @@ from typing import ClassVar, Literal
 
 from ._checks import FORBID
 
+#: The tasks of models that read images.
+SEEING = ("IMAGE_CLS",)
+
 #: The schemes of `jpeft.quantize`, named here as nothing of a configuration imports JAX.
 Scheme = Literal[
     "nf4",
@@ -32,7 +35,7 @@ class Model:
 
     Attributes:
       path: a Hugging Face folder, or an id on the hub.
-      task: `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS`, `CAUSAL_LM` or `SEQ_2_SEQ_LM`.
+      task: `SEQ_CLS`, `TOKEN_CLS`, `IMAGE_CLS`, `QUESTION_ANS`, `CAUSAL_LM` or `SEQ_2_SEQ_LM`.
       dtype: of the base's storage and computation; None keeps the checkpoint's. Adapters are float32.
       remat: what a layer keeps for the backward pass: `none`, `dots`, `full`, `names` or `offload`.
       quantize: a scheme of `jpeft.quantize`, such as `nf4_double`, keeps the base's linear layers as codes (QLoRA);
@@ -41,7 +44,7 @@ class Model:
 
     __pydantic_config__: ClassVar = FORBID
     path: str
-    task: Literal["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM"]
+    task: Literal["SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM"]
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     remat: Literal["none", "dots", "full", "names", "offload"] = "none"
     quantize: Scheme | None = None

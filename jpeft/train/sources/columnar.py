@@ -55,8 +55,8 @@ def load(path: str, name: str | None, split: str, streaming: bool) -> Any:
     with _quiet():
         try:
             if (Path(path) / "state.json").is_file():  # of save_to_disk
-                return _part(datasets.load_from_disk(path), path, split)
-            return datasets.load_dataset(path, name, split=split, streaming=streaming)
+                return _undecoded(_part(datasets.load_from_disk(path), path, split))
+            return _undecoded(datasets.load_dataset(path, name, split=split, streaming=streaming))
         except (ValueError, OSError, DatasetsError) as error:
             raise DataError(f"{path}, split {split!r}, cannot be loaded: {' '.join(str(error).split())}") from error
 
@@ -68,9 +68,27 @@ def rows(dataset: Any, path: str, split: str, start: int) -> Iterator[Record | B
         yield checked(row, f"{path} ({split}), row {number}")
 
 
+def classes(dataset: Any) -> dict[str, tuple[str, ...]]:
+    """The names of the class numbers of every column that has such, of what `load` gives."""
+    from datasets import ClassLabel
+
+    found = (dataset.features or {}).items()
+    return {name: tuple(feature.names) for name, feature in found if isinstance(feature, ClassLabel)}
+
+
 def _part(dataset: Any, path: str, split: str) -> Any:
     if split != "train":
         raise DataError(f"{path} was saved as one data set; its split is 'train', got {split!r}")
+    return dataset
+
+
+def _undecoded(dataset: Any) -> Any:
+    """With images as their bytes or the names of their files."""
+    from datasets import Image
+
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
     return dataset
 
 

@@ -5,10 +5,11 @@ import dataclasses
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import image_folder
 from ..records import Bad, DataError, Record
 from ..sections.data import Source
 from . import columnar, lines
@@ -34,38 +35,44 @@ class Opened:
       source: as the configuration names it.
       columns: of its first good row.
       digest: SHA-256 of a file; of a data set of the hub, of its fingerprint.
+      classes: names of the class numbers of a column, where a data set tells them.
     """
 
     source: Source
     columns: tuple[str, ...]
     digest: str
     _rows: Callable[[int], Iterator[Record | Bad]]
+    classes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def rows(self, start: int = 0) -> Iterator[Record | Bad]:
         """Rows of the split, good and bad, from number `start` on."""
         return self._rows(start)
 
 
-def open_source(source: Source, txt: str = "line", *, streaming: bool = False) -> Opened:
+def open_source(source: Source, txt: str = "line", *, streaming: bool = False, images: bool = False) -> Opened:
     """Opens a file, a folder or a data set of the hub.
 
     Args:
       source: what to open.
       txt: what is one row of a `.txt` file: a `line`, a `paragraph` or the whole `document`.
       streaming: never to hold all rows.
+      images: a folder without files of rows holds a folder of images for each class.
 
     Raises:
       FileNotFoundError: no such file.
-      DataError: a file of another kind, an empty one, one without a good row, or a split that is not there.
+      DataError: a file of another kind, an empty one, one without a good row, or a split that is not there; a folder of
+        images with something else in it.
     """
-    path = Path(source.path)
+    path, classes = Path(source.path), {}
     if path.suffix in _KINDS or path.is_file():
         key, rows = _open_file(path, source, txt, streaming)
+    elif images and path.is_dir() and not _holds_rows(path):
+        key, rows = _open_images(path, source)
     elif path.is_dir() or re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source.path):
-        key, rows = _open_set(source, streaming)
+        key, rows, classes = _open_set(source, streaming)
     else:
         raise FileNotFoundError(f"no data file {path}")
-    return Opened(source, _columns(rows(0), source), key, rows)
+    return Opened(source, _columns(rows(0), source), key, rows, classes)
 
 
 def digest(file: str | Path) -> str:
@@ -89,13 +96,32 @@ def _open_file(path: Path, source: Source, txt: str, streaming: bool) -> tuple[s
     return digest(path), lambda skipped: itertools.islice(whole(), start + skipped, stop)
 
 
-def _open_set(source: Source, streaming: bool) -> tuple[str, Any]:
+def _holds_rows(folder: Path) -> bool:
+    """Whether a folder is one that `datasets` reads: with files of rows, or of its own, in it or one folder below."""
+    ends = {*_KINDS} - {".txt"}  # a note is no data set
+    return any(file.suffix in ends for pattern in ("*", "*/*") for file in folder.glob(pattern))
+
+
+def _open_images(path: Path, source: Source) -> tuple[str, Any]:
+    """A row for each image in the folders of a folder, sorted by class and name."""
+    found = image_folder.by_class(path)
+    rows = [
+        Record({"image": str(file.relative_to(path)), "label": name}, str(file))
+        for name, files in found.items()
+        for file in files
+    ]
+    start, stop = _limits(source, lambda: len(rows))
+    key = hashlib.sha256("\n".join(row.values["image"] for row in rows[start:stop]).encode()).hexdigest()
+    return key, lambda skipped: iter(rows[start + skipped : stop])
+
+
+def _open_set(source: Source, streaming: bool) -> tuple[str, Any, dict[str, tuple[str, ...]]]:
     if streaming and "[" in source.split:
         raise DataError(f"data.streaming reads whole splits of {source.path}; got {source.split!r}")
     dataset = columnar.load(source.path, source.name, source.split, streaming)
     named = f"{source.path} {source.name} {source.split} {getattr(dataset, '_fingerprint', '')} {dataset.info.version}"
     key = hashlib.sha256(named.encode()).hexdigest()
-    return key, lambda skipped: columnar.rows(dataset, source.path, source.split, skipped)
+    return key, lambda skipped: columnar.rows(dataset, source.path, source.split, skipped), columnar.classes(dataset)
 
 
 def _limits(source: Source, count: Callable[[], int] | None) -> tuple[int, int | None]:

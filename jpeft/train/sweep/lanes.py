@@ -23,9 +23,9 @@ from ..._steering import check_steered
 from ...io.checkpoint import Checkpoints
 from .. import config as configuration
 from .. import devices, job
-from ..batches import Batches
 from ..config import Config
 from ..evaluate import Evaluation, assembled
+from ..feed import Feed
 from ..interruption import Interrupted, Interruption
 from ..loop import max_skips
 from ..many import begin_one, fix, join, make_step_many, part
@@ -110,7 +110,7 @@ class Evaluator:
 
         self._compute = jax.jit(compute)
 
-    def __call__(self, lanes: int, trainable: Leaves, fixed: Any, batches: Batches) -> list[Evaluation | None]:
+    def __call__(self, lanes: int, trainable: Leaves, fixed: Any, batches: Feed) -> list[Evaluation | None]:
         """Of every lane, None where the loss is not finite."""
         order = batches.buckets.in_order()
         found = jax.device_get(
@@ -122,7 +122,7 @@ class Evaluator:
         by_lane = ([{name: x[at] for name, x in sums.items()} for sums in found] for at in range(lanes))
         return [self._one(batches, outcomes) for outcomes in by_lane]
 
-    def _one(self, batches: Batches, outcomes: Sequence[Mapping[str, np.ndarray]]) -> Evaluation | None:
+    def _one(self, batches: Feed, outcomes: Sequence[Mapping[str, np.ndarray]]) -> Evaluation | None:
         try:
             return assembled(self._measure, batches, outcomes)
         except FloatingPointError:

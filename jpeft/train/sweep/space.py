@@ -38,13 +38,13 @@ FIXED: Mapping[str, str] = {
         ("train.log_every", "train.eval_every", "train.save_every", "train.keep"), "it changes nothing of a trial"
     ),
 }
-#: Values of the base that a sweep has no use for, and why.
+#: Values that trainings in one step have no use for, and why.
 _REFUSED: Mapping[str, tuple[Any, str]] = {
-    "mesh": (None, "lanes of a sweep lie on one device"),
-    "data.streaming": (False, "trials that are trained together start from rows that are all held"),
-    "preference.precompute": (False, "trials have no base of their own to compute it with"),
-    "train.best": (None, "a trial is judged by its evaluation at the end"),
-    "train.samples": (0, "a sweep writes no texts"),
+    "mesh": (None, "lanes of one step lie on one device"),
+    "data.streaming": (False, "lanes of one step start from rows that are all held"),
+    "preference.precompute": (False, "lanes of one step have no base of their own to compute it with"),
+    "train.best": (None, "lanes of one step are judged by their evaluation at the end"),
+    "train.samples": (0, "lanes of one step write no texts"),
 }
 
 
@@ -201,6 +201,18 @@ def parse(tree: Mapping[str, Any]) -> Sweep:
     return sweep
 
 
+def refused(config: configuration.Config) -> list[tuple[str, str]]:
+    """Of what trainings in one step have no use for, what is asked for: `key=value`, and why."""
+    found = []
+    for key, (none, why) in _REFUSED.items():
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        if value != none:
+            found.append((f"{key}={value!r}", why))
+    return found
+
+
 def points(sweep: Sweep) -> list[dict[str, Any]]:
     """The choices of values of a grid, or those that `random` draws: the same in every call.
 
@@ -290,12 +302,7 @@ def _wrong(sweep: Sweep) -> list[str]:
     lines = at_least_one({"trials": sweep.trials, "batch": sweep.batch, "lanes": sweep.lanes})
     lines += _wrong_space(sweep)
     base = configuration.parse(sweep.base)
-    for key, (none, why) in _REFUSED.items():
-        value = base
-        for name in key.split("."):
-            value = getattr(value, name)
-        if value != none:
-            lines.append(f"base.{key}={value!r} is not for a sweep: {why}")
+    lines += [f"base.{what} is not for a sweep: {why}" for what, why in refused(base)]
     rules = {
         "seeds must be different from each other, and at least one": not sweep.seeds
         or len({*sweep.seeds}) < len(sweep.seeds),

@@ -5,7 +5,7 @@ import ctypes
 import re
 from pathlib import Path
 
-from jpeft.train import freed
+from jpeft import _freed as freed
 
 
 def resident_mb() -> float:
