@@ -25,7 +25,7 @@ from .._wide import wide, widened
 from ..seams import EVERY_SEGMENT
 
 #: Query rows in a block: wide enough for a matrix product, narrow enough to skip most of what causality masks.
-_ROWS = 64
+BLOCK_ROWS = 64
 
 #: Added to the score of a key that is not visible: its exponential is 0, and a row of them is still finite.
 _HIDDEN = -1e30
@@ -81,7 +81,7 @@ def attention(
     known = window if isinstance(window, int) else None
     limits = _Limits(window if isinstance(window, jax.Array) else None, mask, segment_ids, seed, places, key_segments)
     spread = token_ways(q) > 1
-    rules = _Rules(q.shape[1], k.shape[1], causal, known, scale, dropout, cap, q.shape[1] if spread else _ROWS)
+    rules = _Rules(q.shape[1], k.shape[1], causal, known, scale, dropout, cap, q.shape[1] if spread else BLOCK_ROWS)
     if spread:
         q, k, v = split_tokens(q), whole_tokens(k), whole_tokens(v)
     if _scope.platform() == "cpu" or seed is not None or cap is not None:
@@ -133,7 +133,7 @@ class _Rules:
     scale: float
     dropout: float = 0.0
     cap: float | None = None
-    rows: int = _ROWS
+    rows: int = BLOCK_ROWS
 
     @property
     def offset(self) -> int:

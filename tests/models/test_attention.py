@@ -334,7 +334,7 @@ def test_dropout_does_not_depend_on_the_blocks(monkeypatch):
             return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
 
     whole = run()
-    monkeypatch.setattr(_attention, "_ROWS", 16)
+    monkeypatch.setattr(_attention, "BLOCK_ROWS", 16)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, run())
 
 

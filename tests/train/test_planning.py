@@ -80,6 +80,17 @@ def test_memory_by_shape_is_the_compiled_programs(small, case, optimised):
     assert abs(program.arguments - parts - batch) < 100, "what stays is counted exactly, but for padding of scalars"
 
 
+def test_what_is_kept_in_host_memory_is_not_the_devices(small):
+    """By hand: of each of 6 layers, its input, and what its attention gives, of 4 rows of 64 tokens in bfloat16."""
+    options = {"where": "v5e-1", "dtype": "bfloat16"}
+    there, named = (memory(subject(request_of(small, LORA, **options, remat=how))) for how in ("offload", "names"))
+    arrays = 6 * 4 * 64 * 256 * 2
+    assert there.host == 2 * arrays
+    assert named.host == 0
+    assert there.activations == named.activations - there.host
+    assert there.working == named.working + 2 * there.host // 6  # one layer's in use, and the next one's on their way
+
+
 def test_the_parts_of_a_step_have_the_bytes_of_their_shapes(small):
     """By hand: parameters of a Llama, float32, and AdamW's two moments of what LoRA trains."""
     layer = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 688 + 2 * 256
@@ -99,8 +110,8 @@ def test_what_no_axis_divides_is_not_gathered(small):
     """Scales of nf4 have four rows here, which 8 devices keep whole; the largest kernel is then that of the codes."""
     found = subject(request_of(small, count=8, mesh="fsdp=8", batch=8, quantize="nf4"))
     assert found.frozen["layers/self_attn/q_proj/kernel/scales"].sharding.is_fully_replicated
-    codes, decoded, logits = 256 * 688 // 2, 256 * 688 * 4, 64 * 2048 * 10
-    assert memory(found).working == 2 * codes + decoded + logits
+    codes, decoded, logits, widest = 256 * 688 // 2, 8 * 256 * 688 * 4, 64 * 2048 * 10, 64 * 688 * 4
+    assert memory(found).working == 2 * codes + decoded + logits + widest
 
 
 def test_copies_of_weights_lie_as_the_weights(small):

@@ -16,11 +16,13 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ..._graft import ADAPTERS
 from ..._mesh import AXES
 from ..._partition import combine, partition
 from ..._quantized import QuantizedKernel
 from ..._scope import scope
 from ..._summary import summary
+from ...models._attention import BLOCK_ROWS
 from .._head import CHUNK_LOGITS
 from ..sections import Optimizer
 from ..step import make_step
@@ -28,6 +30,11 @@ from .devices import Chip, Machine
 from .request import Request
 from .subject import Subject, adapted, batch, device_bytes, subject, sums, width
 from .trace import Kept, kept, product_flops
+
+#: Arrays of a kernel's size in float32 that unpacking NF4 takes on a CPU, in the compiled programs of two models.
+UNPACKING = 8
+#: (number of layers, what they keep) of every stack.
+_Stacks = list[tuple[int, list[jax.ShapeDtypeStruct]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Memory:
       cache: keys and values for generation, which is no part of the step's total.
       fetched: the optimizer's state where it lies in the host's memory: there while an update is made, when what the
         layers kept is gone.
-      host: bytes of the host's memory for it, of this device's part.
+      host: bytes of the host's memory for it, and for what layers keep there (`remat: offload`), of this device's part.
     """
 
     weights: int
@@ -129,34 +136,60 @@ def memory(found: Subject) -> Memory:
     """The parts of a step's memory on one device."""
     request = found.request
     trainable, state = device_bytes(found.state.trainable), device_bytes(found.state.optimizer)
-    away = request.optimizer.offload and request.machine.chip.platform != "cpu"  # whose memory is the host's
-    saved = _kept(found, request)
-    bare = saved if request.remat == "none" else _kept(found, request.but(remat="none"))
-    one_layer = max((_bytes(part) // n for n, part in _stacked(bare, _layers(found.model))), default=0)
+    own_memory = request.machine.chip.platform != "cpu"  # whose memory is the host's
+    away = request.optimizer.offload and own_memory
+    saved, moved = _kept(found, request)
+    if not own_memory:
+        saved, moved = saved + moved, []
+    bare = saved if request.remat == "none" else _kept(found, request.but(remat="none"))[0]
+    layers = _layers(found.model)
+    anew = _anew(_stacked(bare, layers), _stacked(saved, layers), found)
+    one_moved = max((_bytes(part) // n for n, part in _stacked(moved, layers)), default=0)
     return Memory(
         weights=device_bytes(found.frozen),
         adapters=trainable,
         optimizer=(0 if away else state) + device_bytes(found.state.average),
         gradients=trainable * (1 if request.accumulation == 1 else 2),
         activations=_bytes(saved),
-        working=_working(found, one_layer),
+        working=_working(found, anew) + 2 * one_moved,  # one layer's in use, and the next one's on their way
         cache=_cache(found),
         fetched=state if away else 0,
-        host=state if away else 0,
+        host=(state if away else 0) + _bytes(moved),
     )
 
 
-def _working(found: Subject, one_layer: int) -> int:
+def _anew(bare: _Stacks, saved: _Stacks, found: Subject) -> int:
+    """What a layer computes anew in the backward pass, of what it keeps without rematerialisation and of what with it.
+
+    On a CPU that is less what it keeps; and of factors beside a projection one array more, as wide as the layer's
+    widest, for the product that is their gradient.
+    """
+    remat, cpu = found.request.remat, found.request.machine.chip.platform == "cpu"
+    one_layer = 0 if remat == "none" else max((_bytes(part) // n for n, part in bare), default=0)
+    if not cpu:
+        return one_layer
+    one_kept = max((_bytes(part) // n for n, part in saved), default=0)
+    widest = max((_bytes([x]) // n for n, part in bare for x in part), default=0)
+    return max(one_layer - one_kept, 0) + (widest if _beside_kernels(found) else 0)
+
+
+def _beside_kernels(found: Subject) -> bool:
+    """Whether leaves of a method's own are trained beside a kernel."""
+    bases = {path.rpartition("/kernel")[0] for path in found.frozen if "/kernel" in path}
+    own = (path for path in found.state.trainable if f"/{ADAPTERS}/" in path and "/saved/" not in path)
+    return any(path.partition(f"/{ADAPTERS}/")[0] in bases for path in own)
+
+
+def _working(found: Subject, anew: int) -> int:
     """What a layer needs beside what it keeps, and the head: compilers lay no loop's memory over another's.
 
-    A layer computes `one_layer` bytes anew where it is rematerialised. Of its weights the two largest are whole along
-    `fsdp` at a time, one in use and the next on its way; of quantized ones, one is there in float32.
+    A layer computes `anew` bytes in the backward pass. Of its weights the two largest are whole along `fsdp` at a time,
+    one in use and the next on its way; of quantized ones, one is there in float32.
     """
     leaves, split = _leaves(found), found.mesh.shape["fsdp"]
     kernels = [_along_fsdp(leaves[path]) // count for count, paths in _layers(found.model) for path in paths]
     gathered = sum(sorted(kernels)[-2:]) if split > 1 else 0
-    recomputed = one_layer if found.request.remat != "none" else 0
-    return recomputed + gathered + _decoded(found) + max(_head(found), _scores(found))
+    return anew + gathered + _decoded(found) + max(_head(found), _scores(found))
 
 
 def _along_fsdp(leaf: Any) -> int:
@@ -166,9 +199,11 @@ def _along_fsdp(leaf: Any) -> int:
 
 
 def _decoded(found: Subject) -> int:
-    """The largest quantized kernel of a layer in float32."""
+    """The largest quantized kernel of a layer in float32; on a CPU with all that is made on the way to it."""
+    arrays = UNPACKING if found.request.machine.chip.platform == "cpu" else 1
     kernels = [module for _, module in nnx.iter_modules(found.model) if isinstance(module, QuantizedKernel)]
-    return max((4 * math.prod(k.shape[len(k.lead) :]) for k in kernels), default=0) // found.mesh.shape["tensor"]
+    largest = max((4 * math.prod(k.shape[len(k.lead) :]) for k in kernels), default=0)
+    return arrays * largest // found.mesh.shape["tensor"]
 
 
 def _head(found: Subject) -> int:
@@ -185,33 +220,40 @@ def _head(found: Subject) -> int:
 def _scores(found: Subject) -> int:
     """Scores of a device's own queries with all keys in float32, their exponentials and the gradients of these.
 
-    On a CPU, where they are computed block by block unless a row's tokens are split; elsewhere they are kept. Where a
-    layer is computed anew, one of the three takes the place of its other arrays.
+    On a CPU, whose program holds those of all blocks of queries at once; where a text is read from the left, a block
+    has no scores with what comes after it. Elsewhere they are kept. Where a row's tokens are split and a layer is
+    computed anew, one of the three takes the place of its other arrays.
     """
     request, ways = found.request, found.mesh.shape["sequence"]
-    if ways == 1 or request.machine.chip.platform != "cpu":
+    if request.machine.chip.platform != "cpu":
         return 0
     heads = getattr(found.model.config, "num_attention_heads", 1) // found.mesh.shape["tensor"]
-    arrays = 3 if request.remat == "none" else 2
-    return arrays * 4 * (request.batch // found.ways) * heads * (request.seq // ways) * request.seq
+    arrays = 3 if request.remat == "none" or ways == 1 else 2
+    pairs = (request.seq // ways) * request.seq
+    if ways == 1 and request.task == "CAUSAL_LM":
+        blocks = -(-request.seq // BLOCK_ROWS)
+        pairs = pairs * (blocks + 1) // (2 * blocks)
+    return arrays * 4 * (request.batch // found.ways) * heads * pairs
 
 
-def _kept(found: Subject, request: Request) -> list[jax.ShapeDtypeStruct]:
-    """What one device keeps of a forward pass over its rows."""
+def _kept(found: Subject, request: Request) -> tuple[list[jax.ShapeDtypeStruct], list[jax.ShapeDtypeStruct]]:
+    """What one device keeps of a forward pass over its rows, itself and in the host's memory."""
     platform = request.machine.chip.platform
     one = Machine(Chip(platform, platform, None, None, None, ""), 1)
     rows, tokens = request.batch // found.ways, found.mesh.shape["sequence"]
     own = tuple((name, (shape[0] // found.ways, *shape[1:]), dtype) for name, shape, dtype in request.arrays)
     alone = request.but(machine=one, mesh=None, batch=rows, arrays=own, generate=0, share=1.0, optimizer=Optimizer())
-    arrays = [_of_tokens(x, request.seq, tokens) for x in _traced(alone, tokens)]
     tensor, d_model = found.mesh.shape["tensor"], getattr(found.model.config, "hidden_size", 0)
     weights = {leaf.shape: leaf.sharding.shard_shape(leaf.shape) for leaf in _leaves(found).values() if leaf.ndim > 1}
-    return [
-        jax.ShapeDtypeStruct(weights[x.shape], x.dtype)  # weights in the products' dtype lie as they themselves do
-        if x.shape in weights
-        else (x if x.shape and x.shape[-1] == d_model else _split(x, tensor))
-        for x in arrays
-    ]
+
+    def own_part(x: Kept) -> jax.ShapeDtypeStruct:
+        part = _of_tokens(x, request.seq, tokens)
+        if part.shape in weights:  # weights in the products' dtype lie as they themselves do
+            return jax.ShapeDtypeStruct(weights[part.shape], part.dtype)
+        return part if part.shape and part.shape[-1] == d_model else _split(part, tensor)
+
+    everything = _traced(alone, tokens)
+    return [own_part(x) for x in everything if not x.on_host], [own_part(x) for x in everything if x.on_host]
 
 
 def _of_tokens(x: Kept, seq: int, ways: int) -> jax.ShapeDtypeStruct:
@@ -267,9 +309,7 @@ def _layers(model: Any) -> list[tuple[int, list[str]]]:
     return found
 
 
-def _stacked(
-    arrays: list[jax.ShapeDtypeStruct], layers: list[tuple[int, list[str]]]
-) -> list[tuple[int, list[jax.ShapeDtypeStruct]]]:
+def _stacked(arrays: list[jax.ShapeDtypeStruct], layers: list[tuple[int, list[str]]]) -> _Stacks:
     """(number of layers, what they keep) of every stack."""
     return [(count, [x for x in arrays if x.ndim > 1 and x.shape[0] == count]) for count, _ in layers]
 

@@ -26,11 +26,13 @@ class Kept:
     Attributes:
       shape, dtype: its own.
       gathered: it is what attention has gathered along `sequence`: keys or values of all tokens.
+      on_host: it lies in the host's memory until the backward pass fetches it.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     gathered: bool
+    on_host: bool = False
 
 
 def kept(fn: Callable[..., Any], *arguments: Any) -> list[Kept]:
@@ -47,7 +49,11 @@ def kept(fn: Callable[..., Any], *arguments: Any) -> list[Kept]:
     given = {id(variable) for variable in (*jaxpr.invars, *jaxpr.constvars)}
     made = {id(out): (equation, i) for equation in jaxpr.eqns for i, out in enumerate(equation.outvars)}
     found = {_origin(v, made): v for v in jaxpr.outvars if not isinstance(v, core.Literal) and id(v) not in given}
-    return [Kept(v.aval.shape, v.aval.dtype, _gathered(v, made)) for v in found.values()]
+    return [Kept(v.aval.shape, v.aval.dtype, _gathered(v, made), _on_host(v.aval)) for v in found.values()]
+
+
+def _on_host(aval: Any) -> bool:
+    return getattr(aval, "memory_space", None) == jax.memory.Space.Host
 
 
 def _gathered(variable: Any, made: dict[int, tuple[Any, int]]) -> bool:
