@@ -250,9 +250,7 @@ def _conflicts(config: Config) -> list[str]:
             not writes and task != "SEQ_2_SEQ_LM" and data.packing != "none"
         ),
         f"data.template is for CAUSAL_LM; {task} has no messages": not writes and data.template is not None,
-        f"data.label_names is for {', '.join(CLASSIFYING)}; {task} has no labels": (
-            not classify and names is not None
-        ),
+        f"data.label_names is for {', '.join(CLASSIFYING)}; {task} has no labels": (not classify and names is not None),
         f"data.max_target is for SEQ_2_SEQ_LM, got {task}": task != "SEQ_2_SEQ_LM" and data.max_target is not None,
         f"data.stride is for QUESTION_ANS, got {task}": task != "QUESTION_ANS" and data.stride is not None,
         f"data.label_names needs two or more different names, got {names}": (

@@ -56,7 +56,7 @@ class Picturer:
         """
         before = refusals.count
         path, split = opened.source.path, opened.source.split
-        inside = Path(path) if Path(path).is_dir() else Path(path).parent
+        inside = opened.folder
         rows = refusals.passing(opened.rows())
         found = [*refusals.passing(threaded(lambda row: self._found(row, reader, inside), rows))]
         kept, good = [], []

@@ -44,6 +44,12 @@ class Opened:
     _rows: Callable[[int], Iterator[Record | Bad]]
     classes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
+    @property
+    def folder(self) -> Path:
+        """In which the files lie that rows name."""
+        path = Path(self.source.path)
+        return path if path.is_dir() else path.parent
+
     def rows(self, start: int = 0) -> Iterator[Record | Bad]:
         """Rows of the split, good and bad, from number `start` on."""
         return self._rows(start)
