@@ -15,6 +15,8 @@ import jpeft
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("bert", "roberta", "distilbert", "gpt2", "llama", "t5")
+#: Cases of which the library lets padding change the output.
+UNPADDED = ("gate", "noreft of both stacks", "unipelt", "unipelt of a flat prefix", "gated pissa", "gated prefix")
 #: transformers' attributes of a checkpoint's names in a model with a head.
 _BASES = {"bert": "bert.", "roberta": "roberta.", "distilbert": "distilbert.", "gpt2": "transformer.",
           "llama": "model.", "t5": ""}  # fmt: skip
@@ -85,7 +87,7 @@ def imported(family: str, case: str, folder: Path) -> Any:
 
 def padded(case: str) -> bool:
     """Whether a case's output is one with padding."""
-    return case not in ("gate", "noreft of both stacks")
+    return case.removeprefix("own ") not in UNPADDED
 
 
 def output(model: Any, family: str, case: str) -> np.ndarray:
@@ -111,7 +113,7 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
             held = {key: value.numpy() for key, value in torch.load(file, weights_only=True).items()}
         else:
             continue
-        place = file.relative_to(folder).with_suffix("").as_posix().replace("pytorch_adapter", "adapter")
+        place = file.relative_to(folder).with_suffix("").as_posix().replace("pytorch_", "")
         found |= {f"{place}/{key}": value for key, value in held.items() if ".prefix_tuning.pool." not in key}
     return found
 

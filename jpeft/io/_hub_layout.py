@@ -165,6 +165,12 @@ class Hub:
         join = next(s.joins[site.path] for s in self.layout.stacks if site.path in s.joins)
         return [f"{layer}.{join}" for layer in self.layer_names(site)]
 
+    def attention_names(self, site: Site) -> list[str]:
+        """What the attentions of a site of keys and values are called, one per layer."""
+        stack = next(s for s in self.layout.stacks if site.path in s.prefixes)
+        within = ".".join(site.path.split("/")[1:-1])
+        return [f"{self.layout.base}{stack.layer.format(i)}.{within}" for i in range(len(site.names))]
+
     def whole_name(self, name: str) -> str:
         """Hugging Face's name of a module, with what models with a head put before it."""
         return name if name.startswith(self.layout.base) else self.layout.base + name

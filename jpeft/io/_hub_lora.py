@@ -3,15 +3,17 @@
 
 The library adapts queries, keys and values (`attn_matrices`) and the two matrices of the feed-forward block
 (`intermediate_lora`, `output_lora`) of all layers but some; on Llama and Mistral it calls `down_proj` the first of them
-and `up_proj` the second. Its IA3 scales what leaves a matrix, and never what goes in.
+and `up_proj` the second. Its IA3 scales what leaves a matrix, and never what goes in. A LoRA with a gate has
+gate.weight `[1, d_in]` and gate.bias `[1]`, and no factor: the library leaves alpha / r out, so here it goes into B.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from .. import seams
-from .._method import Adapter
+from .._method import Adapter, Start
 from ..methods import METHODS
 from ._hub_codec import HubCodec, Parts, check_plain, slot, with_defaults
 from ._hub_layout import Hub
@@ -38,13 +40,25 @@ _DEFAULTS: Mapping[str, Any] = {
     "vera_b": None,
     "vera_d": None,
 }
-_PLAIN = {key: _DEFAULTS[key] for key in ("use_dora", "use_gating", "vera_b", "vera_d")}
+_PLAIN = {key: _DEFAULTS[key] for key in ("use_dora", "vera_b", "vera_d")}
 
 
 def _portable(adapter: Any, hub: Hub) -> Adapter:
-    if adapter.method.kind == "lora" and adapter.method.gate:
-        raise ValueError(f"{adapter.site.path}: the library leaves alpha / rank out of a LoRA with a gate")
-    return on_the_base(adapter) if adapter.method.kind == "lora" else adapter
+    if adapter.method.kind != "lora":
+        return adapter
+    plain = on_the_base(adapter)
+    return _without_factor(plain, adapter) if adapter.method.gate and adapter.acts else plain
+
+
+def _without_factor(plain: Any, gated: Any) -> Adapter:
+    """`plain` with its factor in B, and the gate of `gated`."""
+    method, site = plain.method, plain.site
+    factors = method.table(site)[:, 0].reshape(*site.lead, 1, 1)
+    leaves = {"A": plain.A[...], "B": plain.B[...] * factors}
+    leaves |= {name: getattr(gated, name)[...] for name in ("gate_weight", "gate_bias")}
+    method = dataclasses.replace(method, alpha=method.rank, alpha_pattern={}, rslora=False)
+    saved = {name: leaf[...] for name, leaf in plain.saved.items()}
+    return Adapter(method, site, Start(leaves), saved, plain.saved_layers)
 
 
 def _slots(parts: Parts, hub: Hub) -> list[Slot]:
@@ -67,10 +81,14 @@ def _one(adapter: Any, start: str, at: tuple[int, ...], layer: int) -> list[Slot
     if adapter.method.kind == "ia3":
         return [slot(f"{start}lora_B", adapter.scale, (*at, slice(None), None))]
     used = slice(adapter.method.ranks(adapter.site)[layer])
-    return [
+    slots = [
         slot(f"{start}lora_A", adapter.A, (*at, slice(None), used), (1, 0)),
         slot(f"{start}lora_B", adapter.B, (*at, used), (1, 0)),
     ]
+    if adapter.method.gate:
+        slots.append(slot(f"{start}gate.weight", adapter.gate_weight, at, (1, 0)))
+        slots.append(slot(f"{start}gate.bias", adapter.gate_bias, at))
+    return slots
 
 
 # Configuration ------------------------------------------------------------------------------------------------------
@@ -97,8 +115,9 @@ def _write(method: Any, parts: Parts, hub: Hub) -> dict[str, Any]:
             f"alphas {sorted(factors)}; jpeft.as_lora brings an adapter to one rank"
         )
     (rank,) = ranks
-    alpha = method.alpha * math.sqrt(rank) if method.rslora else method.alpha
-    return {**_DEFAULTS, **where, "alpha": number(alpha), "dropout": method.dropout, "r": rank}
+    alpha = rank if method.gate else method.alpha * math.sqrt(rank) if method.rslora else method.alpha
+    changes = {"alpha": number(alpha), "dropout": method.dropout, "r": rank, "use_gating": method.gate}
+    return {**_DEFAULTS, **where, **changes}
 
 
 def _where(adapted: list[str], hub: Hub, whole: bool) -> dict[str, Any]:
@@ -144,12 +163,17 @@ def _read(config: Mapping[str, Any], hub: Hub, head: Any) -> Any:
     parts = attention + [part for part in ("intermediate", "output") if config[f"{part}_lora"]]
     targets = hub.matrices(parts, config["leave_out"] or ())
     if scaled:
-        check_plain(config, {"r": 1, "dropout": 0.0}, "IA3")
+        check_plain(config, {"r": 1, "dropout": 0.0, "use_gating": False}, "IA3")
         ia3: Any = METHODS["ia3"]
         return ia3(targets=targets, feedforward=(), modules_to_save=head)
     lora: Any = METHODS["lora"]
     return lora(
-        rank=config["r"], alpha=config["alpha"], targets=targets, dropout=config["dropout"], modules_to_save=head
+        rank=config["r"],
+        alpha=config["r"] if config["use_gating"] else config["alpha"],
+        targets=targets,
+        dropout=config["dropout"],
+        gate=bool(config["use_gating"]),
+        modules_to_save=head,
     )
 
 

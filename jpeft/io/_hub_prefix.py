@@ -4,7 +4,8 @@
 Flat it is control_trans `[num_tokens · 2 · layers · kv_heads · d_head]`, of layer l the keys and then the values, as in
 jpeft's table. A network is wte.weight, control_trans.0 and control_trans.2, with tanh between, from the width of the
 stream. Where jpeft's has another width, or one network serves several kinds of attention, what it computes is written
-and read in its place. The library writes every tensor once more under each layer; these copies count for nothing.
+and read in its place. The library writes every tensor once more under each layer; these copies count for nothing. Each
+attention has the gate of its own, `[1, d_model]` and `[1]`.
 """
 
 import re
@@ -16,7 +17,7 @@ import numpy as np
 from ..methods import METHODS
 from ._hub_codec import Arrays, HubCodec, Parts, check_plain, slot, with_defaults
 from ._hub_layout import Hub
-from ._slots import Slot
+from ._slots import Slot, layer_index
 
 _DEFAULTS: Mapping[str, Any] = {
     "architecture": "prefix_tuning",
@@ -32,7 +33,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "shared_gating": True,
     "use_gating": False,
 }
-_PLAIN = {"dropout": 0.0, "leave_out": [], "use_gating": False, "encoder_prefix": True}
+_PLAIN = {"dropout": 0.0, "leave_out": [], "encoder_prefix": True}
 #: The copies of a prefix that every layer has of the one that counts.
 _COPY = re.compile(r"(.*\.)?prefix_tuning\.pool\.(prefix_tunings\..*)")
 #: A network's tensors, with jpeft's leaves and the order of their axes.
@@ -65,6 +66,7 @@ def _slots(parts: Parts, hub: Hub) -> list[Slot]:
         if path not in kinds or not adapter.acts:
             continue
         site, key = adapter.site, f"{start}{kinds[path]}."
+        slots += _gates(adapter, hub) if root.method.gate else []
         if root.method.projection:
             slots += [slot(f"{key}{name}", getattr(root, leaf), (), axes) for name, (leaf, axes) in _NETWORK.items()]
             continue
@@ -75,15 +77,24 @@ def _slots(parts: Parts, hub: Hub) -> list[Slot]:
     return slots
 
 
+def _gates(adapter: Any, hub: Hub) -> list[Slot]:
+    """The tensors of an attention's gate in every layer."""
+    slots = []
+    for i, name in enumerate(hub.attention_names(adapter.site)):
+        at, key = layer_index(adapter.site.lead, i), f"{name}.prefix_tuning.prefix_gates.{hub.name}."
+        slots.append(slot(f"{key}weight", adapter.gate_weight, at, (1, 0)))
+        slots.append(slot(f"{key}bias", adapter.gate_bias, at))
+    return slots
+
+
 # Configuration ------------------------------------------------------------------------------------------------------
 
 
 def _write(method: Any, parts: Parts, hub: Hub) -> dict[str, Any]:
     _check_model(hub)
-    if method.gate or method.shift_positions:
+    if method.shift_positions:
         raise ValueError(
-            "the library's prefix leaves the text's positions where they are, and its gate is a mean over padding too; "
-            "adapt without gate= and shift_positions="
+            "the library's prefix leaves the text's positions where they are; adapt without shift_positions="
         )
     sites = [adapter.site for path, adapter in parts.items() if path in _kinds(hub)]
     if not all(all(site.active) for site in sites):
@@ -97,6 +108,7 @@ def _write(method: Any, parts: Parts, hub: Hub) -> dict[str, Any]:
         "cross_prefix": "cross_prefix" in there or len(_kinds(hub)) == 1,
         "flat": not method.projection,
         "prefix_length": method.num_tokens,
+        "use_gating": method.gate,
     }
 
 
@@ -104,6 +116,8 @@ def _read(config: Mapping[str, Any], hub: Hub, head: Any) -> Any:
     _check_model(hub)
     config = with_defaults(config, _DEFAULTS)
     check_plain(config, _PLAIN, "PrefixTuning")
+    if config["use_gating"]:
+        check_plain(config, {"shared_gating": True}, "PrefixTuning")
     cross = config["cross_prefix"] and "cross_prefix" in _kinds(hub).values()
     network = not config["flat"] and len(_kinds(hub)) == 1 and _key_width(hub) == hub.width
     if not config["flat"]:
@@ -114,6 +128,7 @@ def _read(config: Mapping[str, Any], hub: Hub, head: Any) -> Any:
         projection=network,
         hidden_size=config["bottleneck_size"] if network else None,
         blocks=("attention", "cross_attention") if cross else ("attention",),
+        gate=bool(config["use_gating"]),
         modules_to_save=head,
     )
 

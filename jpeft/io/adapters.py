@@ -7,23 +7,25 @@ the library would not compute alike is refused on the way out; what is missing, 
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from .._adapt import adapt
 from .._fold import fold
 from .._graft import grafts
-from .._method import Adapter
+from .._method import Adapter, Hybrid
 from .._walk import own_leaves
 from ..models import CheckpointError
 from ..models import _safetensors as safetensors
 from . import _hub_fusion as fusions
+from . import _hub_union as unions
 from ._filling import Held, adapters_of, chosen_name, fill, keyed, sources, tensors_of
 from ._hub_bottleneck import BOTTLENECK
 from ._hub_codec import VERSION, HubCodec, Parts
+from ._hub_config import is_union, named, split
 from ._hub_files import ADAPTER, FUSION, HEAD, SETUP, Files, read_tensors, stale
 from ._hub_layout import Hub
 from ._hub_lora import LORA
@@ -37,20 +39,19 @@ from ._slots import Slot, base_slots
 HUB_CODECS: tuple[HubCodec, ...] = (BOTTLENECK, LORA, PREFIX, REFT)
 _FUSION = "adapter_fusion"
 _WRITER = "adapters' save_adapter"
-#: What configurations without a version call activations.
-_RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 
 def export_adapters(model: Any, folder: str | Path, *, name: str | None = None) -> Path:
     """Writes an adapter as `adapters` does: `model.load_adapter(folder, use_safetensors=True)` there computes the same.
 
     Of an AdapterFusion the folder holds one folder for each adapter, one for the fusion, and adapter_setup.json, for
-    `model.load_adapter_setup(folder, use_safetensors=True)`. The head of a classification model goes along.
+    `model.load_adapter_setup(folder, use_safetensors=True)`. The parts of a hybrid (MAM, UniPELT, `LoRA() | Houlsby()`)
+    are one adapter there, a union. The head of a classification model goes along.
 
     Args:
       model: a model of the zoo with an adapter on it, of a family that the library has.
       folder: where the files go; what else it holds stays.
-      name: which adapter, where the model has several; its name in the library too.
+      name: which adapter, or hybrid, where the model has several; its name in the library too.
 
     Returns:
       The folder.
@@ -62,20 +63,22 @@ def export_adapters(model: Any, folder: str | Path, *, name: str | None = None) 
     Example:
       >>> jpeft.export_adapters(model, "out/adapter")
     """
-    folder, name = Path(folder), _meant(model, name)
-    if _kind(adapters_of(model, name)) == _FUSION:
+    folder, (name, members) = Path(folder), _meant(model, name)
+    if _fused(model, name):
         return _export_fusion(model, folder, name)
-    return _export_one(model, folder, name)
+    return _export_one(model, folder, name, members)
 
 
 def check_adapters(model: Any, name: str | None = None) -> None:
     """Raises what `export_adapters` would, as far as it does not depend on values: before a training, not after it."""
-    name = _meant(model, name)
+    name, members = _meant(model, name)
     fused = _fused(model, name)
-    if fused:
-        _written_fusion(model, name)
-    for part in fused or (name,):
-        _written(model, part)
+    if not fused:
+        _written(model, name, members)
+        return
+    _written_fusion(model, name)
+    for part in fused:
+        _written(model, part, (part,))
 
 
 def import_adapters(
@@ -97,7 +100,8 @@ def import_adapters(
       model: the base, a model of the zoo.
       folder: with adapter_config.json, adapter_setup.json or adapter_fusion_config.json.
       key: PRNG key of first values, all of which the file replaces; `jax.random.key(0)` by default.
-      name: the adapter's name in leaf paths; by default the library's, with _ for what no identifier has.
+      name: the adapter's name in leaf paths; by default the library's, with _ for what no identifier has. A union's
+        parts have their kinds behind it.
       head: whether to read the head that was saved along, where there is one.
       direft: read what says that it is NoReFT as DiReFT: the library writes the same configuration for both.
 
@@ -124,13 +128,27 @@ def import_adapters(
 # Writing ------------------------------------------------------------------------------------------------------------
 
 
-def _meant(model: Any, name: str | None) -> str:
-    """The adapter to be written: `name`, or the only one, a fusion with its adapters counted as one."""
+class _Written(NamedTuple):
+    """How one adapter is written: by which codec, its configuration and its tensors."""
+
+    codec: HubCodec
+    config: dict[str, Any]
+    slots: list[Slot]
+
+
+def _meant(model: Any, name: str | None) -> tuple[str, tuple[str, ...]]:
+    """What is to be written: its name in the library, and its adapters, of which a hybrid has several.
+
+    It is `name`, or the only one, a fusion with its adapters counted as one.
+    """
     there = sorted({own for _, module in grafts(model) for own in module.adapters})
     fused = {part for own in there for part in _fused(model, own)}
     if name is None and len({*there} - fused) == 1:
         (name,) = {*there} - fused
-    return chosen_name(model, name, "a folder of adapters")
+    whole, members = ("", ()) if name in there else unions.members(model, name)
+    if not members:
+        whole = chosen_name(model, name, "a folder of adapters")
+    return whole, members or (whole,)
 
 
 def _parts(model: Any, name: str) -> dict[str, Adapter]:
@@ -150,10 +168,6 @@ def _fused(model: Any, name: str) -> tuple[str, ...]:
     return method.adapters if method is not None and method.kind == _FUSION else ()
 
 
-def _kind(parts: Parts) -> str:
-    return next(iter(parts.values())).method.kind
-
-
 def _codec(kind: str) -> HubCodec:
     for codec in HUB_CODECS:
         if kind in codec.kinds:
@@ -162,15 +176,27 @@ def _codec(kind: str) -> HubCodec:
     raise ValueError(f"adapters 1.3.0 has no format that computes what a {kind} does; it has one for {known}")
 
 
-def _written(model: Any, name: str) -> tuple[HubCodec, Hub, dict[str, Any], list[Slot]]:
-    """How an adapter is written, its configuration and its tensors."""
-    hub, parts = Hub(model, name), _parts(model, name)
-    codec = _codec(_kind(parts))
+def _written(model: Any, name: str, members: Iterable[str]) -> tuple[Hub, dict[str, Any], list[_Written]]:
+    """The names and the configuration of an adapter or a union, and how its members are written."""
+    hub = Hub(model, name)
+    written = [_member(model, own, hub) for own in members]
+    if len(written) == 1:
+        return hub, written[0].config, written
+    unions.check_order(model, members)
+    unions.check_apart([part.config for part in written], hub)
+    unions.check_tensors(slot for part in written for slot in part.slots)
+    return hub, unions.joined([part.config for part in written]), written
+
+
+def _member(model: Any, own: str, hub: Hub) -> _Written:
+    """How the adapter `own` is written, under the name of `hub`."""
+    parts = _parts(model, own)
+    codec = _codec(_method(parts).kind)
     if codec is PREFIX and not is_kept(_method(parts), parts, hub):
-        parts = _parts(fold(model), name)
+        parts = _parts(fold(model), own)
     _check_saved(parts, hub)
     parts = {path: codec.portable(adapter, hub) for path, adapter in parts.items()}
-    return codec, hub, codec.write(_method(parts), parts, hub), codec.slots(parts, hub)
+    return _Written(codec, codec.write(_method(parts), parts, hub), codec.slots(parts, hub))
 
 
 def _written_fusion(model: Any, name: str) -> tuple[Hub, dict[str, Any], list[Slot]]:
@@ -196,10 +222,12 @@ def _check_saved(parts: Parts, hub: Hub) -> None:
         )
 
 
-def _export_one(model: Any, folder: Path, name: str) -> Path:
-    codec, hub, config, slots = _written(model, name)
-    tensors = codec.encode(tensors_of(keyed(slots, lambda slot: slot.key)), config)
-    head = tensors_of(_head(model, _parts(model, name), hub))
+def _export_one(model: Any, folder: Path, name: str, members: tuple[str, ...]) -> Path:
+    hub, config, written = _written(model, name, members)
+    tensors: dict[str, Any] = {}
+    for codec, own, slots in written:
+        tensors |= codec.encode(tensors_of(keyed(slots, lambda slot: slot.key)), own)
+    head = tensors_of(_head(model, [_parts(model, own) for own in members], hub))
     kept = (ADAPTER, HEAD) if head else (ADAPTER,)
     with installing(folder, ADAPTER.config, stale(*kept)) as new:
         _write(new, ADAPTER, tensors, {"config": config, **_origin(hub, name)})
@@ -216,7 +244,7 @@ def _export_fusion(model: Any, folder: Path, name: str) -> Path:
     hub, config, slots = _written_fusion(model, name)
     tensors = tensors_of(keyed(slots, lambda slot: slot.key))
     for part in names:
-        _export_one(model, folder / part, part)
+        _export_one(model, folder / part, part, (part,))
     config = {"adapter_names": [*names], "config": config, **_origin(hub, hub.name)}
     with installing(folder / hub.name, FUSION.config, stale(FUSION)) as new:
         _write(new, FUSION, tensors, config)
@@ -243,13 +271,14 @@ def _labels(count: int) -> dict[str, Any]:
     return {"label2id": {f"LABEL_{i}": i for i in range(count)}, "num_labels": count}
 
 
-def _head(model: Any, parts: Parts, hub: Hub) -> dict[str, Slot]:
-    """The tensors of a classification model's head: those that the adapter trains, else the base's."""
+def _head(model: Any, adapters: Iterable[Parts], hub: Hub) -> dict[str, Slot]:
+    """The tensors of a classification model's head: those that one of the adapters trains, else the base's."""
+    trained = {path: part.saved for parts in adapters for path, part in parts.items() if part.saved}
     found = {}
     for path in dict.fromkeys(hub.names.paths.values()) if model.task in HEADS else ():
         if hub.names.head_of(path) is None:
             continue
-        saved = parts[path].saved if path in parts else {}
+        saved = trained.get(path, {})
         for leaf in own_leaves(hub.names.found[path].module):
             for slot in base_slots(path, [leaf], hub.names):
                 held = Slot(slot.key, saved[leaf], slot.index, slot.axes, prefix="") if leaf in saved else slot
@@ -262,34 +291,42 @@ def _head(model: Any, parts: Parts, hub: Hub) -> dict[str, Slot]:
 
 def _import_one(model: Any, folder: Path, key: jax.Array, name: str | None, head: bool, direft: bool) -> Any:
     whole = read_config(folder, ADAPTER.config, _WRITER)
-    theirs, config = _named(whole, folder / ADAPTER.config)
-    config = _of_old_versions(config, whole.get("version")) | ({"subtract_projection": False} if direft else {})
-    hub = Hub(model, theirs)
-    codec = next((codec for codec in HUB_CODECS if codec.matches(config)), None)
-    if codec is None:
-        raise ValueError(f"{folder / ADAPTER.config} is of the architecture {config['architecture']!r}, which jpeft "
-                         "does not read")  # fmt: skip
+    theirs, config = named(whole, folder / ADAPTER.config)
+    hub, own = Hub(model, theirs), re.sub(r"\W", "_", theirs) if name is None else name
     has_head = head and model.task in HEADS and (folder / HEAD.config).is_file()
-    own = re.sub(r"\W", "_", theirs) if name is None else name
     try:
-        method = codec.read(config, hub, None if has_head else ())
+        configs = split(config, whole.get("version"), hub, direft)
+        codecs = [_reader(part) for part in configs]
+        heads = [None if has_head else (), *((),) * (len(configs) - 1)]
+        methods = [codec.read(part, hub, saves) for codec, part, saves in zip(codecs, configs, heads, strict=True)]
+        method = Hybrid(tuple(methods)) if is_union(config) else methods[0]
         adapted = adapt(model, method, key=key, name=own)
-        parts = adapters_of(adapted, own)
-        slots = keyed(codec.slots(parts, Hub(adapted, theirs)), lambda slot: slot.key)
+        members = [part for part, _ in method.named(own)] if isinstance(method, Hybrid) else [own]
+        parts = [adapters_of(adapted, part) for part in members]
+        there = Hub(adapted, theirs)
+        slots = [slot for codec, part in zip(codecs, parts, strict=True) for slot in codec.slots(part, there)]
+        unions.check_tensors(slots)
     except ValueError as error:
         raise ValueError(f"{folder / ADAPTER.config}: {error}") from error
-    arrays = {key: held.values for key, held in _based(read_tensors(folder, ADAPTER), hub).items()}
-    problems = _filled(slots, codec.decode(arrays, config, hub), hub)
-    _refuse(folder, ADAPTER, problems)
+    arrays = _values(_based(read_tensors(folder, ADAPTER), hub))
+    for codec, part in zip(codecs, configs, strict=True):
+        arrays = codec.decode(arrays, part, hub)
+    _refuse(folder, ADAPTER, _filled(keyed(slots, lambda slot: slot.key), arrays, hub))
     if has_head:
-        problems = _filled(_head(adapted, parts, hub), _values(read_tensors(folder, HEAD)), hub)
-        _refuse(folder, HEAD, problems)
+        _refuse(folder, HEAD, _filled(_head(adapted, parts, hub), _values(read_tensors(folder, HEAD)), hub))
     return adapted
+
+
+def _reader(config: Mapping[str, Any]) -> HubCodec:
+    codec = next((codec for codec in HUB_CODECS if codec.matches(config)), None)
+    if codec is None:
+        raise ValueError(f"it is of the architecture {config['architecture']!r}, which jpeft does not read")
+    return codec
 
 
 def _import_fusion(model: Any, folder: Path, key: jax.Array, name: str | None) -> Any:
     whole = read_config(folder, FUSION.config, _WRITER)
-    theirs, config = _named(whole, folder / FUSION.config)
+    theirs, config = named(whole, folder / FUSION.config)
     parts = [re.sub(r"\W", "_", part) for part in whole.get("adapter_names") or theirs.split(",")]
     if absent := [part for part in parts if not _parts(model, part)]:
         raise ValueError(f"{folder} fuses {', '.join(parts)}, and the model has no {absent[0]}; import these first")
@@ -306,25 +343,6 @@ def _layers(parts: Parts) -> list[int]:
     """Indices of the layers in which a bottleneck adapter acts."""
     active = next(part.site.active for part in parts.values() if part.site.seam == "residual")
     return [i for i, acts in enumerate(active) if acts]
-
-
-def _named(whole: Mapping[str, Any], file: Path) -> tuple[str, dict[str, Any]]:
-    """The name and the configuration proper of a file."""
-    name, config = whole.get("name"), whole.get("config")
-    if not isinstance(name, str) or not isinstance(config, dict):
-        raise ValueError(f"{file} is no configuration of adapters: it has name {name!r} and config {config!r}")
-    return name, config
-
-
-def _of_old_versions(config: dict[str, Any], version: Any) -> dict[str, Any]:
-    """The configuration as 1.3.0 understands one of an older version."""
-    config = dict(config)
-    if version is None and "non_linearity" in config:
-        config["non_linearity"] = _RENAMED.get(config["non_linearity"], config["non_linearity"])
-    found = re.match(r"adapters\.(\d+)\.(\d+)", str(version))
-    if found and (int(found[1]), int(found[2])) < (1, 1) and config.get("architecture") == "lora":
-        config["alpha"] = config["r"]  # all were trained so
-    return config
 
 
 def _based(tensors: Mapping[str, Held], hub: Hub) -> dict[str, Held]:

@@ -68,8 +68,10 @@ def _peft(model: Any, name: str | None) -> Findings:
 def _adapters(model: Any, name: str | None) -> Findings:
     lost = [*_lost_anywhere(model, name)]
     for method in _methods(model, name):
-        if getattr(method, "gate", False) and method.kind in ("houlsby", "pfeiffer", "parallel_adapter", "compacter"):
+        if getattr(method, "gate", False):
             lost.append("the gate is a mean over padding too there, so that a padded row gives another output")
+        if method.kind == "lora" and method.gate:
+            lost.append("the factor alpha / rank of a LoRA with a gate, which goes into its B")
         if method.kind == "direft":
             lost.append("DiReFT is written as the NoReFT that does the same; training goes on as that of a NoReFT")
         if method.kind in ("loreft", "noreft", "direft") and method.first and method.last:
@@ -79,7 +81,7 @@ def _adapters(model: Any, name: str | None) -> Findings:
             )
         if method.kind == "adapter_fusion" and method.dynamic and method.regularization not in (0, 0.01):
             lost.append(f"the regulariser's factor {method.regularization}, which is 0.01 there")
-    return Findings("adapters", _said(check_adapters, model, name), tuple(lost), ())
+    return Findings("adapters", _said(check_adapters, model, name), tuple(dict.fromkeys(lost)), ())
 
 
 def _vllm(model: Any, name: str | None) -> Findings:

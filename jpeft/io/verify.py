@@ -23,6 +23,7 @@ from ..models._checkpoint import open_checkpoint
 from ._filling import Given, read_values
 from ._hub_files import ADAPTER, FUSION, HEAD, SETUP, Files, read_tensors
 from ._hub_fusion import read_setup
+from ._hub_union import parts_of
 from ._peft_folder import CONFIG, read_config, weights_file
 from ._selection import selected
 
@@ -167,23 +168,36 @@ def _meant(config: Mapping[str, Any], name: str) -> bool:
 # AdapterHub ---------------------------------------------------------------------------------------------------------
 
 
+#: The keys of a configuration that are told.
+_SAID = ("reduction_factor", "r", "alpha", "prefix_length", "non_linearity", "leave_out", "layers")
+
+
 def _hub_adapter(folder: Path, whole: Mapping[str, Any], contents: Contents) -> None:
     config = whole.get("config")
     contents.facts |= {k: str(whole[k]) for k in ("name", "model_type", "model_class", "version") if whole.get(k)}
     if not isinstance(config, dict) or not isinstance(whole.get("name"), str):
         contents.faults.append(f"{folder / CONFIG} is neither PEFT's (peft_type) nor AdapterHub's (name and config)")
         return
-    contents.facts["architecture"] = str(config.get("architecture") or "bottleneck")
-    keys = ("reduction_factor", "r", "alpha", "prefix_length", "non_linearity", "leave_out", "layers")
-    contents.facts |= {key: str(config[key]) for key in keys if config.get(key) not in (None, [])}
+    contents.facts["architecture"] = _architecture(config)
+    parts = [config] if config.get("architecture") != "union" else _guarded(contents, lambda: parts_of(config)) or []
+    for part in parts:
+        said = {key: str(part[key]) for key in _SAID if part.get(key) not in (None, [])}
+        where = "" if part is config else f"{_architecture(part)}: "
+        contents.facts |= {where + key: value for key, value in said.items()}
     tensors = _guarded(contents, lambda: read_tensors(folder, ADAPTER))
     if tensors is not None:
         _count(contents, tensors)
         stray = sorted(key for key in tensors if f".{whole['name']}." not in key)
         contents.faults += [f"{key} is not of the adapter {whole['name']!r}" for key in stray]
-        _HUB_RULES.get(str(config.get("architecture")), lambda *args: None)(whole, config, tensors, contents)
+        for part in parts:
+            if [_architecture(other) for other in parts].count(_architecture(part)) == 1:  # else whose are the tensors?
+                _HUB_RULES.get(str(part.get("architecture")), lambda *args: None)(whole, part, tensors, contents)
     if (folder / HEAD.config).is_file():
         _hub_part(folder, HEAD, "tensors of the head", contents)
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    return str(config.get("architecture") or "bottleneck")
 
 
 def _hub_part(folder: Path, files: Files, what: str, contents: Contents) -> None:

@@ -140,6 +140,53 @@ CASES = {
     ),
     "noreft of one end": one(adapters.NoReftConfig(r=2, prefix_positions=2, dropout=0.0), "bert"),
     "direft": one(adapters.DiReftConfig(r=2, prefix_positions=2, tied_weights=True, dropout=0.0), "bert", "llama"),
+    "mam": one(
+        adapters.MAMConfig(
+            adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=5), adapters.ParBnConfig(reduction_factor=4)
+        ),
+        "bert", "gpt2", pickled=True,
+    ),
+    "mam of a flat prefix": one(
+        adapters.MAMConfig(
+            adapters.PrefixTuningConfig(flat=True, prefix_length=3), adapters.ParBnConfig(reduction_factor=4)
+        ),
+        "llama", pickled=True, labels=3,
+    ),
+    # A gate is a mean over padding too, so here is none.
+    "unipelt": one(
+        adapters.UniPELTConfig(
+            adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=5), PFEIFFER, adapters.LoRAConfig(r=2, alpha=2)
+        ),
+        "bert", "roberta", pickled=True, padded=False,
+    ),
+    "unipelt of a flat prefix": one(
+        adapters.UniPELTConfig(
+            adapters.PrefixTuningConfig(flat=True, prefix_length=3), PFEIFFER, adapters.LoRAConfig(r=2, alpha=7)
+        ),
+        "llama", pickled=True, padded=False, labels=3,
+    ),
+    "prefix beside a parallel adapter": one(
+        adapters.ConfigUnion(
+            adapters.PrefixTuningConfig(flat=True, prefix_length=2), adapters.ParBnConfig(reduction_factor=8)
+        ),
+        "roberta", pickled=True,
+    ),
+    "adapters of two sorts and reft": one(
+        adapters.ConfigUnion(
+            adapters.BnConfig(mh_adapter=True, output_adapter=False, reduction_factor=8, non_linearity="relu"),
+            adapters.ParBnConfig(reduction_factor=4),
+            adapters.LoReftConfig(r=2, prefix_positions=2, suffix_positions=1, tied_weights=True, dropout=0.0),
+        ),
+        "bert",
+    ),
+    "ia3 and an adapter": one(adapters.ConfigUnion(PFEIFFER, adapters.IA3Config()), "t5", "distilbert"),
+    "one sort for each layer": one(
+        adapters.ConfigUnion(
+            adapters.SeqBnConfig(reduction_factor=4, leave_out=[0]),
+            adapters.ParBnConfig(reduction_factor=8, leave_out=[1]), adapters.LoRAConfig(r=2, alpha=5),
+        ),
+        "bert", labels=3,
+    ),
     "fusion": Case((PFEIFFER, adapters.SeqBnConfig(reduction_factor=8, non_linearity="gelu"))),
     "static fusion": Case(
         tuple(adapters.DoubleSeqBnConfig(reduction_factor=f) for f in (8, 16, 4)), ("bert",), fusion="static"
@@ -188,7 +235,8 @@ def add(model: Any, case: Case) -> Any:
     if len(names) > 1:
         model.add_adapter_fusion(setup, case.fusion)
     model.set_active_adapters(setup)
-    if isinstance(case.configs[0], adapters.PrefixTuningConfig):
+    parts = getattr(case.configs[0], "configs", case.configs)
+    if any(isinstance(part, adapters.PrefixTuningConfig) for part in parts):
         model.set_attn_implementation("eager")  # whose mask is added, so that a prefix's zeros are seen
     return setup
 

@@ -23,14 +23,16 @@ import jpeft
 GOLDEN = 1e-5
 #: Against the library in float32, relative to the largest entry.
 LIVE = 1e-5
-#: What would catch most faults: pickles and norms; stacks; a shared rule and a head; a network; reflections; a setup.
+#: What would catch most faults: pickles and norms; stacks; a shared rule and a head; a network; reflections; a setup;
+#: a union with gates, one of two bottleneck adapters with a head.
 QUICK = {("bert", "norms"), ("t5", "factors of both stacks"), ("bert", "compacter++"), ("bert", "loreft"),
          ("llama", "prefix by a projection"), ("bert", "static fusion"), ("gpt2", "ia3 of all three"),
-         ("distilbert", "lora")}  # fmt: skip
-#: What is written otherwise than the library would: a network that jpeft has not; a unit that never acts.
-OTHERWISE = {("llama", "prefix by a projection"), ("bert", "noreft of one end")}
+         ("distilbert", "lora"), ("bert", "unipelt"), ("bert", "one sort for each layer")}  # fmt: skip
+#: What is written otherwise than the library would: a network that jpeft has not; a unit that never acts; an alpha that
+#: does nothing.
+OTHERWISE = {("llama", "prefix by a projection"), ("bert", "noreft of one end"), ("llama", "unipelt of a flat prefix")}
 #: Values that are other numbers for the same function: one of many bases; a DiReFT as the NoReFT that it equals.
-SAME_FUNCTION = ("loreft", "direft")
+SAME_FUNCTION = ("loreft", "direft", "adapters of two sorts and reft")
 
 KEY = jax.random.key(0)
 INTERPRETER = os.environ.get("JPEFT_ADAPTERS_PYTHON")
@@ -121,6 +123,17 @@ OWN = {
     ("gpt2", "mlp"): jpeft.LoRA(rank=2, alpha=3, targets=["c_fc", "mlp.c_proj"]),
     ("roberta", "ia3"): jpeft.IA3(placement="adapterhub"),
     ("distilbert", "compacter"): jpeft.Compacter(reduction_factor=4, plus_plus=True),
+    ("bert", "mam"): jpeft.MAM(num_tokens=3, hidden_size=5, reduction_factor=4),
+    ("llama", "mam"): jpeft.MAM(num_tokens=3, hidden_size=5, reduction_factor=4),
+    ("roberta", "lora and houlsby"): jpeft.LoRA(rank=2, alpha=5, targets=["query"]) | jpeft.Houlsby(reduction_factor=8),
+    ("t5", "lora and pfeiffer"): jpeft.LoRA(rank=2, alpha=5, targets=["q", "v"]) | jpeft.Pfeiffer(reduction_factor=4),
+    ("distilbert", "direft and pfeiffer"): jpeft.Pfeiffer(reduction_factor=4) | jpeft.DiReFT(rank=2, first=2, last=1),
+    # Without padding, over which the library's gates are means too.
+    ("bert", "unipelt"): jpeft.UniPELT(rank=2, alpha=3, num_tokens=3, hidden_size=5, reduction_factor=4),
+    ("roberta", "gated pissa"): jpeft.LoRA(
+        rank=2, alpha=6, init="pissa", gate=True, targets=["key", "intermediate.dense"]
+    ),
+    ("roberta", "gated prefix"): jpeft.PrefixTuning(num_tokens=3, gate=True),
 }
 
 

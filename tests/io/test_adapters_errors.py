@@ -128,7 +128,7 @@ def test_a_pickle_needs_a_torch_that_opens_it_safely(folder, monkeypatch):
         ({"novelty": 3}, "keys that adapters 1.3.0 does not know: novelty=3"),
         ({"reduction_factor": {"0": 4}}, "no entry for layer 1 and no default"),
         ({"non_linearity": "mish"}, "mish"),
-        ({"architecture": "union", "configs": []}, "of the architecture 'union', which jpeft does not read"),
+        ({"architecture": "prompt_tuning"}, "of the architecture 'prompt_tuning', which jpeft does not read"),
     ],
 )
 def test_a_configuration_that_asks_for_something_else(folder, changes, said):
