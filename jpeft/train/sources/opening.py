@@ -44,6 +44,13 @@ class Opened:
     _rows: Callable[[int], Iterator[Record | Bad]]
     classes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
+    @property
+    def called(self) -> str:
+        """Its path, with the configuration and split of a data set or the part of a file, as several may be used."""
+        source = self.source
+        rest = (source.name, None if source.split == "train" else source.split)
+        return ", ".join([source.path, *(part for part in rest if part is not None)])
+
     def rows(self, start: int = 0) -> Iterator[Record | Bad]:
         """Rows of the split, good and bad, from number `start` on."""
         return self._rows(start)
