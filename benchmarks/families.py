@@ -184,9 +184,9 @@ def prepare_peft(family: str, method: str) -> tuple[dict[str, Any], Callable[[in
     hf = transformers.AutoConfig.for_model(family, **config)
     made: Any = getattr(transformers, architecture)(hf)
     if method != "full":
-        lora = peft.LoraConfig(
-            r=RANK, lora_alpha=ALPHA, target_modules=targets_of(family), use_dora=method == "dora"
-        )  # fmt: skip
+        classes = architecture.endswith("Classification")
+        lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets_of(family), use_dora=method == "dora")
+        lora.modules_to_save = ["classifier", "pre_classifier"] if classes else None  # a head is trained whole
         made = peft.get_peft_model(made, lora)
     made.train()
     batch = {name: torch.from_numpy(value) for name, value in batch_of(family).items()}

@@ -22,6 +22,7 @@ from ._layer_norm import LayerNorm
 from ._layers import ACTIVATIONS, token_table
 from ._linear import Linear
 from ._whisper_config import Config
+from ._windows import Windows
 
 _EPS = 1e-5
 
@@ -169,9 +170,9 @@ def linear(config: Config, d_in: int, d_out: int, rngs: nnx.Rngs, dtype: Any, bi
     return Linear(d_in, d_out, use_bias=bias, dtype=dtype, param_dtype=dtype, kernel_init=init, rngs=rngs)
 
 
-def _convolution(config: Config, d_in: int, stride: int, rngs: nnx.Rngs, dtype: Any) -> nnx.Conv:
+def _convolution(config: Config, d_in: int, stride: int, rngs: nnx.Rngs, dtype: Any) -> Windows:
     init = nnx.initializers.normal(config.init_std)
-    return nnx.Conv(
+    return Windows(
         d_in,
         config.d_model,
         (3,),

@@ -25,6 +25,7 @@ from ._layers import ACTIVATIONS, in_front
 from ._linear import Linear
 from ._table import COPY, TRANSPOSE, Entry, How, Ignore, Rule, module_names
 from ._vit_config import PRESETS, Config
+from ._windows import Windows
 
 __all__ = ["HEADS", "OPTIONAL", "PREFIXES", "PRESETS", "TASKS", "WEIGHTS", "Config", "ViT"]
 
@@ -41,7 +42,7 @@ class PatchEmbeddings(nnx.Module):
     """A vector for every patch: a convolution whose windows do not overlap."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype: Any):
-        self.projection = nnx.Conv(
+        self.projection = Windows(
             config.num_channels,
             config.hidden_size,
             config.patch,

@@ -21,7 +21,7 @@ from .formats import Reader as Form
 from .pictures import Pictures
 from .picturing import Picturer
 from .readers import Reader, Sight
-from .records import DataError, Record, Refusals, brief
+from .records import Bad, DataError, Record, Refusals, brief
 from .sections import Data
 from .sections.model import SEEING
 from .sources import Opened, open_source
@@ -39,6 +39,7 @@ __all__ = [
     "label_names",
     "make_batches",
     "read_rows",
+    "told",
 ]
 
 
@@ -81,16 +82,15 @@ def label_names(parts: Sequence[Part]) -> tuple[str, ...]:
       DataError: fewer than two labels, names and numbers mixed, class numbers that leave gaps, or sources that name
         them in different ways.
     """
-    column = parts[0].reader.columns.get("label") or parts[0].reader.columns["tags"]
-    columns = ((part.opened.classes, part.reader.columns.get("label", "")) for part in parts)
-    told = {classes[name] for classes, name in columns if name in classes}
-    if len(told) > 1:
+    column = _class_column(parts[0])
+    known = {names for part in parts if (names := told(part))}
+    if len(known) > 1:
         raise DataError(
             f"the sources name the classes of column {column!r} in different ways, "
-            f"{' and '.join(brief(list(names)) for names in sorted(told))}; give data.label_names"
+            f"{' and '.join(brief(list(names)) for names in sorted(known))}; give data.label_names"
         )
-    if told:
-        return told.pop()
+    if known:
+        return known.pop()
     found = {label for part in parts for label in _labels(part) if isinstance(label, str | int)}
     numbers = {value for value in found if is_number(value)}
     words = {value for value in found if isinstance(value, str)}
@@ -116,11 +116,41 @@ def label_names(parts: Sequence[Part]) -> tuple[str, ...]:
 
 def _labels(part: Part) -> Iterator[Any]:
     """The class of every row, or of every word."""
-    columns = part.reader.columns
-    column = columns.get("label") or columns["tags"]
+    column = _class_column(part)
     for row in part.opened.rows():
         value = row.values.get(column) if isinstance(row, Record) else None
-        yield from value if "tags" in columns and isinstance(value, list) else (value,)
+        yield from value if "tags" in part.reader.columns and isinstance(value, list) else (value,)
+
+
+def _class_column(part: Part) -> str:
+    """The column of the class of a row, or of those of its words."""
+    return part.reader.columns.get("label") or part.reader.columns["tags"]
+
+
+def told(part: Part) -> tuple[str, ...]:
+    """What a data set says that its class numbers mean; empty where it says nothing."""
+    return part.opened.classes.get(_class_column(part), ())
+
+
+def _by_name(part: Part, names: Sequence[str] | None) -> Part:
+    """With the names of classes in the place of their numbers, where the data set numbers `names` in another way."""
+    if names is None or not (own := told(part)) or own == tuple(names) or {*own}.isdisjoint(names):
+        return part
+    column, read = _class_column(part), part.opened.rows
+
+    def named(value: Any) -> Any:
+        if isinstance(value, list):
+            return [named(each) for each in value]
+        return own[value] if is_number(value) and 0 <= value < len(own) else value
+
+    def rows(start: int) -> Iterator[Record | Bad]:
+        for row in read(start):
+            if isinstance(row, Record) and column in row.values:
+                yield Record({**row.values, column: named(row.values[column])}, row.where)
+            else:
+                yield row
+
+    return dataclasses.replace(part, opened=dataclasses.replace(part.opened, _rows=rows))
 
 
 @overload
@@ -140,12 +170,14 @@ def encode(
 ) -> Examples | Pictures:
     """Tokenised rows, or images: for classification with label `names`, for a language model without.
 
-    Rows of a source that has a weight are repeated accordingly; `seed` draws the fraction.
+    Rows of a source that has a weight are repeated accordingly; `seed` draws the fraction. Class numbers are those of
+    `names`, unless the source is a data set that says which of these names each of its numbers is.
 
     Raises:
       DataError: a bad row, more of them than may be skipped, or nothing left to train on.
     """
     refusals = Refusals(data.on_bad_row, data.max_bad_rows)
+    parts = [_by_name(part, names) for part in parts]
     if isinstance(reader, Sight):
         picturer = Picturer(data, reader, names or ())
         made = [picturer(part.opened, part.reader, refusals) for part in parts]

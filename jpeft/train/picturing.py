@@ -55,8 +55,7 @@ class Picturer:
           DataError: a row is bad, and that is to stop.
         """
         before = refusals.count
-        path = Path(opened.source.path)
-        inside = path if path.is_dir() else path.parent
+        inside = opened.folder
         rows = refusals.passing(opened.rows())
         found = [*refusals.passing(threaded(lambda row: self._found(row, reader, inside), rows))]
         kept, good = [], []

@@ -220,7 +220,11 @@ def test_words_are_tagged_by_the_saved_adapter(trained, tmp_path, monkeypatch):
         ("TOKEN_CLS", "data.max_target=4", r"data.max_target is for SEQ_2_SEQ_LM, got TOKEN_CLS"),
         ("TOKEN_CLS", "data.packing=best_fit", r"data.packing is for CAUSAL_LM"),
         ("QUESTION_ANS", "data.stride=32", r"data.stride must lie in \[0, data.max_length\), got 32 of 32"),
-        ("QUESTION_ANS", "data.label_names=[a, b]", r"data.label_names is for SEQ_CLS, TOKEN_CLS, IMAGE_CLS; QUESTION_ANS has"),
+        (
+            "QUESTION_ANS",
+            "data.label_names=[a, b]",
+            r"is for SEQ_CLS, TOKEN_CLS, IMAGE_CLS; QUESTION_ANS has",
+        ),
         ("SEQ_2_SEQ_LM", "data.max_target=0", r"data.max_target"),
         ("SEQ_2_SEQ_LM", "train.samples=2", r"train.samples is for a model that writes \(CAUSAL_LM\)"),
     ],

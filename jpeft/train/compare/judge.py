@@ -12,17 +12,18 @@ import numpy as np
 from ..._partition import GraphDef, Leaves, combine, partition
 from ..feed import Feed
 from ..losses import lm_sums, logits_of
+from ..sections.model import NAMING
 from .outcomes import Classes, Outcome, Texts
 
 
 def judge(model: Any, batches: Feed) -> Outcome:
-    """The outcome of a `SEQ_CLS` or `CAUSAL_LM` model on all examples, in their order.
+    """The outcome of a `SEQ_CLS`, `IMAGE_CLS` or `CAUSAL_LM` model on all examples, in their order.
 
     Raises:
       FloatingPointError: an answer is not finite.
     """
     graphdef, trainable, frozen = partition(model)
-    answer = _probabilities if model.task == "SEQ_CLS" else _losses
+    answer = _probabilities if model.task in NAMING else _losses
     rows: dict[int, np.ndarray] = {}
     for batch in batches.buckets.in_order():
         answers = np.asarray(_answers(answer, graphdef, trainable, frozen, batches.collate(batch)))
@@ -30,7 +31,7 @@ def judge(model: Any, batches: Feed) -> Outcome:
     found = np.stack([rows[i] for i in range(len(rows))])
     if not np.isfinite(found).all():
         raise FloatingPointError(f"{(~np.isfinite(found)).any(1).sum()} of {len(found)} answers are not finite")
-    if model.task == "SEQ_CLS":
+    if model.task in NAMING:
         truth = np.array(batches.examples.labels)
         return Classes(truth, found.argmax(1), found.max(1), found.shape[1])
     return Texts(found[:, 0].astype(float), found[:, 1].astype(np.int64))

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..._adapt import merge
 from ..._partition import combine, partition
+from ..sections.model import SEEING
 
 #: Timed calls, of which the median is taken, and tokens that are written to time one.
 REPEATS = 7
@@ -18,9 +19,9 @@ TOKENS = 16
 
 
 def latencies(model: Any, length: int) -> dict[str, float | None]:
-    """Milliseconds of one row of `length` tokens: `adapted` and `merged` for a whole forward pass (a language model's
-    reading of a prompt), `decode` and `merged_decode` for each token that follows it; None where it cannot be merged,
-    and where a busy machine hides what a token takes.
+    """Milliseconds of one row of `length` tokens, or of one image: `adapted` and `merged` for a whole forward pass (a
+    language model's reading of a prompt), `decode` and `merged_decode` for each token that follows it; None where it
+    cannot be merged, and where a busy machine hides what a token takes.
     """
     try:
         plain = merge(model)
@@ -37,9 +38,9 @@ def latencies(model: Any, length: int) -> dict[str, float | None]:
 
 def _forward(model: Any, length: int) -> float:
     graphdef, trainable, frozen = partition(model)
-    run = jax.jit(lambda trainable, frozen, ids: combine(graphdef, trainable, frozen)(ids))
-    ids = _ids(model, length)
-    return _timed(lambda: jax.block_until_ready(run(trainable, frozen, ids)))
+    run = jax.jit(lambda trainable, frozen, row: combine(graphdef, trainable, frozen)(row))
+    row = _image(model) if model.task in SEEING else _ids(model, length)
+    return _timed(lambda: jax.block_until_ready(run(trainable, frozen, row)))
 
 
 def _decode(model: Any, length: int) -> float | None:
@@ -56,6 +57,11 @@ def _decode(model: Any, length: int) -> float | None:
 
 def _ids(model: Any, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(1, model.config.vocab_size, (1, length)).astype(np.int32)
+
+
+def _image(model: Any) -> np.ndarray:
+    shape = (1, model.config.num_channels, *model.config.image)
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
 def _timed(call: Callable[[], Any]) -> float:

@@ -31,12 +31,11 @@ from .. import config as configuration
 from .. import data, devices, folder, job, loop, saved, tasks, utilization
 from ..config import Config
 from ..feed import Feed
-from ..records import Record, Refusals
 from ..sections import Data
 from ..step import Cost
 from ..tasks import running
 from ..tasks.settings import Settings
-from . import latency, together
+from . import fewer, latency, together
 from .judge import judge
 from .outcomes import Outcome, Written
 
@@ -102,7 +101,7 @@ def _configured(plan: Mapping[str, Any], path: Path) -> Config:
     out = path / "train"
     folder.remove_run(out)
     config = configuration.parse({**plan["config"], "out": str(out)})
-    return config if plan["size"] is None else _fewer(config, plan["size"], path / "rows.jsonl")
+    return config if plan["size"] is None else fewer.fewer(config, plan["size"], path / "rows.jsonl")
 
 
 def _tested(
@@ -241,34 +240,13 @@ def _batches(config: Config, dataset: job.Dataset, changes: Mapping[str, Any]) -
     return dataset.train.like(data.encode(rows, options, dataset.reader, dataset.label_names))
 
 
-def _fewer(config: Config, size: int, file: Path) -> Config:
-    """With `size` training rows, drawn by the run's seed and written to `file`.
-
-    Raises:
-      ConfigError: there are not so many.
-    """
-    rows = _rows(config, config.data, "train")
-    if len(rows) < size:
-        raise configuration.ConfigError(f"sizes asks for {size} training rows, and there are {len(rows)}")
-    chosen = sorted(np.random.default_rng((config.train.seed, size)).permutation(len(rows))[:size])
-    write_text(file, "".join(json.dumps(rows[i].values, ensure_ascii=False) + "\n" for i in chosen))
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(file)))
-
-
-def _rows(config: Config, options: Data, split: str) -> list[Record]:
-    """The rows of a split as they are written; bad ones are met as `data.on_bad_row` says."""
-    refusals = Refusals(options.on_bad_row, options.max_bad_rows)
-    parts = data.read_rows(options, config.model.task, split)
-    return [row for part in parts for row in refusals.passing(part.opened.rows())]
-
-
 def _groups(config: Config, test: list[str], column: str) -> list[str]:
     """The group of every test example.
 
     Raises:
       ConfigError: a row without one.
     """
-    rows = _rows(config, dataclasses.replace(config.data, eval=tuple(test), on_bad_row="stop"), "eval")
+    rows = fewer.rows(config, dataclasses.replace(config.data, eval=tuple(test), on_bad_row="stop"), "eval")
     if any(column not in row.values for row in rows):
         raise configuration.ConfigError(f"group={column!r} is no column of every test row")
     return [str(row.values[column]) for row in rows]

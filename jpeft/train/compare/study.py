@@ -27,6 +27,7 @@ from .. import _yaml
 from .. import config as configuration
 from ..config import ConfigError
 from ..sections._checks import FORBID
+from ..sections.model import NAMING
 from ..sweep import space
 from ..tasks.settings import Settings
 from . import writing
@@ -47,7 +48,7 @@ class Task:
     """A task of a study.
 
     Attributes:
-      task: `SEQ_CLS` or `CAUSAL_LM`.
+      task: `SEQ_CLS`, `IMAGE_CLS` or `CAUSAL_LM`.
       data: the section `data` of a training configuration; `eval` is what rates are chosen on.
       test: a file or several; read by final runs alone.
       general: a file of general text whose loss before and after tells what was forgotten; for language models.
@@ -61,7 +62,7 @@ class Task:
     """
 
     __pydantic_config__: ClassVar = FORBID
-    task: Literal["SEQ_CLS", "CAUSAL_LM"]
+    task: Literal["SEQ_CLS", "IMAGE_CLS", "CAUSAL_LM"]
     data: dict[str, Any]
     test: str | tuple[str, ...]
     general: str | None = None
@@ -251,7 +252,7 @@ def _trained(study: Study) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
     baselines = {name: TRAINED_BASELINES[name] for name in study.baselines if name in TRAINED_BASELINES}
     for model, (name, task) in itertools.product(study.models, study.tasks.items()):
         for method, part in (baselines | study.methods).items():
-            if not (method == "head" and task.task != "SEQ_CLS"):  # a language model has no new head
+            if not (method == "head" and task.task not in NAMING):  # a language model has no new head
                 yield model, name, method, part
 
 
@@ -306,7 +307,7 @@ def _with_paths(values: Any, *keys: str) -> Any:
 
 def _conflicts(study: Study) -> list[str]:
     """What is wrong with values together."""
-    classify = any(task.task == "SEQ_CLS" for task in study.tasks.values())
+    classify = any(task.task in NAMING for task in study.tasks.values())
     empty = [name for name in ("models", "tasks", "methods", "seeds") if not getattr(study, name)]
     taken = [name for name in study.methods if name in BASELINES]
     folders = [run.folder for run in finals(study, {})]
@@ -322,8 +323,8 @@ def _conflicts(study: Study) -> list[str]:
         ),
         "tune needs data.eval in every task: the test split is not for choosing": bool(study.tune)
         and not all(task.data.get("eval") for task in study.tasks.values()),
-        f"tune_by={study.tune_by} is for SEQ_CLS; language models are chosen by their loss": (
-            study.tune_by not in (None, "loss") and any(task.task != "SEQ_CLS" for task in study.tasks.values())
+        f"tune_by={study.tune_by} is for {' and '.join(NAMING)}; language models are chosen by their loss": (
+            study.tune_by not in (None, "loss") and any(task.task not in NAMING for task in study.tasks.values())
         ),
         "sizes must be 1 or more, and different": any(n < 1 for n in study.sizes)
         or len({*study.sizes}) < len(study.sizes),
@@ -332,7 +333,7 @@ def _conflicts(study: Study) -> list[str]:
         and not all(task.data.get("eval") for task in study.tasks.values()),
         f"target asks when a run reaches it, and with lanes={study.lanes} no run has a time of its own": study.lanes > 1
         and any(task.target is not None for task in study.tasks.values()),
-        "the baseline majority is for SEQ_CLS": not classify and "majority" in study.baselines,
+        f"the baseline majority is for {' and '.join(NAMING)}": not classify and "majority" in study.baselines,
         "the baseline untuned is for CAUSAL_LM: a new head knows nothing": classify and "untuned" in study.baselines,
         "tasks.*.general is for CAUSAL_LM": any(t.general and t.task != "CAUSAL_LM" for t in study.tasks.values()),
         "tasks.*.write is for CAUSAL_LM": any(t.write and t.task != "CAUSAL_LM" for t in study.tasks.values()),

@@ -8,6 +8,8 @@ from ._checks import FORBID
 
 #: The tasks of models that read images.
 SEEING = ("IMAGE_CLS",)
+#: The tasks of models that name one class for a row.
+NAMING = ("SEQ_CLS", *SEEING)
 
 #: The schemes of `jpeft.quantize`, named here as nothing of a configuration imports JAX.
 Scheme = Literal[

@@ -72,10 +72,10 @@ def rows(dataset: Any, path: str, split: str, start: int) -> Iterator[Record | B
 
 
 def classes(dataset: Any) -> dict[str, tuple[str, ...]]:
-    """The names of the class numbers of every column that has such, of what `load` gives."""
+    """The names of the class numbers of every column that has such, or lists of them, of what `load` gives."""
     from datasets import ClassLabel
 
-    found = (dataset.features or {}).items()
+    found = ((name, getattr(feature, "feature", feature)) for name, feature in (dataset.features or {}).items())
     return {name: tuple(feature.names) for name, feature in found if isinstance(feature, ClassLabel)}
 
 

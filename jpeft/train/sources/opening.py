@@ -51,6 +51,12 @@ class Opened:
         rest = (source.name, None if source.split == "train" else source.split)
         return ", ".join([source.path, *(part for part in rest if part is not None)])
 
+    @property
+    def folder(self) -> Path:
+        """In which the files lie that rows name."""
+        path = Path(self.source.path)
+        return path if path.is_dir() else path.parent
+
     def rows(self, start: int = 0) -> Iterator[Record | Bad]:
         """Rows of the split, good and bad, from number `start` on."""
         return self._rows(start)

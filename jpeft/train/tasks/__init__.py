@@ -13,6 +13,8 @@ TASKS = {
     "imdb": ("imdb", "TASK", "sentiment of a review"),
     "pubmedqa": ("pubmedqa", "TASK", "yes, no or maybe to a biomedical question"),
     "mrpc": ("mrpc", "TASK", "whether two sentences say the same"),
+    "pets": ("pets", "TASK", "breeds of cats and dogs on images"),
+    "images": ("images", "TASK", "classes of any images, --data"),
     "gsm8k": ("gsm8k", "TASK", "school mathematics"),
     "math500": ("math500", "TASK", "competition mathematics"),
     "aime24": ("aime", "AIME24", "whole numbers, 2024"),

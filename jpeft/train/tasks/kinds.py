@@ -13,21 +13,24 @@ Row = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Classify:
-    """A `SEQ_CLS` model names a class.
+    """A model names a class, of a text or of an image.
 
     Attributes:
       source: on the hub; `--data` takes a file in its place. None where only a file will do.
-      columns: those of the parts `text`, `pair` and `label`, by part.
-      form: of the rows, `sentence` or `sentence_pair`.
-      names: of the classes, in the order of their numbers.
+      columns: those of the parts `text`, `pair` and `label`, or `image` and `label`, by part.
+      form: of the rows, `sentence`, `sentence_pair` or `image`.
+      names: of the classes, in the order of their numbers; None takes those that
+        the data set tells, else those of the model.
       published: figures of others, with their source.
+      task: of the models, `SEQ_CLS` or `IMAGE_CLS`.
     """
 
     source: Source | None
     columns: dict[str, str]
     form: str
-    names: tuple[str, ...]
+    names: tuple[str, ...] | None
     published: dict[str, str]
+    task: str = "SEQ_CLS"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,16 +10,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import config, templates, tokenizer
+from .. import config, readers, templates, tokenizer
 from ..compare.judge import judge
 from ..compare.outcomes import Classes, Texts
-from ..data import Part, batches_by, encode
+from ..data import Part, batches_by, encode, evaluated, told
 from ..formats import find
+from ..pictures import Pictures
 from ..records import Bad, DataError
-from ..saved import Opened
+from ..saved import Opened, label_names
 from ..scoring import classes
 from ..scoring.intervals import Estimate, bootstrap
 from ..sections.data import Source
+from ..sections.model import SEEING
 from ..sources import Opened as Rows
 from ..sources import open_source
 from ..writer import Writer
@@ -51,8 +53,8 @@ def measure(name: str, task: Any, opened: Opened, settings: Settings) -> Measure
       ValueError: the model is for another kind of task, or an option is for another.
       DataError, FileNotFoundError: the data is not there, or not right.
     """
-    kinds = {Classify: ("SEQ_CLS",), Write: ("CAUSAL_LM", "SEQ_2_SEQ_LM"), Likelihood: ("CAUSAL_LM",)}
-    wanted = kinds[type(task)]
+    kinds = {Write: ("CAUSAL_LM", "SEQ_2_SEQ_LM"), Likelihood: ("CAUSAL_LM",)}
+    wanted = (task.task,) if isinstance(task, Classify) else kinds[type(task)]
     if opened.model.task not in wanted:
         raise ValueError(
             f"the task {name} needs a model for {' or '.join(wanted)}; this one is for {opened.model.task}"
@@ -65,7 +67,7 @@ def measure(name: str, task: Any, opened: Opened, settings: Settings) -> Measure
         "settings": dataclasses.asdict(settings),
         "versions": {"python": platform.python_version(), **{v: _version(v) for v in _VERSIONS}},
         "devices": [str(device) for device in jax.devices()],
-        "tokenizer_sha256": opened.tokenizer.digest,
+        f"{readers.called(opened.reader)}_sha256": opened.reader.digest,
         "published": task.published,
         "metrics": {key: value._asdict() for key, value in found.metrics.items()},
         **found.record,
@@ -74,27 +76,31 @@ def measure(name: str, task: Any, opened: Opened, settings: Settings) -> Measure
 
 
 def _classify(task: Classify, opened: Opened, settings: Settings) -> Measured:
-    rows = _opened(task.source, settings.data, settings.limit)
+    sees = task.task in SEEING
+    if sees and settings.max_length is not None:
+        raise ValueError(f"max_length={settings.max_length} is of texts, and this task is of images")
+    rows = _opened(task.source, settings.data, settings.limit, images=sees)
     length = settings.max_length or opened.info.max_length or 128
-    options = config.Data(train=rows.source.path, max_length=length)
+    options = config.Data(train=rows.source.path) if sees else config.Data(train=rows.source.path, max_length=length)
     columns = {part: name for part, name in task.columns.items() if name in rows.columns}
-    reader = find(rows.columns, "SEQ_CLS", columns, task.form, rows.source.path)
-    order = _order(task.names, opened.info.label_names or ())
-    examples = encode([Part(rows, reader)], options, opened.tokenizer, task.names)
-    batches = batches_by(options, examples, settings.batch_size, opened.tokenizer.pad_id)
-    outcome = judge(opened.model, batches)
+    form = find(rows.columns, task.task, columns, task.form, rows.source.path)
+    theirs = label_names(opened)
+    part = Part(rows, form)
+    names = task.names or told(part) or theirs
+    order = _order(names, theirs)
+    examples = encode([part], options, opened.reader, names)
+    outcome = judge(opened.model, evaluated(options, examples, settings.batch_size, opened.reader))
     assert isinstance(outcome, Classes)
     predicted = np.asarray(order)[outcome.predicted]
-    found = classes.report(outcome.truth.tolist(), predicted.tolist(), task.names, seed=settings.seed)
+    found = classes.report(outcome.truth.tolist(), predicted.tolist(), names, seed=settings.seed)
     record = {
         "data": _known(rows, len(examples)),
-        "columns": columns,
-        "max_length": length,
-        "truncated_rows": examples.truncated,
+        "columns": dict(form.columns),
+        **({} if isinstance(examples, Pictures) else {"max_length": length, "truncated_rows": examples.truncated}),
         "by_class": found.by_class,
         "majority": found.majority,
         "collapsed": found.collapsed,
-        "predicted": [task.names[i] for i in predicted],
+        "predicted": [names[i] for i in predicted],
     }
     return Measured(found.metrics, record)
 
@@ -166,8 +172,8 @@ def _likelihood(task: Likelihood, opened: Opened, settings: Settings) -> Measure
     return Measured(metrics, record)
 
 
-def _opened(source: Source | None, file: str | None, limit: int | None) -> Rows:
-    """The rows of a file, or of the task's source."""
+def _opened(source: Source | None, file: str | None, limit: int | None, *, images: bool = False) -> Rows:
+    """The rows of a file, or of a folder of `images`, or of the task's source."""
     if file is None and source is None:
         raise ValueError("this task has no data of its own; name a file by --data")
     chosen = source if file is None else Source(file)
@@ -176,7 +182,7 @@ def _opened(source: Source | None, file: str | None, limit: int | None) -> Rows:
         if limit < 1:
             raise ValueError(f"--limit is 1 or more, got {limit}")
         chosen = dataclasses.replace(chosen, split=f"{chosen.split}[:{limit}]")
-    return open_source(chosen)
+    return open_source(chosen, images=images)
 
 
 def _good(rows: Rows) -> Iterator[Any]:
