@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif rest:
             raise ConfigError(f"jpeft {options.command} does not know {' '.join(rest)}; see --help")
         commands.find(options.command).run(options)
-    except (ValueError, OSError, ImportError, FloatingPointError, exits.Lost) as error:
-        if options.traceback:
+    except Exception as error:
+        if options.traceback or not exits.explained(error):
             raise
         raise SystemExit(exits.report(error)) from None
 

@@ -7,14 +7,14 @@ A key that does not exist is an error that names the nearest one, and so is a va
 that would not do what it says. This file imports no JAX.
 """
 
+import copy
 import dataclasses
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from . import _yaml
+from . import _yaml, mistakes
 from .sections import Data, Logging, Model, Optimizer, Preference, Train
 from .sections._checks import FORBID, at_least_one
 from .sections.model import SEEING
@@ -100,7 +100,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def overridden(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of a tree of plain values with `key.key=value` set in it."""
-    tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    tree = copy.deepcopy(dict(tree))
     for override in overrides:
         path, equals, text = override.partition("=")
         *sections, key = path.split(".")
@@ -139,11 +139,14 @@ def validated(kind: type[_T], tree: Mapping[str, Any]) -> _T:
     """
     import pydantic
 
+    wrong = mistakes.truths(kind, tree)
     try:
-        return pydantic.TypeAdapter(kind).validate_python(tree)
+        found = pydantic.TypeAdapter(kind).validate_python(tree)
     except pydantic.ValidationError as error:
-        keys = _keys(kind)
-        raise ConfigError("\n".join(_said(detail, keys) for detail in error.errors())) from error
+        raise ConfigError("\n".join([*wrong, *mistakes.said(error.errors(), mistakes.keys(kind))])) from error
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return found
 
 
 def dump(config: Config) -> str:
@@ -184,7 +187,7 @@ def _method(options: Mapping[str, Any], where: str) -> "Method":
     known = [field.name for field in dataclasses.fields(chosen)]
     unknown = [key for key in options if key not in known]
     if unknown:
-        raise ConfigError("\n".join(_unknown(f"{where}.{k}", [f"{where}.{name}" for name in known]) for k in unknown))
+        raise ConfigError("\n".join(mistakes.unknown(f"{where}.{k}", [f"{where}.{n}" for n in known]) for k in unknown))
     try:
         return chosen(**options)
     except (TypeError, ValueError) as error:
@@ -241,6 +244,9 @@ def _conflicts(config: Config) -> list[str]:
             bool(train.samples) and not paths(data.eval)
         ),
         "data.longer=split is for CAUSAL_LM: a piece of a text has no label": not writes and data.longer == "split",
+        "preference.precompute takes all rows before training, and data.streaming holds some at a time": (
+            config.preference.precompute and data.streaming
+        ),
         "data.streaming has no end; give train.max_steps": data.streaming and train.max_steps is None,
         "data.streaming is for CAUSAL_LM; classes are counted over whole files": not writes and data.streaming,
         "data.streaming has no epoch at whose end to evaluate; give train.eval_every": (
@@ -250,6 +256,12 @@ def _conflicts(config: Config) -> list[str]:
             not writes and task != "SEQ_2_SEQ_LM" and data.packing != "none"
         ),
         f"data.template is for CAUSAL_LM; {task} has no messages": not writes and data.template is not None,
+        f"data.loss_on is for CAUSAL_LM; {task} has no messages": (
+            not writes and task not in SEEING and data.loss_on != Data.loss_on
+        ),
+        "data.loss_on is for train.objective=likelihood; dpo learns from the last answers": (
+            train.objective == "dpo" and data.loss_on != Data.loss_on
+        ),
         f"data.label_names is for {', '.join(CLASSIFYING)}; {task} has no labels": (not classify and names is not None),
         f"data.max_target is for SEQ_2_SEQ_LM, got {task}": task != "SEQ_2_SEQ_LM" and data.max_target is not None,
         f"data.stride is for QUESTION_ANS, got {task}": task != "QUESTION_ANS" and data.stride is not None,
@@ -281,45 +293,10 @@ def _of_texts(config: Config) -> list[str]:
     return [f"data.{name} is for models that read texts; {config.model.task} reads images" for name in given]
 
 
-def _said(detail: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """One of pydantic's errors as a line."""
-    where = ".".join(str(part) for part in detail["loc"] if str(part) != "str" and "[" not in str(part))
-    if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return _unknown(where, keys)
-    if detail["type"] in ("missing", "missing_argument"):
-        return f"{where} is missing"
-    return f"{where}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r}"
-
-
-def _unknown(key: str, known: Sequence[str]) -> str:
-    return f"unknown key {key}; {nearest(key, known)}"
-
-
-def nearest(key: str, known: Sequence[str]) -> str:
-    """`did you mean a.b?`: the same name in another section, a similar one in this, or a similar one anywhere."""
-    section, _, last = key.rpartition(".")
-    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
-    tails = {name.rpartition(".")[2]: name for name in reversed(known)}
-    close = difflib.get_close_matches
-    found = [tails[last]] if last in tails else [siblings[tail] for tail in close(last, siblings, 1)]
-    found = found or close(key, known, 1, 0.8) or [tails[tail] for tail in close(last, tails, 1, 0.7)]
-    return f"did you mean {found[0]}?" if found else f"the keys are {', '.join(siblings.values() or known)}"
-
-
-def _keys(kind: Any) -> list[str]:
-    """Every key of a dataclass and its sections, dotted."""
-    out = []
-    for field in dataclasses.fields(kind):
-        out.append(field.name)
-        if dataclasses.is_dataclass(field.type):
-            out += [f"{field.name}.{inner.name}" for inner in dataclasses.fields(field.type)]
-    return out
-
-
 def _expanded(tree: Mapping[str, Any]) -> dict[str, Any]:
     """With `$NAME` and `~` replaced in what names a file."""
     tree = dict(tree)
-    for section, keys in (("model", ("path",)), ("data", ("train", "eval"))):
+    for section, keys in (("model", ("path",)), ("data", ("train", "eval", "cache", "template"))):
         if isinstance(tree.get(section), dict):
             values = tree[section]
             tree[section] = values | {key: expanded_path(values[key]) for key in keys if key in values}

@@ -201,7 +201,7 @@ def _tokenised(
     """The examples of one source, kept where `data.cache` says."""
     key = store.key_of(part.opened, part.reader, data, encoder, names)
     examples = store.kept(data.cache, key, lambda: encoder(part.opened.rows(), part.reader, refusals))
-    return dataclasses.replace(examples, digests={part.opened.source.path: part.opened.digest})
+    return dataclasses.replace(examples, digests={part.opened.called: part.opened.digest})
 
 
 def _weighed(made: Sequence[_Made], parts: Sequence[Part], seed: int) -> list[_Made]:

@@ -6,7 +6,9 @@ stop all the same.
 """
 
 import dataclasses
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -83,6 +85,16 @@ class Encoder:
         """
         talks = sorted((r for r in readers if r.form.talks), key=lambda r: r.form.template is not None)
         return self.template(talks[0]) if talks else None
+
+    def known_by(self, readers: Sequence[Reader]) -> dict[str, Any]:
+        """What the tokens of several forms follow from beside rows, options and tokenizer, for a run's record.
+
+        SHA-256 of the templates (None without conversations), and the tokens that begin and end a text.
+        """
+        said = [self.identity(reader) for reader in readers]
+        used = sorted({json.dumps(one["template"]) for one in said if one["template"] is not None})
+        digest = hashlib.sha256("\n".join(used).encode()).hexdigest() if used else None
+        return {"template_sha256": digest, "special_tokens": {name: said[0][name] for name in ("starts", "ends")}}
 
     def identity(self, reader: Reader) -> dict[str, Any]:
         """What the tokens of a form follow from beside the rows and options, as plain values."""

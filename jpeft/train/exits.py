@@ -28,7 +28,7 @@ def report(error: BaseException, *, traced: bool = False) -> int:
     if isinstance(error, FloatingPointError):
         print(f"jpeft: stopped: {error}", file=sys.stderr, flush=True)
         return STOPPED
-    if isinstance(error, (ValueError, OSError, ImportError)):
+    if explained(error):
         print(f"jpeft: error: {line(error)}", file=sys.stderr, flush=True)
         return WRONG
     if not traced:
@@ -36,8 +36,24 @@ def report(error: BaseException, *, traced: bool = False) -> int:
     return STOPPED
 
 
+def explained(error: BaseException) -> bool:
+    """Whether an error's own message says what to do, without its stack."""
+    return isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, Lost)) or _no_room(error)
+
+
+def _no_room(error: BaseException) -> bool:
+    """Whether memory was too small: the host's, or as XLA says it a device's."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
+
+
 def line(error: BaseException) -> str:
     """An error's message, with what is missing where an import failed."""
+    if _no_room(error):
+        said = " ".join(str(error).split())[:300].rstrip(".")
+        return (
+            f"there is not enough memory{said and f': {said}'}. Smaller batches and shorter rows take less, and in "
+            "training model.remat=full; `jpeft train ... --dry-run` says how much a training takes"
+        )
     if isinstance(error, ImportError):
         return f"{error}; install the program's own requirements: pip install 'jpeft[train]'"
     if isinstance(error, OSError) and error.filename and error.strerror:

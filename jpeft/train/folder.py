@@ -3,6 +3,7 @@
 
 config.yaml     the configuration, every key written out
 run.json        command, versions, device, hashes of the data and of the tokenizer or processor, counts
+chat_template.jinja   what made conversations text, where there are any
 images.sha256   of a model that reads images, the hash of every file, as `sha256sum --check` takes it
 metrics.jsonl   one line per log interval and per evaluation
 samples.jsonl   what the model wrote after every evaluation, where `train.samples` wants any
@@ -16,6 +17,7 @@ failure/        only where the loss was not finite: the batch, and the state bef
 """
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import os
@@ -33,6 +35,7 @@ import numpy as np
 from ..models import CheckpointError
 from ..models._files import is_file, read_json, write_text
 from . import config as configuration
+from . import templates
 from .config import Config
 from .job import Dataset, Parts
 from .provenance import git_states
@@ -102,6 +105,8 @@ class RunFolder:
         if dataset.files:
             listed = "".join(f"{digest}  {file}\n" for file, digest in dataset.files.items())
             write_text(self.path / "images.sha256", listed)
+        if dataset.template is not None:
+            write_text(self.path / templates.FILE, dataset.template)
         record = {
             "command": sys.argv,
             "started": _now(),
@@ -109,6 +114,7 @@ class RunFolder:
             "git": git_states(),
             "seed": config.train.seed,
             "template": config.data.template,
+            **dataset.known_by,
             "devices": [str(device) for device in jax.devices()],
             "processes": jax.process_count(),
             "data_sha256": dataset.digests,
@@ -190,12 +196,31 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def replaced(folder: Path) -> Iterator[Path]:
-    """A path to write a folder's new content to; once that is whole, it takes the place of the old."""
+def replaced(folder: Path, needed: int | None = None) -> Iterator[Path]:
+    """A path to write a folder's new content to; once that is whole, it takes the place of the old.
+
+    Args:
+      folder: to be replaced; it need not be there.
+      needed: about the bytes of the new content, for the message where they do not fit.
+
+    Raises:
+      OSError: the new content could not be written; the old one remains.
+    """
     fresh, old = folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
     for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)
-    yield fresh
+    try:
+        yield fresh
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free
+        needs = "" if needed is None else f"it needs about {needed:,} bytes, "
+        kept = "the one before remains" if folder.exists() else "there is no older one"
+        raise OSError(
+            error.errno or errno.EIO,
+            f"{folder} was not written: {needs}{free:,} are free ({error}); {kept}. Make room and start again with "
+            "--resume, which goes on from the newest checkpoint",
+        ) from error
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)
@@ -219,7 +244,7 @@ def remove_run(path: str | Path) -> None:
         raise FileExistsError(f"{folder} holds something that is no run; it is not replaced")
     for name in ("adapter", "best", "checkpoints", "failure", "plots", "profile", "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "loggers.json", "images.sha256"):
+    for name in (*_LOGS, "config.yaml", "run.json", "loggers.json", "images.sha256", templates.FILE):
         (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()

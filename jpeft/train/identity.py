@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,19 +22,22 @@ from .config import Config
 from .job import Dataset, Parts
 from .readers import called
 
-#: May differ without a word: where things lie, and what is only shown.
-FREE = ("out", "compilation_cache", "logging.", "train.save_every", "train.keep")
-#: May differ, and is said: on other machines results are equal up to rounding, not bit for bit.
-STATED = ("mesh", "processes", "device", "version.", "train.on_nan", "train.max_skips")
+#: May differ without a word: where things are written, and what is only shown.
+FREE = ("out", "compilation_cache", "data.cache", "logging.", "train.save_every", "train.keep")
+_PLACE = "path of "
+#: May differ, and is said: on other machines results are equal up to rounding, not bit for bit; and where the base, the
+#: data and the template lie, which are known by their digests.
+STATED = ("mesh", "processes", "device", "version.", "train.on_nan", "train.max_skips", _PLACE)
 _VERSIONS = ("jpeft", "jax", "jaxlib", "flax", "optax")
 _ABSENT = "(nothing)"
 
 
 def identity(config: Config, dataset: Dataset, parts: Parts) -> dict[str, Any]:
     """What a run is, by dotted names: the configuration's keys, digests, versions, devices; plain JSON."""
-    found = flat(dataclasses.asdict(config)) | {
+    found = options(config) | {
         "data files": list(dataset.digests.values()),
         called(dataset.reader): dataset.reader.digest,
+        **dataset.known_by,
         "labels": list(dataset.label_names or ()),
         "rows": len(dataset.train.examples) * dataset.train.examples.per_example,  # of a stream, of its first window
         "batches an epoch": dataset.train.buckets.num_batches,
@@ -46,25 +50,59 @@ def identity(config: Config, dataset: Dataset, parts: Parts) -> dict[str, Any]:
     return json.loads(json.dumps(found | versions))
 
 
+def options(config: Config) -> dict[str, Any]:
+    """A configuration by dotted names, with what is only a place apart from what is done with what lies there."""
+    tree = dataclasses.asdict(config)
+    places = {"path of the base": tree["model"].pop("path")}
+    for split in ("train", "eval"):
+        sources = [dataclasses.asdict(source) for source in config.data.sources(split)]
+        places[f"path of data.{split}"] = [source.pop("path") for source in sources]
+        tree["data"][split] = sources
+    if config.data.template is not None and Path(config.data.template).is_file():
+        places["path of data.template"] = tree["data"].pop("template")
+    return json.loads(json.dumps(flat(tree) | places))
+
+
+def check_finished(saved: Config, here: Config) -> None:
+    """Refuses what is asked of a finished run that is another one, or on data that lies elsewhere and is not read.
+
+    Raises:
+      CheckpointError: a line for each key that decides a loss and differs.
+    """
+    refused, stated = _differences(options(saved), options(here), "in the finished run")
+    refused += [line for line in stated if line.startswith(_PLACE)]
+    if refused:
+        raise CheckpointError(
+            f"{here.out} holds a finished run, which is another one:\n  " + "\n  ".join(refused) + "\n"
+            "--overwrite replaces it, and out= names another folder"
+        )
+
+
 def compare(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What is another and may be, a line each.
 
     Raises:
       CheckpointError: what may not; a line each.
     """
-    refused, stated = [], []
-    for name in {**saved, **here}:
-        was, now = saved.get(name, _ABSENT), here.get(name, _ABSENT)
-        if was == now or name.startswith(FREE):
-            continue
-        line = f"{name}: {_brief(was)} in the checkpoint, {_brief(now)} now"
-        (stated if name.startswith(STATED) else refused).append(line)
+    refused, stated = _differences(saved, here, "in the checkpoint")
     if refused:
         raise CheckpointError(
             "the run cannot be resumed, for it would be another one:\n  " + "\n  ".join(refused) + "\n"
             "Take these back, or begin a new run with another out="
         )
     return stated
+
+
+def _differences(saved: Mapping[str, Any], here: Mapping[str, Any], where: str) -> tuple[list[str], list[str]]:
+    """What is another and may not be, and what may, a line each."""
+    refused, stated = [], []
+    for name in {**saved, **here}:
+        was, now = saved.get(name, _ABSENT), here.get(name, _ABSENT)
+        if was == now or name.startswith(FREE):
+            continue
+        line = f"{name}: {_brief(was)} {where}, {_brief(now)} now"
+        (stated if name.startswith(STATED) else refused).append(line)
+    return refused, stated
 
 
 def fingerprint(frozen: Leaves) -> str:

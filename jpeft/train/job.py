@@ -2,7 +2,7 @@
 """A configuration made real: data as batches, and the adapted model as arrays in their places."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +46,7 @@ class Dataset:
       stream: what is trained on in the place of `train`, where rows are not all held.
       template: that made the conversations text, in jinja; None where there are none.
       max_length: tokens that a text is cut to; None of images.
+      known_by: what tokens follow from beside rows, options and tokenizer, of `Encoder.known_by`; empty of images.
     """
 
     reader: Reader
@@ -56,6 +57,7 @@ class Dataset:
     stream: Streamed | None = None
     template: str | None = None
     max_length: int | None = None
+    known_by: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -119,11 +121,13 @@ def read_data(config: Config) -> Dataset:
     if task in configuration.CLASSIFYING:
         names = options.label_names or data.label_names(rows)
     fed = _seen(config, rows, reader, names) if isinstance(reader, Sight) else _told(config, rows, reader, names)
-    held = None
+    held, others = None, []
     if configuration.paths(options.eval):
-        held = fed.train.like(data.encode(data.read_rows(options, task, "eval"), options, reader, names))
+        others = data.read_rows(options, task, "eval")
+        held = fed.train.like(data.encode(others, options, reader, names))
+    known = {} if isinstance(reader, Sight) else _known(options, reader, [part.reader for part in [*rows, *others]])
     updates = config.train.max_steps or (config.train.epochs or 1) * fed.train.buckets.num_batches
-    return dataclasses.replace(fed, eval=held, num_updates=updates)
+    return dataclasses.replace(fed, eval=held, num_updates=updates, known_by=known)
 
 
 def _seen(config: Config, rows: Sequence[data.Part], sight: Sight, names: tuple[str, ...] | None) -> Dataset:
@@ -148,6 +152,16 @@ def _told(config: Config, rows: Sequence[data.Part], words: Tokenizer, names: tu
         batches = data.make_batches(examples, **shape, **fixed)
     spoken = encoder.spoken([part.reader for part in rows])
     return Dataset(words, names, batches, None, 0, streamed, spoken and spoken.source, options.max_length)
+
+
+def _known(options: data.Data, words: Tokenizer, forms: Sequence[data.Form]) -> dict[str, Any]:
+    """What makes tokens of rows, for a run's record; refuses options for conversations where there are none."""
+    given = [name for name in ("template", "loss_on") if getattr(options, name) != getattr(data.Data, name)]
+    if given and not any(form.form.talks for form in forms):
+        raise data.DataError(
+            f"data.{given[0]} is for conversations, and these rows are of the form {forms[0].form.name}"
+        )
+    return Encoder(options, words, None).known_by(forms)
 
 
 def with_references(dataset: Dataset, parts: Parts, mesh: Mesh | None) -> Dataset:

@@ -5,8 +5,10 @@ The device runs ahead of the host: nothing is read back between two log lines. W
 is one `step.State`, from which the next batch and dropout key follow; so whatever saves a state can go on from it.
 """
 
+import contextlib
 import dataclasses
 import functools
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +19,7 @@ import numpy as np
 
 from .. import _mesh
 from .._masks import optimizer
-from .._partition import combine
+from .._partition import combine, partition
 from ..io.card import Card
 from ..io.checkpoint import Checkpoints, described
 from . import config as configuration
@@ -104,7 +106,11 @@ def train(config: Config, *, resume: bool = False) -> Result:
         say("the reference's log-probabilities are computed")
         dataset = job.with_references(dataset, parts, mesh)
     loop = Loop(config, dataset, parts, mesh, folder)
-    return loop.resume() if resume else loop.begin()
+    try:
+        return loop.resume() if resume else loop.begin()
+    except BaseException:
+        loop.give_up()
+        raise
 
 
 def check_plan(method: Any, num_updates: int) -> None:
@@ -212,6 +218,15 @@ class Loop:
         told = watch.standing, watch.clock, self._update.cost
         return Result(state, evaluation, losses, *rates, self._folder.adapter, *told)
 
+    def give_up(self) -> None:
+        """Waits for a checkpoint that is being written, where the run ended by an error: to go on, it must be settled.
+
+        One process of several does not, for the others may never come to write their part.
+        """
+        if jax.process_count() == 1:
+            with contextlib.suppress(OSError):  # the run's own error is what is told
+                self._checkpoints.close()
+
     def _first(self) -> State:
         average, offload = self._config.train.ema is not None, self._config.optimizer.offload
         return begin(self._tx, self._parts.trainable, average=average, offload=offload)
@@ -271,8 +286,8 @@ class Loop:
         folder = self._folder.save_failure(_mesh.gather(state), batch)
         raise TrainingStopped(
             f"update {done + 1}: loss {loss}, gradient norm {norm}. The update was not made; its batch and the state "
-            f"before it lie in {folder}; `jpeft replay {folder}` computes it once more. A lower optimizer.lr or "
-            "model.dtype=float32 may help, or train.on_nan=skip"
+            f"before it lie in {folder}; `jpeft replay {shlex.quote(str(folder))}` computes it once more. "
+            "A lower optimizer.lr or model.dtype=float32 may help, or train.on_nan=skip"
         )
 
     def _finish(self, state: State, evaluation: Evaluation | None, standing: Standing) -> None:
@@ -303,6 +318,6 @@ def save_trained(model: Any, config: Config, dataset: job.Dataset, metrics: Mapp
     files = {"trained on": configuration.paths(data.train), "evaluated on": configuration.paths(data.eval)}
     said = [f"{what.capitalize()} {', '.join(Path(f).name for f in names)}." for what, names in files.items() if names]
     info = Info(dataset.label_names, dataset.max_length, config.model.quantize)
-    with replaced(folder) as fresh:
+    with replaced(folder, sum(leaf.nbytes for leaf in partition(model)[1].values())) as fresh:
         card = Card(" ".join(said), metrics)
         save_adapter(model, fresh, config.model.path, info, card, config.method, dataset.template)

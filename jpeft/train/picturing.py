@@ -55,7 +55,6 @@ class Picturer:
           DataError: a row is bad, and that is to stop.
         """
         before = refusals.count
-        path, split = opened.source.path, opened.source.split
         inside = opened.folder
         rows = refusals.passing(opened.rows())
         found = [*refusals.passing(threaded(lambda row: self._found(row, reader, inside), rows))]
@@ -73,7 +72,7 @@ class Picturer:
             [one.again.where for one in good],
             rows=len(good) + refusals.count - before,
             skipped=refusals.count - before,
-            digests={path if split == "train" else f"{path}, {split}": digest},  # parts of one source are several
+            digests={opened.called: digest},
             files={one.file: one.again.digest for one in found if one.file is not None},
         )
 

@@ -132,7 +132,7 @@ def stream(
       DataError: a bad row, or nothing to train on.
     """
     examples = window(Mixture(parts), data.window, encoder, Refusals(data.on_bad_row, data.max_bad_rows))
-    digests = {part.opened.source.path: part.opened.digest for part in parts}
+    digests = {part.opened.called: part.opened.digest for part in parts}
     examples = dataclasses.replace(examples, digests=digests)
     # the last width holds whatever a later window may bring
     widths = choose_widths([*examples.lengths, data.max_length], data.num_widths, data.max_length)

@@ -189,12 +189,19 @@ class Watch:
         for logger in self._loggers:
             logger.close()
         if is_main():
-            curves(self._folder.path / "metrics.jsonl", self._folder.path / "plots")
+            self._draw()
         said = self._profile.close()
         say("\n".join([f"time: {self.clock}", *([said] if said else [])]))
         real, padded, seconds = self._sum
         counted = max(seconds, 1e-9) * self._unit.tokens
         return real / counted, padded / counted
+
+    def _draw(self) -> None:
+        """Draws the figures; a disk without room for them takes nothing from the run, whose adapter comes next."""
+        try:
+            curves(self._folder.path / "metrics.jsonl", self._folder.path / "plots")
+        except OSError as error:
+            say(f"WARNING: {self._folder.path / 'plots'} could not be drawn: {error}")
 
     def _lap_figures(self) -> dict[str, Any]:
         """Rates since the last line, without the time of compilation, evaluation and saving."""

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import jpeft
-from jpeft.train import cli, tokenizer
+from jpeft.train import cli, loop, tokenizer
 
 
 def jpeft_(capsys, *arguments):
@@ -67,17 +67,47 @@ def test_every_command_has_help(capsys, command):
 
 
 def test_train_with_overrides_of_every_spelling(capsys, written, tmp_path):
-    out = tmp_path / "other"
-    code, _, err = jpeft_(
-        capsys, "train", written, "optimizer.lr=1e-3", "--optimizer.clip", "0.5", "--seed", 3, "--out", out,
+    out = tmp_path / "other: größer #1"
+    given = (
+        "train", written, "optimizer.lr=1e-3", "--optimizer.clip", "0.5", "--out", out,
         "--data.num_widths=1", "train.epochs=null", "train.max_steps=2",
     )  # fmt: skip
+    code, _, err = jpeft_(capsys, *given, "--seed", 3)
     assert code == 0, err
     settings = yaml.safe_load((out / "config.yaml").read_text())
     assert settings["optimizer"]["lr"] == 1e-3
     assert settings["optimizer"]["clip"] == 0.5
     assert settings["train"]["seed"] == 3
     assert settings["data"]["num_widths"] == 1
+    code, said, _ = jpeft_(capsys, *given, "--seed", 3, "--resume")
+    assert (code, f"this run is finished: {out}" in said) == (0, True)
+    code, _, err = jpeft_(capsys, *given, "--seed", 4, "--resume")
+    assert code == 2
+    assert "a finished run, which is another one:\n  train.seed: 3 in the finished run, 4 now\n" in err
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (MemoryError(), "error: there is not enough memory. Smaller batches"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+            "memory: RESOURCE_EXHAUSTED: .* 9 bytes. Sm",
+        ),
+    ],
+)
+def test_too_little_memory_is_one_line(capsys, written, monkeypatch, error, said):
+    monkeypatch.setattr(loop, "train", lambda *_, **__: (_ for _ in ()).throw(error))
+    code, _, err = jpeft_(capsys, "train", written)
+    assert code == 2
+    assert re.search(said, err)
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_fault_of_the_programs_own_keeps_its_stack(written, monkeypatch):
+    monkeypatch.setattr(loop, "train", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no one knows")))
+    with pytest.raises(RuntimeError, match="no one knows"):
+        cli.main(["train", str(written)])
 
 
 def test_dry_run_writes_nothing(capsys, written, classify):

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 import jpeft
-from jpeft.train import config
+from jpeft.train import config, formats
+from jpeft.train.sections.data import ROLES
 
 PLAIN = {
     "model": {"path": "base", "task": "SEQ_CLS"},
@@ -44,6 +45,9 @@ def test_overriding_leaves_the_given_tree_alone():
     before = copy.deepcopy(PLAIN)
     parse("data.text=sentence", "method.rank=3")
     assert before == PLAIN
+    tree = {**PLAIN, "data": {"train": {"path": "a.jsonl"}}}
+    config.overridden(tree, ["data.train.path=b.jsonl"])
+    assert tree["data"] == {"train": {"path": "a.jsonl"}}
 
 
 @pytest.mark.parametrize("text, value", [("1e-3", 1e-3), ("2.5E+1", 25.0), (".5e-1", 0.05), ("3", 3.0)])
@@ -54,6 +58,8 @@ def test_numbers_as_they_are_written(text, value):
 def test_environment_variables_in_paths(monkeypatch):
     monkeypatch.setenv("SOMEWHERE", "/data")
     assert parse("data.train=$SOMEWHERE/a.jsonl").data.train == "/data/a.jsonl"
+    kept = parse("data.cache=$SOMEWHERE/kept", "model.task=CAUSAL_LM", "data.template=$SOMEWHERE/own.jinja").data
+    assert (kept.cache, kept.template) == ("/data/kept", "/data/own.jinja")
     with pytest.raises(config.ConfigError, match=r"\$NOWHERE_AT_ALL/a.*not set"):
         parse("data.train=$NOWHERE_AT_ALL/a.jsonl")
 
@@ -67,6 +73,32 @@ def test_environment_variables_in_paths(monkeypatch):
         ("train.max_length=1", r"unknown key train.max_length; did you mean data.max_length\?"),
         ("data.zzz=1", "unknown key data.zzz; the keys are data.train, data.eval"),
         ("optimizer.lr=fast", "optimizer.lr: .*valid number.*got 'fast'"),
+        ("data.train={path: a.jsonl, splt: x}", r"unknown key data\.train\.splt; did you mean data\.train\.split\?$"),
+        (
+            "data.train=[{path: a, wieght: 2}]",
+            r"unknown key data\.train\.0\.wieght; did you mean data\.train\.weight\?$",
+        ),
+        ("data.train=[{}]", r"^data\.train\.0\.path is missing$"),
+        ("data.train=5", r"^data\.train: input should be a valid string, or a mapping, or a list, got 5$"),
+        (
+            "optimizer.groups=[{match: a, lrr: 1}]",
+            r"unknown key optimizer\.groups\.0\.lrr; did you mean optimizer\.groups",
+        ),
+        ("optimizer.groups=[{match: a, lr: true}]", r"^optimizer\.groups\.0\.lr: a number is wanted, got True$"),
+        ("train.batch_size=true", "^train.batch_size: a number is wanted, got True$"),
+        ("optimizer.betas=[true, 0.9]", r"^optimizer\.betas\.0: a number is wanted, got True$"),
+        ("optimizer.lr=.inf", "optimizer.lr: input should be a finite number, got inf"),
+        ("data.train={path: a, weight: .inf}", r"^data\.train\.weight: input should be a finite number, got inf$"),
+        ("train.seed=-1", r"train.seed must be in \[0, 2\*\*32\), got -1"),
+        ("train.seed=4294967296", r"train.seed must be in \[0, 2\*\*32\)"),
+        ("train.seed=4294967295", None),
+        ("train.samples=-1", "train.samples must not be negative, got -1"),
+        ("train.sample_tokens=5", "train.sample_tokens is for train.samples, which wants none"),
+        ("train.max_skips=5", "train.max_skips is for train.on_nan=skip, got stop"),
+        ("data.max_bad_rows=5", "data.max_bad_rows is for data.on_bad_row=skip, got stop"),
+        ("data.window=5", "data.window is for data.streaming"),
+        ("data.loss_on=[assitant]", "data.loss_on names roles of system, .*, tool; got 'assitant'"),
+        ("data.loss_on=last", "data.loss_on is for CAUSAL_LM; SEQ_CLS has no messages"),
         ("optimizer.lr=-1", "optimizer.lr must be positive, got -1"),
         ("optimizer.clip=0", "optimizer.clip must be positive, got 0"),
         ("optimizer.warmup=1.5", r"optimizer.warmup is a share in \[0, 1\) or a whole number of updates, got 1.5"),
@@ -94,6 +126,19 @@ def test_what_is_wrong_is_said_by_its_key(override, said):
         return
     with pytest.raises(config.ConfigError, match=said):
         parse(override)
+
+
+def test_what_preferences_do_not_read_is_refused():
+    of_pairs = ("model.task=CAUSAL_LM", "train.objective=dpo")
+    with pytest.raises(config.ConfigError, match=r"data\.loss_on is for train\.objective=likelihood"):
+        parse(*of_pairs, "data.loss_on=all")
+    streamed = ("data.streaming=true", "train.epochs=null", "train.max_steps=3")
+    with pytest.raises(config.ConfigError, match=r"preference\.precompute takes all rows before training"):
+        parse(*of_pairs, *streamed, "preference.precompute=true")
+
+
+def test_roles_are_those_that_messages_have():
+    assert {*formats._ROLES.values()} == {*ROLES}
 
 
 def test_labels_are_for_classification():

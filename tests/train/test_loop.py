@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs end to end on tiny models: they learn, repeat, stop before a NaN, and what they save is what they were."""
 
+import errno
 import json
 import re
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import pytest
 
 import jpeft
 from jpeft._quantized import QuantizedKernel
-from jpeft.train import config, data, devices, evaluate, folder, job, loop, plan, replay, saved, step
+from jpeft.train import cli, config, data, devices, evaluate, folder, job, loop, plan, replay, saved, step, watch
 
 
 def run(tree, *overrides):
@@ -127,7 +129,7 @@ def test_accumulation_makes_fewer_larger_updates(classify, tmp_path):
     np.testing.assert_allclose(many.losses, one.losses, rtol=1e-5)
 
 
-def test_a_run_stops_before_the_update_that_is_not_finite(classify, tmp_path, monkeypatch):
+def test_a_run_stops_before_the_update_that_is_not_finite(classify, tmp_path, monkeypatch, capsys):
     """A NaN in the middle of a run, with the log line many updates later."""
     whole = run(classify, "train.epochs=null", "train.max_steps=4", "optimizer.schedule=constant")
     count, fifth = iter(range(1000)), []
@@ -142,10 +144,12 @@ def test_a_run_stops_before_the_update_that_is_not_finite(classify, tmp_path, mo
 
     collate = data.Batches.collate
     monkeypatch.setattr(data.Batches, "collate", poisoned)
-    overrides = ["train.epochs=1", "optimizer.schedule=constant", "train.log_every=9", f"out={tmp_path / 'bad'}"]
-    with pytest.raises(loop.TrainingStopped, match=r"update 5: loss nan, gradient norm nan. The update was not made"):
+    overrides = ["train.epochs=1", "optimizer.schedule=constant", "train.log_every=9", f"out={tmp_path / 'a bad run'}"]
+    with pytest.raises(
+        loop.TrainingStopped, match=r"update 5: loss nan, gradient norm nan. The update was not made"
+    ) as end:
         run(classify, *overrides)
-    failure = tmp_path / "bad" / "failure"
+    failure = tmp_path / "a bad run" / "failure"
     state, batch = np.load(failure / "state.npz"), np.load(failure / "batch.npz")
     assert int(state[".updates"]) == 4
     for path, value in whole.state.trainable.items():
@@ -154,7 +158,13 @@ def test_a_run_stops_before_the_update_that_is_not_finite(classify, tmp_path, mo
     again = replay.replay(failure)
     assert not np.isfinite(again.loss)
     assert int(again.labels) == 16
-    assert not (tmp_path / "bad" / "adapter").exists()
+    (command,) = re.findall("`(.*)`", str(end.value))
+    program, *arguments = shlex.split(command)
+    assert program == "jpeft"
+    capsys.readouterr()
+    cli.main(arguments)
+    assert json.loads(capsys.readouterr().out)["labels"] == 16
+    assert not (tmp_path / "a bad run" / "adapter").exists()
 
 
 def test_updates_that_are_not_finite_can_be_skipped_up_to_a_number():
@@ -194,6 +204,44 @@ def test_a_run_folder_holds_what_is_needed_to_repeat_it(classify, reviews):
     card = (result.adapter / "README.md").read_text()
     assert "train.jsonl" in card
     assert f"{result.evaluation.metrics['accuracy']:.4g}" in card
+
+
+def test_a_disk_without_room_says_what_the_adapter_needs_and_leaves_the_old_one(tmp_path):
+    place = tmp_path / "adapter"
+    place.mkdir()
+    (place / "old").touch()
+
+    def fill():
+        with folder.replaced(place, 12345) as fresh:
+            fresh.mkdir()
+            (fresh / "half").touch()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(
+        OSError, match=r"adapter was not written: it needs about 12,345 bytes, [\d,]+ are free .*remains"
+    ):
+        fill()
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert [path.name for path in place.iterdir()] == ["old"]
+
+
+def test_plots_that_cannot_be_drawn_leave_the_adapter(classify, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(watch, "curves", full)
+    result = run(classify, "train.epochs=null", "train.max_steps=1", "data.eval=[]")
+    assert (result.adapter / "adapter_model.safetensors").is_file()
+    assert "plots could not be drawn: [Errno 28] No space left" in capsys.readouterr().out
+
+
+def test_what_is_for_conversations_is_refused_of_other_rows(generate):
+    for option in ("template=plain", "loss_on=all"):
+        settings = config.parse(config.overridden(generate, [f"data.{option}"]))
+        with pytest.raises(
+            data.DataError, match=rf"data\.{option.partition('=')[0]} is for conversations, .* form text"
+        ):
+            job.read_data(settings)
 
 
 def test_a_run_is_not_overwritten(classify):

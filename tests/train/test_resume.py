@@ -153,6 +153,41 @@ def test_what_makes_it_another_run_is_refused_by_name(classify, tmp_path, at):
         loop.train(config.parse(config.overridden(classify, settings)))
 
 
+def test_data_and_template_may_lie_elsewhere_but_must_be_the_same(generate, tmp_path, at, capsys):
+    """The other template differs by a space, which makes no other token: only its text tells."""
+    talk = {"messages": [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "was good"}]}
+    rows, template = tmp_path / "rows.jsonl", tmp_path / "own.jinja"
+    rows.write_text((json.dumps(talk) + "\n") * 40)
+    text = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    template.write_text(text)
+    settings = ["train.max_steps=3", "train.epochs=null", "data.eval=[]", "data.num_widths=1"]
+
+    def given(rows, template, *more):
+        own = [f"data.train={{path: {rows}}}", f"data.template={template}", *more]
+        return config.parse(config.overridden(generate, [*settings, *own]))
+
+    at[2] = terminate
+    with pytest.raises(interruption.Interrupted):
+        loop.train(given(rows, template))
+    out = tmp_path / "run"
+    assert (out / "chat_template.jinja").read_text() == text
+    assert json.loads((out / "run.json").read_text())["template_sha256"]
+    template.write_text(text.replace("}} {%", "}}  {%"))
+    with pytest.raises(CheckpointError, match=r"another one:\n  template_sha256: \w+ in the checkpoint, \w+ now\nTake"):
+        loop.train(given(rows, template), resume=True)
+    template.write_text(text)
+    moved = rows.rename(tmp_path / "moved.jsonl"), template.rename(tmp_path / "moved.jinja")
+    loop.train(given(*moved), resume=True)
+    said = capsys.readouterr().out
+    assert f"path of data.train: ['{rows}'] in the checkpoint, ['{moved[0]}'] now" in said
+    assert f"path of data.template: {template} in the checkpoint, {moved[1]} now" in said
+    finished = config.load(out / "config.yaml")
+    identity.check_finished(finished, finished)
+    for other in (given(*moved), given(rows, template, "train.seed=1")):
+        with pytest.raises(CheckpointError, match="a finished run, which is another one"):
+            identity.check_finished(finished, other)
+
+
 def test_the_exit_code_of_an_interrupted_run(monkeypatch, tmp_path, capsys):
     file = tmp_path / "c.yaml"
     file.write_text(

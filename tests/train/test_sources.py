@@ -7,6 +7,8 @@ from pathlib import Path
 
 import chat_tokenizer as tiny
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jpeft.train import config, data, encoding, sources, store, tokenizer
@@ -46,6 +48,14 @@ BAD = {
     "nothing": (b'{"text": null}\n', "a.jsonl:2: column 'text' must be text, got None"),
     "empty": (b'{"text": " "}\n', "a.jsonl:2: column 'text' is empty"),
     "no column": (b'{"txt": "x"}\n', "a.jsonl:2: it has no 'text'"),
+    "half a character": (
+        b'{"text": "a \\ud83d film"}\n',
+        r"a.jsonl:2: column 'text' holds half a character, '\\ud83d'",
+    ),
+    "half a character, deep": (
+        b'{"text": "x", "more": [{"said": "\\udc00"}]}\n',
+        "a.jsonl:2: column 'more' holds half a character",
+    ),
     "deep": (b'{"text": %s1%s}\n' % (b"[" * 3000, b"]" * 3000), "a.jsonl:2: "),
 }
 
@@ -78,6 +88,52 @@ def test_rows_of_a_table_that_is_broken(tmp_path, folder):
         load(folder, str(tmp_path / "a.csv"))
     got = load(folder, str(tmp_path / "a.csv"), on_bad_row="skip")
     assert (texts(folder, got), got.skipped) == (["good", "good"], 3)
+
+
+def test_a_row_of_a_table_that_does_not_end_is_named_by_where_it_begins(tmp_path, folder):
+    (tmp_path / "a.csv").write_text('text\ngood\n"begun\nand\nnever ended\n')
+    with pytest.raises(data.DataError, match=r"a\.csv:5: it is no CSV: .*; the row begins at line 3"):
+        load(folder, str(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("content", ["text\ngood\n".encode("utf-16"), b"\xff\ngood\n", b'a"b"c",""d\ntext\ngood\n'])
+def test_a_row_never_takes_the_headers_place(tmp_path, folder, content):
+    (tmp_path / "a.csv").write_bytes(content)
+    for policy in ("stop", "skip"):
+        with pytest.raises(data.DataError, match=r"a\.csv"):
+            load(folder, str(tmp_path / "a.csv"), on_bad_row=policy)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "list.json", "a.csv", "a.txt", "document.txt"])
+def test_a_mark_in_front_of_a_file_is_no_part_of_it(tmp_path, folder, name):
+    content = {".csv": "text\ngood\n", ".txt": "good\n"}.get(name[-4:], '{"text": "good"}\n')
+    content = f"[{content}]" if name == "list.json" else content
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    got = load(folder, str(tmp_path / name), txt="document" if name == "document.txt" else "line")
+    assert [text.strip() for text in texts(folder, got)] == ["good"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_bad_row_of_a_columnar_file_is_named(tmp_path, folder, kind):
+    """A text that is not UTF-8, as the format lets any bytes stand for one, and one of 10 MB within a list."""
+    file, held = tmp_path / f"a.{kind}", pa.array([b"good", b"\xff\xfe", b"good"])
+    columnar(file, pa.table({"text": pa.Array.from_buffers(pa.string(), 3, held.buffers())}))
+    with pytest.raises(data.DataError, match=rf"a\.{kind}, row 2: it is not UTF-8: invalid start byte at byte 1;"):
+        load(folder, str(file))
+    got = load(folder, str(file), on_bad_row="skip")
+    assert (texts(folder, got), got.skipped) == (["good", "good"], 1)
+    said = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * size}] for size in (1, 10**7)]
+    columnar(file, pa.table({"messages": said}))
+    with pytest.raises(data.DataError, match=rf"a\.{kind}, row 2: column 'messages' has 10,000,000 bytes"):
+        load(folder, str(file))
+
+
+def columnar(file, table):
+    if file.suffix == ".parquet":
+        pq.write_table(table, file)
+        return
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
 
 
 def test_bad_rows_are_bounded(tmp_path, folder):
@@ -117,6 +173,15 @@ def test_a_split_that_a_file_has_not(tmp_path, folder):
     file = jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
     with pytest.raises(data.DataError, match="a file is one split, 'train'"):
         load(folder, Source(file, split="test"))
+
+
+def test_every_split_and_part_has_a_hash_of_its_own(tmp_path, folder):
+    """Of one folder, the rows that are trained on and those that are evaluated are of two splits."""
+    jsonl(tmp_path / "train.jsonl", [{"text": "one"}])
+    jsonl(tmp_path / "test.jsonl", [{"text": "two"}])
+    trained = load(folder, (str(tmp_path), Source(str(tmp_path), split="test")))
+    assert {*trained.digests} == {str(tmp_path), f"{tmp_path}, test"}
+    assert len({*trained.digests.values()}) == 2
 
 
 def test_a_folder_through_datasets(tmp_path, folder):

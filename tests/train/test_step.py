@@ -24,7 +24,7 @@ VOCAB, ROWS, SEQ = 19, 12, 10
 
 def parts(folder, task, **changes):
     """A tiny adapted model in its parts, with numbers in every adapter."""
-    num_labels = 2 if task == "SEQ_CLS" else None
+    num_labels = 2 if task in ("SEQ_CLS", "TOKEN_CLS") else None
     model = jpeft.models.load(folder, task, num_labels=num_labels, key=jax.random.key(3))
     targets = ["query", "value"] if "bert" in str(folder) else ["q_proj", "v_proj"]
     model = jpeft.adapt(
@@ -48,6 +48,11 @@ def rows(task):
     labels = np.where(mask & (np.arange(SEQ) > lengths[:, None] - rng.integers(2, SEQ, ROWS)[:, None]), ids, IGNORED)
     if task == "SEQ_CLS":
         labels = np.where(np.arange(ROWS) < 5, IGNORED, rng.integers(0, 2, ROWS))
+    if task == "TOKEN_CLS":
+        labels = np.where(labels == IGNORED, IGNORED, ids % 2)
+    if task == "QUESTION_ANS":  # of one row there is nothing to learn
+        ends = np.stack([np.zeros(ROWS, int), rng.integers(0, lengths)], axis=1)
+        labels = np.where((np.arange(ROWS) == 3)[:, None], IGNORED, ends)
     arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return {name: jnp.asarray(value, jnp.int32) for name, value in arrays.items()}
 
@@ -56,10 +61,10 @@ def split(batch, accumulation):
     return {name: value.reshape(accumulation, -1, *value.shape[1:]) for name, value in batch.items()}
 
 
-@pytest.mark.parametrize("task", ["SEQ_CLS", "CAUSAL_LM"])
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM"])
 @pytest.mark.parametrize("accumulation", [pytest.param(2, marks=SLOW), pytest.param(4, marks=SLOW), 12])
 def test_k_batches_of_b_are_one_of_kb(bert, llama, task, accumulation):
-    graphdef, trainable, frozen = parts(bert if task == "SEQ_CLS" else llama, task)
+    graphdef, trainable, frozen = parts(llama if task == "CAUSAL_LM" else bert, task)
     outcomes = []
     for k in (1, accumulation):
         tx = optax.sgd(1.0)  # a step of Adam would hide the gradient's size

@@ -9,6 +9,7 @@ import pytest
 from contracts.models import BERT, LLAMA
 
 import jpeft
+from jpeft.train import utilization
 from jpeft.train.losses import SUMS
 from jpeft.train.planning.trace import product_flops
 from jpeft.train.utilization import flops_per_token, matmul_weights
@@ -91,3 +92,10 @@ def test_each_part_has_its_share():
 def test_a_classifiers_head_is_no_tokens():
     model = jpeft.models.build(BERT | WIDE, "SEQ_CLS", key=KEY, num_labels=2)
     assert matmul_weights(model, "SEQ_CLS") == 4 * (4 * 128 * 128 + 2 * 128 * 320)
+
+
+def test_a_cpus_peak_is_the_fastest_product(monkeypatch):
+    """What takes longer had to share the processor."""
+    times = iter([0.0, 4.0, 10.0, 11.0, 20.0, 22.0])
+    monkeypatch.setattr(utilization.time, "perf_counter", lambda: next(times))
+    assert utilization.measured_rate(size=8, repeats=3) == 2 * 8**3 / 1.0

@@ -2,6 +2,7 @@
 """`jpeft train`: a run, as a configuration says."""
 
 import argparse
+import json
 import sys
 
 from .. import config, exits
@@ -38,8 +39,8 @@ def run(options: argparse.Namespace) -> None:
         raise config.ConfigError("--resume goes on with a run and --overwrite removes it; give one of them")
     given = {
         "train.seed": options.seed,
-        "out": options.out,
-        "mesh": options.mesh and f'"{options.mesh}"',
+        "out": _quoted(options.out),
+        "mesh": _quoted(options.mesh),
         "logging.profile": "3" if options.profile else None,
         "compilation_cache": "null" if options.no_compilation_cache else None,
     }
@@ -52,6 +53,11 @@ def run(options: argparse.Namespace) -> None:
         _run(options, settings)
 
 
+def _quoted(text: str | None) -> str | None:
+    """A text as YAML has it, whatever it holds."""
+    return None if text is None else json.dumps(text, ensure_ascii=False)
+
+
 def _run(options: argparse.Namespace, settings: config.Config) -> None:
     from .. import compilation, devices, folder, interruption, loop, plan, progress
 
@@ -62,6 +68,9 @@ def _run(options: argparse.Namespace, settings: config.Config) -> None:
     if options.overwrite and devices.is_main():
         folder.remove_run(settings.out)
     if options.resume and (run := folder.RunFolder(settings.out, resumes=True)).finished:
+        from .. import identity
+
+        identity.check_finished(config.load(run.path / "config.yaml"), settings)
         print(f"this run is finished: {run.adapter}")
         return
     try:

@@ -27,8 +27,8 @@ from ..._sharding import shardings
 from ...methods import METHODS
 from ...models._checkpoint import read_config
 from ...models._hub import model_folder
-from ..config import nearest
 from ..losses import SUMS
+from ..mistakes import nearest
 from ..optim import make_optimizer
 from ..sections.model import SEEING
 from ..step import State, begin_shapes

@@ -3,8 +3,8 @@
 
 from collections.abc import Mapping
 
-#: A key that is none of a section's is refused (pydantic's setting).
-FORBID = {"extra": "forbid"}
+#: A key that is none of a section's is refused, and a number that is not finite (pydantic's settings).
+FORBID = {"extra": "forbid", "allow_inf_nan": False}
 
 
 def at_least_one(values: Mapping[str, int | None]) -> list[str]:

@@ -6,6 +6,8 @@ from typing import ClassVar, Literal
 
 from ._checks import FORBID, at_least_one, positive
 
+#: Who speaks in a conversation, as `data.loss_on` names them.
+ROLES = ("system", "developer", "user", "assistant", "tool")
 #: What `data.format` may name: see docs/data.md.
 Form = Literal[
     "text",
@@ -124,6 +126,12 @@ class Data:
         weights = {f"the weight of {source.path}": source.weight for source in self.sources("train")}
         if self.loss_on == ():
             said.append("data.loss_on names no role, so nothing would be learnt")
+        if isinstance(self.loss_on, tuple) and (others := [role for role in self.loss_on if role not in ROLES]):
+            said.append(f"data.loss_on names roles of {', '.join(ROLES)}; got {others[0]!r}")
+        if not self.streaming and self.window != Data.window:
+            said.append("data.window is for data.streaming, which is false")
+        if self.on_bad_row != "skip" and self.max_bad_rows != Data.max_bad_rows:
+            said.append(f"data.max_bad_rows is for data.on_bad_row=skip, got {self.on_bad_row}")
         if self.stride is not None and not 0 <= self.stride < self.max_length:
             said.append(f"data.stride must lie in [0, data.max_length), got {self.stride} of {self.max_length}")
         if any(source.weight != 1 for source in self.sources("eval")):

@@ -77,6 +77,14 @@ class Train:
                 "train.sample_tokens": self.sample_tokens,
             }
         )
+        if isinstance(self.samples, int) and self.samples < 0:
+            counts.append(f"train.samples must not be negative, got {self.samples}")
+        if not 0 <= self.seed < 2**32:
+            counts.append(f"train.seed must be in [0, 2**32), got {self.seed}")
+        if not self.samples and self.sample_tokens != Train.sample_tokens:
+            counts.append("train.sample_tokens is for train.samples, which wants none")
+        if self.on_nan != "skip" and self.max_skips != Train.max_skips:
+            counts.append(f"train.max_skips is for train.on_nan=skip, got {self.on_nan}")
         part = shares({"train.ema": self.ema or 0.0, "train.label_smoothing": self.label_smoothing})
         least = {"train.z_loss": self.z_loss, "train.neftune": self.neftune}
         part += [f"{key} must not be negative, got {value}" for key, value in least.items() if not value >= 0]

@@ -63,9 +63,12 @@ def load(path: str, name: str | None, split: str, streaming: bool) -> Any:
 
 def rows(dataset: Any, path: str, split: str, start: int) -> Iterator[Record | Bad]:
     """Rows of what `load` gives, from number `start` (0 is the first) on."""
-    rest = dataset.skip(start) if start else dataset
-    for number, row in enumerate(rest, start + 1):
-        yield checked(row, f"{path} ({split}), row {number}")
+    number = start
+    try:
+        for number, row in enumerate(dataset.skip(start) if start else dataset, start + 1):
+            yield checked(row, f"{path} ({split}), row {number}")
+    except UnicodeDecodeError as error:  # after it `datasets` gives no further row
+        raise DataError(str(_not_text(error, f"{path} ({split}), row {number + 1}"))) from error
 
 
 def classes(dataset: Any) -> dict[str, tuple[str, ...]]:
@@ -99,9 +102,24 @@ def _slices(batch: Any) -> Iterator[Any]:
 def _numbered(batches: Any, file: Path) -> Iterator[Record | Bad]:
     number = 0
     for batch in batches:
-        for row in batch.to_pylist():
+        for row in _values(batch):
             number += 1
-            yield checked(row, f"{file}, row {number}")
+            where = f"{file}, row {number}"
+            yield _not_text(row, where) if isinstance(row, UnicodeDecodeError) else checked(row, where)
+
+
+def _values(batch: Any) -> list[Any]:
+    """The rows of a batch; in the place of one whose text is not UTF-8, the error."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [error]
+    return [row for at in range(batch.num_rows) for row in _values(batch.slice(at, 1))]
+
+
+def _not_text(error: UnicodeDecodeError, where: str) -> Bad:
+    return Bad(where, f"it is not UTF-8: {error.reason} at byte {error.start + 1}")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,6 +11,11 @@ from typing import Any, BinaryIO
 from ..records import MOST_BYTES, Bad, DataError, Record, brief
 
 Rows = Iterator[Record | Bad]
+
+#: What some programs write in front of UTF-8.
+_MARK = b"\xef\xbb\xbf"
+#: Halves of a character, which JSON's escapes can name and no text can hold.
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def jsonl(file: Path) -> Rows:
@@ -27,7 +33,7 @@ def jsonl(file: Path) -> Rows:
 def json_list(file: Path) -> Rows:
     """One list of objects, or objects line by line under the same ending."""
     with file.open("rb") as stream:
-        start = stream.read(64).lstrip()
+        start = stream.read(64).removeprefix(_MARK).lstrip()
     if not start.startswith(b"["):
         yield from jsonl(file)
         return
@@ -46,18 +52,20 @@ def table(file: Path, delimiter: str) -> Rows:
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
+            begun = reader.line_num + 1
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Bad(f"{file}:{reader.line_num}", f"it is no CSV: {error}")
+                bad = Bad(f"{file}:{reader.line_num}", f"it is no CSV: {error}; the row begins at line {begun}")
+                yield _not_header(bad, header)
                 continue
             where = f"{file}:{reader.line_num}"
             if not cells:
                 continue
-            if any("\udc80" <= c <= "\udcff" for cell in cells for c in cell if c > "\ud7ff"):
-                yield Bad(where, "it is not UTF-8")
+            if any(_HALF.search(cell) for cell in cells):
+                yield _not_header(Bad(where, "it is not UTF-8"), header)
             elif header is None:
                 header = _header(cells, where)
             elif len(cells) != len(header):
@@ -69,7 +77,7 @@ def table(file: Path, delimiter: str) -> Rows:
 def text(file: Path, unit: str) -> Rows:
     """A text file by `line`, `paragraph` (between blank lines) or as one `document`; blank ones are left out."""
     if unit == "document":
-        content = _decoded(file.read_bytes(), str(file))
+        content = _decoded(file.read_bytes().removeprefix(_MARK), str(file))
         yield content if isinstance(content, Bad) else Record({"text": content}, f"{file}:1")
         return
     held: list[str] = []
@@ -94,12 +102,22 @@ def text(file: Path, unit: str) -> Rows:
 
 
 def checked(row: Any, where: str) -> Record | Bad:
-    """A value as a row, which must be an object with values of sane size."""
+    """A value as a row, which must be an object whose texts are of sane size and whole characters, however deep."""
     if not isinstance(row, dict):
         return Bad(where, f"a row is an object with columns, got {brief(row)}")
-    for name, value in row.items():
-        if isinstance(value, str) and len(value) > MOST_BYTES:
-            return Bad(where, _too_long(len(value), f"column {name!r}"))
+    for name, column in row.items():
+        left = [name, column]
+        while left:
+            value = left.pop()
+            if isinstance(value, str):
+                if len(value) > MOST_BYTES:
+                    return Bad(where, _too_long(len(value), f"column {name!r}"))
+                if not value.isascii() and (half := _HALF.search(value)):
+                    return Bad(where, f"column {name!r} holds half a character, {half[0]!r}")
+            elif isinstance(value, dict):
+                left += value.values()
+            elif isinstance(value, list):
+                left += value
     return Record(row, where)
 
 
@@ -116,6 +134,7 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | int]]:
     number = 0
     while line := stream.readline(MOST_BYTES + 1):
         number += 1
+        line = line.removeprefix(_MARK) if number == 1 else line
         size = len(line)
         if size > MOST_BYTES and not line.endswith(b"\n"):
             while not line.endswith(b"\n") and (line := stream.readline(MOST_BYTES)):
@@ -134,6 +153,13 @@ def _decoded(line: bytes | int, where: str) -> str | Bad:
 
 def _too_long(size: int, what: str) -> str:
     return f"{what} has {size:,} bytes; a row may have {MOST_BYTES:,}"
+
+
+def _not_header(bad: Bad, header: list[str] | None) -> Bad:
+    """A bad row, which is no row of its own where the header should stand."""
+    if header is None:
+        raise DataError(f"{bad}; it has to be the header, without which no row can be read")
+    return bad
 
 
 def _header(cells: list[str], where: str) -> list[str]:

@@ -45,6 +45,13 @@ class Opened:
     classes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
+    def called(self) -> str:
+        """Its path, with the configuration and split of a data set or the part of a file, as several may be used."""
+        source = self.source
+        rest = (source.name, None if source.split == "train" else source.split)
+        return ", ".join([source.path, *(part for part in rest if part is not None)])
+
+    @property
     def folder(self) -> Path:
         """In which the files lie that rows name."""
         path = Path(self.source.path)
