@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolutions as products of matrices."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -25,11 +25,11 @@ class Windows(nnx.Conv):
 
     def _apart(self, x: Float[Array, "batch *places d_in"]) -> Float[Array, "batch *windows d_window"]:
         """What stands in each window, in the order of the kernel's axes."""
-        sizes, steps = self.kernel_size, self.strides
-        if self.padding == "VALID" and tuple(sizes) == tuple(steps):
-            return _beside(x, tuple(sizes))
-        (size,), (step,), ((before, behind),) = sizes, steps, self.padding
-        x = jnp.pad(x, ((0, 0), (before, behind), (0, 0)))
+        sizes, steps = cast("tuple[int, ...]", self.kernel_size), cast("tuple[int, ...]", self.strides)
+        if self.padding == "VALID" and sizes == steps:
+            return _beside(x, sizes)
+        (size,), (step,), (around,) = sizes, steps, cast("tuple[tuple[int, int]]", self.padding)
+        x = jnp.pad(x, ((0, 0), around, (0, 0)))
         span = (x.shape[1] - size) // step * step + 1
         return jnp.concatenate([x[:, at : at + span : step] for at in range(size)], -1)
 

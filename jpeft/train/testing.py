@@ -4,10 +4,14 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from . import tasks
 from .config import ConfigError
+
+#: Classes that have a line each.
+_SHOWN = 40
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +52,21 @@ def run(options: argparse.Namespace) -> None:
         print("always the largest class: " + ", ".join(f"{k} {v:.6f}" for k, v in record["majority"].items()))
     if record.get("collapsed"):
         print(f"collapsed: every row is said to be {record['collapsed']}, so these figures tell nothing of the model")
+    for line in _by_class(record.get("by_class", {})):
+        print(line)
     out = Path(options.out or f"{options.task}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     print(f"record: {out}")
+
+
+def _by_class(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A line for each class, where they are not too many; the record has all."""
+    if not 0 < len(found) <= _SHOWN:
+        return []
+    width = max(map(len, ("class", *found)))
+    rows = [
+        f"{name:<{width}} {one['precision']:10.6f} {one['recall']:10.6f} {one['f1']:10.6f} {int(one['examples']):9,}"
+        for name, one in found.items()
+    ]
+    return [f"{'class':<{width}}  precision     recall         f1  examples", *rows]

@@ -30,7 +30,7 @@ def test_values_and_gradients_are_those_of_torch(places, window, step, padding):
         conv = Windows(
             3, 5, window, strides=step, padding=padding, param_dtype=jnp.float64, dtype=jnp.float64, rngs=nnx.Rngs(0)
         )
-        conv.bias[...] = jnp.asarray(rng.standard_normal(5))
+        conv.bias = nnx.Param(jnp.asarray(rng.standard_normal(5)))
         x = rng.standard_normal((2, *places, 3))
         graphdef, state = nnx.split(conv)
         weights = rng.standard_normal(conv(x).shape)
@@ -39,7 +39,7 @@ def test_values_and_gradients_are_those_of_torch(places, window, step, padding):
             return (nnx.merge(graphdef, state)(x) * weights).sum()
 
         value, (by_state, by_x) = jax.value_and_grad(loss, (0, 1))(state, jnp.asarray(x))
-        kernel, bias = (np.asarray(leaf[...]) for leaf in (conv.kernel, conv.bias))
+        kernel, bias = (np.asarray(state[name][...]) for name in ("kernel", "bias"))
 
     theirs = [torch.tensor(np.moveaxis(x, -1, 1).copy(), requires_grad=True)]
     theirs.append(torch.tensor(np.moveaxis(kernel, (-1, -2), (0, 1)).copy(), requires_grad=True))

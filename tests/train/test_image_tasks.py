@@ -68,6 +68,7 @@ def test_a_task_of_images_reports_what_scikit_learn_does(capsys, adapter, many, 
     for name in ("blue", "red"):
         for theirs, ours in (("precision",) * 2, ("recall",) * 2, ("f1-score", "f1"), ("support", "examples")):
             assert record["by_class"][name][ours] == pytest.approx(expected[name][theirs])
+        assert f"{expected[name]['f1-score']:.6f}" in next(x for x in told.splitlines() if x.startswith(f"{name} "))
     assert "processor_sha256" in record
     assert "max_length" not in record
 
@@ -124,6 +125,7 @@ def test_a_task_of_images_takes_no_length_and_no_model_of_texts(capsys, adapter,
     for arguments, message in (
         (["--adapter", adapter, "--max-length", "8"], "max_length=8 is of texts, and this task is of images"),
         (["--model", classify["model"]["path"]], "the task images needs a model for IMAGE_CLS"),
+        (["--adapter", adapter, "--limit", "4"], "stand class by class, so these would be of few classes"),
     ):
         with pytest.raises(SystemExit):
             cli.main([str(x) for x in ["eval", "--task", "images", "--data", many, *arguments]])

@@ -79,7 +79,7 @@ def open_source(source: Source, txt: str = "line", *, streaming: bool = False, i
     path, classes = Path(source.path), {}
     if path.suffix in _KINDS or path.is_file():
         key, rows = _open_file(path, source, txt, streaming)
-    elif images and path.is_dir() and not _holds_rows(path):
+    elif images and path.is_dir() and not holds_rows(path):
         key, rows = _open_images(path, source)
     elif path.is_dir() or re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source.path):
         key, rows, classes = _open_set(source, streaming)
@@ -109,7 +109,7 @@ def _open_file(path: Path, source: Source, txt: str, streaming: bool) -> tuple[s
     return digest(path), lambda skipped: itertools.islice(whole(), start + skipped, stop)
 
 
-def _holds_rows(folder: Path) -> bool:
+def holds_rows(folder: Path) -> bool:
     """Whether a folder is one that `datasets` reads: with files of rows, or of its own, in it or one folder below."""
     ends = {*_KINDS} - {".txt"}  # a note is no data set
     return any(file.suffix in ends for pattern in ("*", "*/*") for file in folder.glob(pattern))

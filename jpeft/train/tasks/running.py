@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from ..scoring.intervals import Estimate, bootstrap
 from ..sections.data import Source
 from ..sections.model import SEEING
 from ..sources import Opened as Rows
-from ..sources import open_source
+from ..sources import holds_rows, open_source
 from ..writer import Writer
 from .kinds import Classify, Likelihood, Row, Scored, Write
 from .settings import Settings
@@ -181,6 +182,11 @@ def _opened(source: Source | None, file: str | None, limit: int | None, *, image
     if limit is not None:
         if limit < 1:
             raise ValueError(f"--limit is 1 or more, got {limit}")
+        if images and Path(chosen.path).is_dir() and not holds_rows(Path(chosen.path)):
+            raise ValueError(
+                f"--limit takes the first {limit} rows, and the images of {chosen.path} stand class by class, so these "
+                "would be of few classes; leave it out, or name a table of images"
+            )
         chosen = dataclasses.replace(chosen, split=f"{chosen.split}[:{limit}]")
     return open_source(chosen, images=images)
 
