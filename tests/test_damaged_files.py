@@ -106,6 +106,32 @@ def _adapters(honest, folder):
     return run
 
 
+def _unions(honest, folder):
+    """AdapterHub's folder of an adapter of three parts."""
+    _, model = honest
+    method = jpeft.PrefixTuning(num_tokens=1) | jpeft.LoRA(rank=2, targets=["q_proj"]) | jpeft.ParallelAdapter()
+    jpeft.export_adapters(jpeft.adapt(model, method, key=jax.random.key(1)), folder)
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    whole = json.loads(files["adapter_config.json"])
+    parts = whole["config"]["configs"]
+
+    def union(part, at):
+        held = [json.loads(part) if i == at else other for i, other in enumerate(parts)]
+        return json.dumps(whole | {"config": {"architecture": "union", "configs": held}}).encode()
+
+    damaged = [damage.json_objects(part).map(lambda part, at=at: union(part, at)) for at, part in enumerate(parts)]
+    config = damage.json_objects(whole["config"]).map(lambda c: json.dumps(whole | {"config": json.loads(c)}).encode())
+    configs = st.one_of(*damaged, config, damage.json_objects(whole), damage.bytes_of(files["adapter_config.json"]))
+
+    def run(data):
+        name = data.draw(st.sampled_from(["adapter_config.json", "adapter.safetensors"]))
+        tensors = damage.safetensors_of(files["adapter.safetensors"])
+        write(folder, files | {name: data.draw(configs if name == "adapter_config.json" else tensors)})
+        check(folder, lambda: jpeft.import_adapters(model, folder))
+
+    return run
+
+
 def _programs(honest, folder):
     plain = {
         "model": {"path": "base", "task": "SEQ_CLS"}, "data": {"train": "train.jsonl"}, "train": {"epochs": 1},
@@ -136,12 +162,12 @@ def _programs(honest, folder):
     return run
 
 
-@pytest.mark.parametrize("what", [_models, _adapters, _programs])
+@pytest.mark.parametrize("what", [_models, _adapters, _unions, _programs])
 def test_damage_is_refused_or_harmless(what, honest, tmp_path):
     damage.SHORT(given(st.data())(what(honest, tmp_path / "folder ü")))()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", [_models, _adapters, _programs])
+@pytest.mark.parametrize("what", [_models, _adapters, _unions, _programs])
 def test_much_damage_is_refused_or_harmless(what, honest, tmp_path):
     damage.LONG(given(st.data())(what(honest, tmp_path / "folder ü")))()

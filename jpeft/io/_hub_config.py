@@ -2,7 +2,7 @@
 """What a configuration of AdapterHub's `adapters` says: its name, those of its parts, and what older versions meant."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,38 @@ from ._hub_union import check_apart, parts_of
 
 #: What configurations without a version call activations.
 _RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}
+#: No size of an adapter is larger.
+_MOST = 2**31 - 1
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MOST
+
+
+def _wholes(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_whole, value))
+
+
+_KINDS: Iterable[tuple[str, str, Callable[[Any], bool]]] = (
+    ("a whole number", "bottleneck_size phm_dim phm_rank prefix_length prefix_positions r suffix_positions", _whole),
+    (
+        "a number",
+        "alpha dropout inv_adapter_reduction_factor phm_init_range",
+        lambda v: type(v) in (int, float) and abs(v) <= 1e30,
+    ),
+    (
+        "true or false",
+        "adapter_residual_before_ln cross_adapter cross_prefix encoder_prefix flat intermediate_lora is_parallel "
+        "ln_after ln_before mh_adapter original_ln_after original_ln_before orthogonality output_adapter output_lora "
+        "phm_layer selfattn_lora shared_gating tied_weights use_gating",
+        lambda v: type(v) is bool,
+    ),
+    ("a string", "architecture composition_mode init_weights inv_adapter non_linearity", lambda v: isinstance(v, str)),
+    ("a list of whole numbers", "leave_out", _wholes),
+    ('"all", or a list of whole numbers', "layers", lambda v: v == "all" or _wholes(v)),
+    ("a list of names", "attn_matrices", lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v)),
+)
+_CHECKS = {key: (what, check) for what, keys, check in _KINDS for key in keys.split()}
 
 
 def named(whole: Mapping[str, Any], file: Path) -> tuple[str, dict[str, Any]]:
@@ -38,22 +70,32 @@ def split(config: dict[str, Any], version: Any, hub: Hub, direft: bool) -> list[
       direft: whether a ReFT without orthogonality is DiReFT's.
 
     Raises:
-      ValueError: no union of the library's.
+      ValueError: values of another type than the library's; no union of the library's.
     """
-    if is_union(config):
-        configs = parts_of(config)
-        check_apart(configs, hub)
-    else:
-        configs = [_of_old_versions(config, version)]
+    configs = parts_of(config) if is_union(config) else [_of_old_versions(config, version)]
+    for part in configs:
+        _check_types(part)
+    check_apart(configs, hub)
     return [part | ({"subtract_projection": False} if direft else {}) for part in configs]
+
+
+def _check_types(config: Mapping[str, Any]) -> None:
+    """Refuses values that no configuration has; null stands for a key that is not there."""
+    wrong = [
+        f"{key} must be {_CHECKS[key][0]}, got {value!r:.100}"
+        for key, value in config.items()
+        if key in _CHECKS and value is not None and not _CHECKS[key][1](value)
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))
 
 
 def _of_old_versions(config: dict[str, Any], version: Any) -> dict[str, Any]:
     """The configuration as 1.3.0 understands one of an older version."""
     config = dict(config)
     if version is None and "non_linearity" in config:
-        config["non_linearity"] = _RENAMED.get(config["non_linearity"], config["non_linearity"])
+        config["non_linearity"] = _RENAMED.get(str(config["non_linearity"]), config["non_linearity"])
     found = re.match(r"adapters\.(\d+)\.(\d+)", str(version))
-    if found and (int(found[1]), int(found[2])) < (1, 1) and config.get("architecture") == "lora":
+    if found and (int(found[1]), int(found[2])) < (1, 1) and config.get("architecture") == "lora" and "r" in config:
         config["alpha"] = config["r"]  # all were trained so
     return config

@@ -121,4 +121,4 @@ def _apart(one: Mapping[str, Any], other: Mapping[str, Any], depth: int) -> bool
 
 def _position(config: Mapping[str, Any]) -> int:
     architecture = config.get("architecture")
-    return _ORDER.index(architecture) if architecture in _ORDER else len(_ORDER)
+    return next((i for i, known in enumerate(_ORDER) if known == architecture), len(_ORDER))

@@ -111,6 +111,11 @@ def test_two_compacters_would_share_one_rule(tmp_path):
         ({**UNION, "configs": [LORA, 3]}, "as configs, and this has"),
         ({**UNION, "configs": [LORA], "weights": [1]}, "has its parts' alone, and this has weights"),
         ({**UNION, "configs": [LORA, {**UNION, "configs": [LORA]}]}, "architecture 'union', which jpeft does not read"),
+        ({**UNION, "configs": [LORA | {"leave_out": 3}]}, "leave_out must be a list of whole numbers, got 3"),
+        (
+            {**UNION, "configs": [LORA | {"r": -1, "alpha": "x"}]},
+            "r must be a whole number, got -1; alpha must be a ",
+        ),
         ({**UNION, "configs": [LORA, LORA]}, "have one lora configuration in a layer"),
         ({**UNION, "configs": [{}, {"is_parallel": True}]}, "have one bottleneck configuration in a layer"),
         ({**UNION, "configs": [LORA, {**PREFIX, "novelty": 3}]}, "that adapters 1.3.0 does not know: novelty=3"),
