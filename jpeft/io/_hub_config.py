@@ -11,6 +11,8 @@ from ._hub_union import check_apart, parts_of
 
 #: What configurations without a version call activations.
 _RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}
+#: An adapter's name is that of a folder in a setup.
+_LONGEST = 255
 #: No size of an adapter is larger.
 _MOST = 2**31 - 1
 
@@ -49,11 +51,15 @@ def named(whole: Mapping[str, Any], file: Path) -> tuple[str, dict[str, Any]]:
     """The name and the configuration proper of a file.
 
     Raises:
-      ValueError: it has none.
+      ValueError: it has none, or a name longer than a file's can be.
     """
     name, config = whole.get("name"), whole.get("config")
     if not isinstance(name, str) or not isinstance(config, dict):
-        raise ValueError(f"{file} is no configuration of adapters: it has name {name!r} and config {config!r}")
+        raise ValueError(
+            f"{file} is no configuration of adapters: it has name {name!r:.100} and config {config!r:.100}"
+        )
+    if len(name) > _LONGEST:
+        raise ValueError(f"{file} has a name of {len(name)} characters; adapters are named by {_LONGEST} at most")
     return name, config
 
 

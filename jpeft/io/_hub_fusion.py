@@ -84,13 +84,23 @@ def read_setup(setup: Mapping[str, Any]) -> list[str]:
     """The names of the adapters that an adapter_setup.json fuses.
 
     Raises:
-      ValueError: it is another setup than a fusion of single adapters.
+      ValueError: it is another setup than a fusion of single adapters, or names what is no folder in it.
     """
     found = setup.get("adapter_setup")
     children = found.get("children", []) if isinstance(found, dict) and found.get("type") == "Fuse" else []
-    if not children or any(child.get("type") != "single" for child in children):
-        raise ValueError(f"jpeft reads the setup of a fusion of single adapters, and this is {found!r}")
-    return [child["children"][0] for child in children]
+    names = [_single(child) for child in children] if isinstance(children, list) else []
+    if not names or None in names:
+        raise ValueError(f"jpeft reads the setup of a fusion of single adapters, and this is {found!r:.300}")
+    paths = [name for name in names if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name]
+    if paths:
+        raise ValueError(f"adapter_setup.json names {paths[0]!r:.100}, and the adapters of a setup are folders in it")
+    return names
+
+
+def _single(child: Any) -> Any:
+    """The name in a setup's entry of one adapter; None where it is something else."""
+    inner = child.get("children") if isinstance(child, dict) and child.get("type") == "single" else None
+    return inner[0] if isinstance(inner, list) and len(inner) == 1 and isinstance(inner[0], str) else None
 
 
 def check_parts(parts: Mapping[str, Any]) -> None:

@@ -202,3 +202,18 @@ def test_a_head_is_left_out_where_it_is_not_wanted(tmp_path):
     two = jpeft.models.load(oracle.base_folder("bert", "classifier", tmp_path / "base"), "SEQ_CLS", num_labels=2)
     with pytest.raises(CheckpointError, match=r"classifier\.weight is \[3, 16\], the model needs \[2, 16\]"):
         jpeft.import_adapters(two, folder)
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc", "..", "a/b", ""])
+def test_a_setup_names_folders_of_its_own(name, tmp_path):
+    folder = oracle.unpacked("bert", "fusion", tmp_path / "inner")
+    file = folder / "adapter_setup.json"
+    file.write_text(file.read_text().replace('"a"', json.dumps(name)))
+    with pytest.raises(ValueError, match="and the adapters of a setup are folders in it"):
+        jpeft.import_adapters(oracle.base("bert"), folder)
+
+
+def test_a_name_without_end(folder):
+    reconfigure(folder, {"name": "x" * 5000})
+    with pytest.raises(ValueError, match="has a name of 5000 characters; adapters are named by 255 at most"):
+        jpeft.import_adapters(oracle.base("bert"), folder)
