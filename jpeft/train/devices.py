@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -70,6 +71,12 @@ def _place(spec: str, arrival: float) -> tuple[str, int, int, Any]:
 def is_main() -> bool:
     """Whether this process is the one that prints and writes."""
     return jax.process_index() == 0
+
+
+def meet(what: str) -> None:
+    """Waits until every process is here, which all say by the same words."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def num_groups(mesh: Mesh | None) -> int:

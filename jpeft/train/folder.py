@@ -18,6 +18,7 @@ failure/        only where the loss was not finite: the batch, and the state bef
 
 import contextlib
 import errno
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -55,16 +56,19 @@ class RunFolder:
       path: the folder, made if need be.
       writes: whether this process writes.
       resumes: whether a run in it is gone on with.
+      replaces: whether a run in it gives way, by `clear`.
 
     Raises:
-      FileExistsError: it holds a run already, and `resumes` is False.
+      FileExistsError: it holds a run already, which neither goes on nor gives way; or something else that would.
     """
 
-    def __init__(self, path: str | Path, writes: bool = True, resumes: bool = False):
+    def __init__(self, path: str | Path, writes: bool = True, resumes: bool = False, replaces: bool = False):
         self.path = Path(path)
         self._writes = writes
         self._start = time.time()
-        if writes and not resumes and os.path.lexists(self.path / "metrics.jsonl"):
+        if writes and replaces:
+            _check_run(self.path)
+        elif writes and not resumes and os.path.lexists(self.path / "metrics.jsonl"):
             raise FileExistsError(
                 f"{self.path} holds a run already; --resume goes on with it, --overwrite replaces it, and out= names "
                 "another"
@@ -87,6 +91,39 @@ class RunFolder:
     @property
     def best(self) -> Path:
         return self.path / "best"
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """While the folder is this process's: no other one trains in it, and a killed one holds it no longer.
+
+        Where a file system has no such locks nothing is held.
+
+        Raises:
+          FileExistsError: another process trains in it.
+        """
+        if not self._writes:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise FileExistsError(
+                f"another process is training in {self.path}; wait for its end, stop it, or name another folder by out="
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            os.close(handle)
+
+    def clear(self) -> None:
+        """Deletes what an earlier run wrote."""
+        if self._writes:
+            _clear(self.path)
 
     def adopt_best(self) -> None:
         """Copies best/ to adapter/."""
@@ -238,13 +275,20 @@ def remove_run(path: str | Path) -> None:
       FileExistsError: the folder is no run's.
     """
     folder = Path(path)
-    if not folder.exists():
-        return
-    if not (folder / "metrics.jsonl").is_file() and any(folder.iterdir()):
+    _check_run(folder)
+    if folder.exists():
+        _clear(folder)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _check_run(folder: Path) -> None:
+    if folder.exists() and not (folder / "metrics.jsonl").is_file() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds something that is no run; it is not replaced")
+
+
+def _clear(folder: Path) -> None:
     for name in ("adapter", "best", "checkpoints", "failure", "plots", "profile", "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (*_LOGS, "config.yaml", "run.json", "loggers.json", "images.sha256", templates.FILE):
         (folder / name).unlink(missing_ok=True)
-    if not any(folder.iterdir()):
-        folder.rmdir()

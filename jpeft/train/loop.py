@@ -71,12 +71,13 @@ class Result:
     cost: Cost | None
 
 
-def train(config: Config, *, resume: bool = False) -> Result:
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Result:
     """Trains as configured, and saves the adapter.
 
     Args:
       resume: go on from the newest good checkpoint in the run's folder, as if there had been no stop; from the
         beginning where there is none.
+      overwrite: replace a run that the folder holds, once data and model are there.
 
     Raises:
       ConfigError, DataError, FileNotFoundError, FileExistsError, CheckpointError: before anything is trained.
@@ -89,8 +90,8 @@ def train(config: Config, *, resume: bool = False) -> Result:
     """
     loggers.check(config.logging)
     method = configuration.method(config.method)  # wrong options before minutes of reading
-    folder = RunFolder(config.out, devices.is_main(), resume)
-    if folder.finished:
+    folder = RunFolder(config.out, devices.is_main(), resume, overwrite)
+    if folder.finished and not overwrite:
         raise FileExistsError(f"{config.out} holds a finished run; --overwrite replaces it, out= names another")
     roll.at("the data")
     dataset = job.read_data(config)
@@ -105,12 +106,16 @@ def train(config: Config, *, resume: bool = False) -> Result:
     if config.preference.precompute:
         say("the reference's log-probabilities are computed")
         dataset = job.with_references(dataset, parts, mesh)
-    loop = Loop(config, dataset, parts, mesh, folder)
-    try:
-        return loop.resume() if resume else loop.begin()
-    except BaseException:
-        loop.give_up()
-        raise
+    with folder.held():
+        if overwrite:
+            folder.clear()
+            devices.meet("the old run is removed")
+        loop = Loop(config, dataset, parts, mesh, folder)
+        try:
+            return loop.resume() if resume else loop.begin()
+        except BaseException:
+            loop.give_up()
+            raise
 
 
 def check_plan(method: Any, num_updates: int) -> None:

@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from ..io.card import Card
 from ..io.peft import check_export
 from ..models import CheckpointError
 from ..models import _safetensors as safetensors
-from ..models._checkpoint import read_config
+from ..models._checkpoint import TOKENIZER_FILES, read_config
 from ..models._families import LABELLED
 from ..models._files import is_file, read_json, write_text
 from ..models._hub import adapter_folder, is_id, model_folder
@@ -28,6 +29,7 @@ from . import own, readers, templates
 from .images import Processor
 from .tokenizer import Tokenizer
 
+_LOG = logging.getLogger("jpeft")
 #: Lines of a text file that a drift is measured on.
 SAMPLED = 64
 
@@ -53,7 +55,6 @@ class Opened:
 
     Attributes:
       model: adapted, or plain where no adapter was given.
-      reader: what makes texts, or images, ready for the model, of its folder.
       info: of its folder.
       base: the base's folder.
       name: what the base was named by: the folder, or an id on the hub.
@@ -61,11 +62,19 @@ class Opened:
     """
 
     model: Any
-    reader: readers.Reader
     info: Info
     base: Path
     name: str
     template: str | None = None
+
+    @functools.cached_property
+    def reader(self) -> readers.Reader:
+        """What makes texts, or images, ready for the model, of its folder; read when it is first needed.
+
+        Raises:
+          FileNotFoundError, CheckpointError: as `readers.load`.
+        """
+        return readers.load(self.base)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -102,7 +111,7 @@ def save_adapter(
         folder = export_peft(model, folder, base=str(base), card=card)
     else:
         folder = own.write(model, method, folder, base, card)
-    models.copy_tokenizer(model_folder(base), folder)
+    _copy_reader(model_folder(base), folder)
     if template is not None:
         write_text(folder / templates.FILE, template)
     write_text(folder / INFO, json.dumps(dataclasses.asdict(info), indent=2) + "\n")
@@ -120,7 +129,7 @@ def no_form_in_peft(model: Any) -> str | None:
 
 def save_for_adapters(opened: Opened, folder: str | Path) -> None:
     """Writes an adapter in AdapterHub's format, with the base's tokenizer beside it."""
-    models.copy_tokenizer(opened.base, export_adapters(opened.model, folder))
+    _copy_reader(opened.base, export_adapters(opened.model, folder))
     _copy_template(opened, folder)
 
 
@@ -134,7 +143,8 @@ def save_merged(opened: Opened, folder: str | Path, text: str | Path | None = No
       FileNotFoundError, ValueError: there is no such file, or no text in it.
     """
     sample = None if text is None else _sample(opened, Path(text))
-    drift = export_merged(opened.model, folder, tokenizer_from=opened.base, sample=sample, base=str(opened.base))
+    drift = export_merged(opened.model, folder, sample=sample, base=str(opened.base))
+    _copy_reader(opened.base, folder)
     _copy_template(opened, folder)
     if opened.info.label_names is not None:
         file = Path(folder) / "config.json"
@@ -142,6 +152,14 @@ def save_merged(opened: Opened, folder: str | Path, text: str | Path | None = No
         labels = {"id2label": {str(i): name for i, name in names.items()}, "label2id": {v: k for k, v in names.items()}}
         write_text(file, json.dumps(read_config(folder) | labels, indent=2, sort_keys=True) + "\n")
     return drift
+
+
+def _copy_reader(base: str | Path, folder: str | Path) -> None:
+    """Puts the base's tokenizer, or processor, beside what was written; a base of `models.save` alone has none."""
+    if any(is_file(Path(base) / name) for name in TOKENIZER_FILES):
+        models.copy_tokenizer(base, folder)
+    else:
+        _LOG.warning("%s has no tokenizer, so %s gets none", base, folder)
 
 
 def _copy_template(opened: Opened, folder: str | Path) -> None:
@@ -185,7 +203,7 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
             raise ValueError("name a model, an adapter, or both")
         base = model_folder(model)
         loaded = models.load(base)
-        return Opened(loaded, readers.load(base), _hf_info(base, loaded.task), base, str(model))
+        return Opened(loaded, _hf_info(base, loaded.task), base, str(model))
     folder = adapter_folder(adapter)
     if _is_hubs(folder):
         return _open_hubs(model, folder)
@@ -202,7 +220,7 @@ def open_model(model: str | Path | None, adapter: str | Path | None) -> Opened:
         loaded = models.load(base, _task(config, base), num_labels=num_labels, quantize=info.quantize)
     adapted = own.read(loaded, folder) if ours else import_peft(loaded, folder)
     info = _with_labels(info, loaded)
-    return Opened(adapted, readers.load(base), info, base, str(name), templates.beside(folder))
+    return Opened(adapted, info, base, str(name), templates.beside(folder))
 
 
 def _task(config: Mapping[str, Any], base: Path) -> str | None:
@@ -236,7 +254,7 @@ def _open_hubs(model: str | Path | None, folder: Path) -> Opened:
     names = tuple(sorted(labels, key=lambda name: labels[name])) if labels and loaded.task in LABELLED else None
     info = _with_labels(Info(names, None), loaded)
     adapted = import_adapters(loaded, folder)
-    return Opened(adapted, readers.load(base), info, base, str(model), templates.beside(folder))
+    return Opened(adapted, info, base, str(model), templates.beside(folder))
 
 
 def _with_labels(info: Info, loaded: Any) -> Info:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -276,3 +277,32 @@ def test_the_public_names_of_the_program():
     assert jpeft.train.step.lm_loss is jpeft.train.losses.lm_loss
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = jpeft.train.nothing
+
+
+def test_overwrite_removes_nothing_before_the_new_run_can_begin(capsys, written, classify):
+    short = "train.epochs=null", "train.max_steps=1"
+    assert jpeft_(capsys, "train", written, *short)[0] == 0
+    before = {file: file.read_bytes() for file in Path(classify["out"]).rglob("*") if file.is_file()}
+    for change in ("data.train=absent.jsonl", "model.path=absent", "method.targets=[nothing]"):
+        assert jpeft_(capsys, "train", written, *short, "--overwrite", change)[0] == 2
+    assert {file: file.read_bytes() for file in Path(classify["out"]).rglob("*") if file.is_file()} == before
+
+
+def test_two_processes_do_not_train_in_one_folder(capsys, written, classify):
+    out = Path(classify["out"])
+    out.mkdir(parents=True)
+    holding = (
+        "import sys; from jpeft.train.folder import RunFolder\n"
+        "with RunFolder(sys.argv[1]).held():\n"
+        "    print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holding, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        for how in ((), ("--resume",), ("--overwrite",)):
+            code, _, err = jpeft_(capsys, "train", written, *how)
+            assert code == 2
+            assert f"another process is training in {out}; wait for its end" in err
+        other.kill()  # as is, it holds nothing any longer
+    assert jpeft_(capsys, "train", written, "train.epochs=null", "train.max_steps=1")[0] == 0

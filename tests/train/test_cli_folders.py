@@ -76,7 +76,7 @@ def test_what_would_be_lost_is_written_when_asked_for(capsys, llama, tmp_path, m
     opened = saved.open_model(llama, None)
     method = jpeft.PrefixTuning(num_tokens=2, projection=True, shift_positions=True)
     model = jpeft.adapt(opened.model, method, key=KEY)
-    monkeypatch.setattr(saved, "open_model", lambda *folders: saved.Opened(model, None, opened.info, llama, str(llama)))
+    monkeypatch.setattr(saved, "open_model", lambda *folders: saved.Opened(model, opened.info, llama, str(llama)))
     arguments = "export", "--adapter", "x", "--out", tmp_path / "out"
     code, _, err = jpeft_(capsys, *arguments)
     assert code == 2
@@ -173,3 +173,27 @@ def test_inspect_a_model_with_a_tensor_of_another_shape(capsys, bert, tmp_path):
 def test_export_wants_to_know_what_to_do(capsys, lora):
     code, _, err = jpeft_(capsys, "export", "--adapter", lora)
     assert (code, "name the folder to write by --out, or a target to check for by --check" in err) == (2, True)
+
+
+def test_a_base_without_a_tokenizer_is_exported_merged_and_inspected(capsys, tmp_path, caplog):
+    """What `models.save` writes has none; only what reads texts needs one."""
+    sizes = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 20, "max_position_embeddings": 24}
+    config = {"model_type": "bert", "num_hidden_layers": 2, "num_attention_heads": 2, **sizes}
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = jpeft.models.build(config, "SEQ_CLS", num_labels=2, key=KEY)
+    jpeft.models.save(model, base)
+    jpeft.export_peft(jpeft.adapt(model, jpeft.LoRA(rank=2), key=KEY), adapter, base=str(base))
+    for command in (
+        ("inspect", adapter, "--model", base),
+        ("export", "--adapter", adapter, "--check", "peft"),
+        ("export", "--adapter", adapter, "--out", tmp_path / "again"),
+        ("export", "--adapter", adapter, "--format", "adapters", "--lossy", "--out", tmp_path / "hub"),
+        ("merge", "--adapter", adapter, "--out", tmp_path / "merged"),
+    ):
+        code, out, err = jpeft_(capsys, *command)
+        assert code == 0, (command, out, err)
+    assert jpeft.models.load(tmp_path / "merged").task == "SEQ_CLS"
+    assert f"{base} has no tokenizer, so {tmp_path / 'again'} gets none" in caplog.text
+    code, _, err = jpeft_(capsys, "predict", "--adapter", adapter, "a text")
+    assert code == 2
+    assert "tokenizer" in err

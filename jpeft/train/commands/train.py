@@ -59,14 +59,12 @@ def _quoted(text: str | None) -> str | None:
 
 
 def _run(options: argparse.Namespace, settings: config.Config) -> None:
-    from .. import compilation, devices, folder, interruption, loop, plan, progress
+    from .. import compilation, folder, interruption, loop, plan, progress
 
     progress.say(compilation.keep_programs(settings.compilation_cache, settings.compilation_cache_mb))
     if options.dry_run:
         print(plan.dry_run(settings))
         return
-    if options.overwrite and devices.is_main():
-        folder.remove_run(settings.out)
     if options.resume and (run := folder.RunFolder(settings.out, resumes=True)).finished:
         from .. import identity
 
@@ -74,7 +72,7 @@ def _run(options: argparse.Namespace, settings: config.Config) -> None:
         print(f"this run is finished: {run.adapter}")
         return
     try:
-        loop.train(settings, resume=options.resume)
+        loop.train(settings, resume=options.resume, overwrite=options.overwrite)
     except interruption.Interrupted as stop:
         print(f"jpeft: interrupted {stop}", file=sys.stderr)
         raise SystemExit(exits.INTERRUPTED) from None
