@@ -5,9 +5,13 @@ Rows come in one of two layouts, and leave in the same:
 
   [experts, n, d_in]   each expert has n rows of its own: a batched product
   [n, d_in]            sorted by expert, with `Scope.groups` telling how many each has: a ragged product
+
+A CPU has no ragged product of its own: XLA computes every row with every matrix. There it is made of blocks of rows of
+one expert each, one after another.
 """
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +19,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
 from ._projections import Matmul
-from ._scope import current
+from ._scope import current, platform
 
 
 class Grouped(Matmul):
@@ -65,7 +69,7 @@ ragged_dot.defvjp(_forward, _backward)
 
 @custom_vmap
 def _dot(x: jax.Array, matrices: jax.Array, groups: jax.Array) -> jax.Array:
-    return jax.lax.ragged_dot(x, matrices, groups)
+    return _dot_by_blocks(x, matrices, groups) if platform() == "cpu" else jax.lax.ragged_dot(x, matrices, groups)
 
 
 @_dot.def_vmap
@@ -84,6 +88,8 @@ def _dot_of_many(size: int, batched: list[bool], x: Any, matrices: Any, groups: 
 @custom_vmap
 def _outer(x: jax.Array, dy: jax.Array, groups: jax.Array) -> jax.Array:
     """For every group, its rows of `x`, transposed, times those of `dy`: `[groups, d_in, d_out]`."""
+    if platform() == "cpu":
+        return _outer_by_blocks(x, dy, groups)
     dims = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
     return jax.lax.ragged_dot_general(x, dy, groups, dims)
 
@@ -102,3 +108,68 @@ def _repeated(value: jax.Array, size: int, many: bool) -> jax.Array:
 def _experts_of(groups: jax.Array, n: int) -> jax.Array:
     """The expert of each of `n` sorted rows."""
     return jnp.repeat(jnp.arange(len(groups)), groups, total_repeat_length=n)
+
+
+# On a CPU ------------------------------------------------------------------------------------------------------------
+
+#: Rows of a block, at least and at most: what a matrix product needs to be worth its start, and what may be too many.
+_LEAST, _MOST = 8, 256
+
+
+class _Block(NamedTuple):
+    """Some rows of one expert; behind the last expert's rows a block holds none.
+
+    Attributes:
+      expert: whose.
+      at: the first of them.
+      stop: behind the expert's last one, which may lie within the block.
+    """
+
+    expert: jax.Array
+    at: jax.Array
+    stop: jax.Array
+
+
+def _block(number: Any, size: int, n: int, groups: jax.Array) -> _Block:
+    """Block `number`, of `size` rows, of `n` rows in all."""
+    ends, blocks = jnp.cumsum(groups), -(-groups // size)
+    last = jnp.cumsum(blocks)
+    expert = jnp.minimum(jnp.searchsorted(last, number, side="right"), len(groups) - 1)
+    at = ends[expert] - groups[expert] + (number - last[expert] + blocks[expert]) * size
+    there = number < last[-1]
+    return _Block(expert, jnp.where(there, at, n), jnp.where(there, ends[expert], n))
+
+
+def _sizes(n: int, experts: int) -> tuple[int, int]:
+    """Rows of a block, about an expert's share of `n`; and how many blocks there are at most."""
+    size = min(_MOST, max(_LEAST, 2 ** math.ceil(math.log2(max(1, n / experts)))))
+    return size, -(-n // size) + experts - 1
+
+
+def _dot_by_blocks(x: jax.Array, matrices: jax.Array, groups: jax.Array) -> jax.Array:
+    """`_dot`. Blocks go in order, so that what one writes into rows behind its expert's is written again by theirs."""
+    n, (size, count) = len(x), _sizes(len(x), len(matrices))
+    x = jnp.pad(x, ((0, size), (0, 0)))
+
+    def write(number: Any, y: jax.Array) -> jax.Array:
+        expert, at, _ = _block(number, size, n, groups)
+        rows = jax.lax.dynamic_slice_in_dim(x, at, size)
+        matrix = jax.lax.dynamic_index_in_dim(matrices, expert, keepdims=False)
+        return jax.lax.dynamic_update_slice_in_dim(y, rows @ matrix, at, 0)
+
+    dtype = jnp.result_type(x, matrices)
+    return jax.lax.fori_loop(0, count, write, jnp.zeros((n + size, matrices.shape[-1]), dtype))[:n]
+
+
+def _outer_by_blocks(x: jax.Array, dy: jax.Array, groups: jax.Array) -> jax.Array:
+    """`_outer`, of whose rows those of other experts are left out."""
+    n, (size, count) = len(x), _sizes(len(x), len(groups))
+    x, dy = (jnp.pad(rows, ((0, size), (0, 0))) for rows in (x, dy))
+
+    def add(number: Any, total: jax.Array) -> jax.Array:
+        expert, at, stop = _block(number, size, n, groups)
+        left, right = (jax.lax.dynamic_slice_in_dim(rows, at, size) for rows in (x, dy))
+        right = jnp.where((at + jnp.arange(size) < stop)[:, None], right, 0)
+        return total.at[expert].add(left.T @ right)
+
+    return jax.lax.fori_loop(0, count, add, jnp.zeros((len(groups), x.shape[-1], dy.shape[-1]), x.dtype))

@@ -96,6 +96,11 @@ def _pairs(x: jax.Array, spec: Any) -> Any:
     return zip(x.shape, spec, strict=False)
 
 
+def on_mesh(x: jax.Array) -> bool:
+    """Whether `x` lies on several devices."""
+    return _mesh_of(x) is not None
+
+
 def _mesh_of(x: jax.Array) -> Any:
     """The mesh that `x` lies on, if it is one of these axes and the compiler's to use."""
     mesh = jax.typeof(x).sharding.mesh

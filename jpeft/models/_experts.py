@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from .._scope import current, fold_path, platform, scope
+from .._stream import on_mesh
 from .._wide import widened
 from ..seams import Grouped, by_expert, register
 from ._layers import gated
@@ -34,8 +35,8 @@ register(ExpertLinear, Grouped())
 class Experts(nnx.Module):
     """w2(act(w1(x)) · w3(x)) by each of a token's experts, summed with the router's weights; no token is dropped.
 
-    On a CPU every expert computes every token, and those that were not chosen weigh 0: `jax.lax.ragged_dot` does the
-    same there, once for each choice. Elsewhere tokens are sorted by expert, and each meets its own alone.
+    Tokens are sorted by expert, and each meets its own alone. On a mesh of CPU devices every expert computes every
+    token, and those that were not chosen weigh 0: blocks of rows would be gathered there one after another.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Experts(nnx.Module):
         chosen: Int[Array, "tokens top"],
         weights: Float[Array, "tokens top"],
     ) -> Float[Array, "tokens d_model"]:
-        each = self._sorted if sorts() else self._all
+        each = self._sorted if sorts(x) else self._all
         return each(x, chosen, weights).astype(x.dtype)
 
     def _all(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
@@ -72,9 +73,9 @@ class Experts(nnx.Module):
         return self.w2(gated(self.activation, self.w1(rows), self.w3(rows)))
 
 
-def sorts() -> bool:
-    """Whether tokens are sorted by expert: where `jax.lax.ragged_dot` computes a token's own experts alone."""
-    return platform() != "cpu"
+def sorts(x: jax.Array) -> bool:
+    """Whether tokens are sorted by expert: where a token's own experts are computed alone."""
+    return platform() != "cpu" or not on_mesh(x)
 
 
 class SparseMoe(nnx.Module):

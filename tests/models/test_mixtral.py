@@ -43,27 +43,26 @@ def test_published_count():
     assert models.num_parameters(mixtral.PRESETS["mixtral-8x7b"], "CAUSAL_LM") == 46_702_792_704
 
 
-def test_sorting_by_expert_changes_no_number(monkeypatch):
-    """On accelerators tokens are sorted by expert; logits and gradients of adapters are the same."""
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_sorting_by_expert_changes_no_number(kind, monkeypatch):
+    """Tokens are sorted by expert; logits and gradients of adapters are those of every expert with every token."""
     inputs, parts = batch(MIXTRAL), adapted(build(CONFIG, "CAUSAL_LM", remat="full"))
-    expected = loss_of(*parts, inputs)
-    monkeypatch.setattr(_experts, "sorts", lambda: True)
-    assert "ragged_dot" in str(jax.make_jaxpr(lambda: build(CONFIG, "CAUSAL_LM")(**inputs))())
+    monkeypatch.setattr(_grouped, "platform", lambda: kind)
+    found = loss_of(*parts, inputs)
+    traced = str(jax.make_jaxpr(lambda: build(CONFIG, "CAUSAL_LM")(**inputs))())
+    assert ("ragged_dot_general" in traced) == (kind == "gpu")
+    monkeypatch.setattr(_experts, "sorts", lambda _: False)
     outputs, gradients = loss_of(*parts, inputs)
-    assert_close(outputs, expected[0])
-    for path, gradient in expected[1].items():
-        assert_close(gradients[path], gradient, path)
+    assert_close(found[0], outputs)
+    for path, gradient in gradients.items():
+        assert_close(found[1][path], gradient, path)
 
 
-@pytest.mark.slow
-def test_adapters_in_a_bank_of_sorted_tokens(monkeypatch):
-    monkeypatch.setattr(_experts, "sorts", lambda: True)
-    test_adapters_in_a_bank_are_each_its_own()
-
-
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
 @pytest.mark.parametrize("many", [(0, None, None), (None, 0, None), (0, None, 0), (0, 0, 0)], ids=str)
-def test_ragged_products_under_vmap(many):
+def test_ragged_products_under_vmap(many, kind, monkeypatch):
     """Whatever is there once for each, product and gradients are those of one after another."""
+    monkeypatch.setattr(_grouped, "platform", lambda: kind)
     rng = np.random.default_rng(0)
     sizes = {None: (), 0: (2,)}
     x, matrices = (
@@ -82,6 +81,25 @@ def test_ragged_products_under_vmap(many):
         expert = [e for e, rows in enumerate(own[2]) for _ in range(rows)]
         np.testing.assert_allclose(found[0][i], np.einsum("ni,nio->no", own[0], own[1][expert]), rtol=1e-5, atol=1e-5)
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5), found, run(*own))
+
+
+@pytest.mark.parametrize(
+    "groups", [(0, 300, 1, 0, 399), (700, 0, 0, 0, 0), (140,) * 5, (3, 0, 0, 0, 0), (0, 1, 0, 1, 1)]
+)
+def test_products_by_blocks_are_the_formula(groups):
+    """Experts of many blocks, of one and of none; product and gradients in float64."""
+    rng, n = np.random.default_rng(0), sum(groups)
+    x, matrices, weights = (rng.standard_normal(shape) for shape in ((n, 6), (5, 6, 7), (n, 7)))
+    expert = np.repeat(np.arange(5), groups)
+    with jax.enable_x64(True):
+        given = jnp.asarray(x), jnp.asarray(matrices), jnp.asarray(groups)
+        y, back = jax.vjp(lambda x, m: _grouped.ragged_dot(x, m, given[2]), *given[:2])
+        assert "ragged_dot_general" not in str(jax.make_jaxpr(_grouped.ragged_dot)(*given))
+        of_x, of_matrices = back(jnp.asarray(weights))
+    np.testing.assert_allclose(y, np.einsum("ni,nio->no", x, matrices[expert]), atol=1e-12)
+    np.testing.assert_allclose(of_x, np.einsum("no,nio->ni", weights, matrices[expert]), atol=1e-12)
+    expected = np.stack([x[expert == e].T @ weights[expert == e] for e in range(5)])
+    np.testing.assert_allclose(of_matrices, expected, atol=1e-11)
 
 
 def test_a_checkpoint_of_joined_experts_loads(tmp_path):
@@ -157,7 +175,9 @@ def test_generation_with_experts_is_that_without_a_cache():
     np.testing.assert_array_equal(found, whole[:, 4:-1].argmax(-1))
 
 
-def test_adapters_in_a_bank_are_each_its_own():
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("gpu", marks=pytest.mark.slow)])
+def test_adapters_in_a_bank_are_each_its_own(kind, monkeypatch):
+    monkeypatch.setattr(_grouped, "platform", lambda: kind)
     base = build(CONFIG, "CAUSAL_LM")
     one, two = (jpeft.combine(*adapted(base, seed)) for seed in (1, 2))
     inputs = {name: value[[0, 0, 0]] for name, value in batch(MIXTRAL).items()}
