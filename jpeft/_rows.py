@@ -86,14 +86,13 @@ def _product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _product_forward(rows: Any, kernel: Any) -> tuple[jax.Array, Any]:
-    kept = rows.value if kernel.perturbed else None, kernel.value
+    kept = rows.value if kernel.perturbed else None, kernel.value if rows.perturbed else None
     return rows.value @ kernel.value, kept  # a plain product, which remat's policies know by its name
 
 
 def _product_backward(kept: Any, g: Any) -> tuple[Any, Any]:
     rows, kernel = kept
-    back = g @ kernel.T
-    return back, None if rows is None else _of_matrix(rows, g)
+    return None if kernel is None else g @ kernel.T, None if rows is None else _of_matrix(rows, g)
 
 
 @jax.custom_vjp
@@ -107,12 +106,13 @@ def _against(rows: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def _against_forward(rows: Any, table: Any) -> tuple[jax.Array, Any]:
-    return _against(rows.value, table.value), (rows.value if table.perturbed else None, table.value)
+    kept = rows.value if table.perturbed else None, table.value if rows.perturbed else None
+    return _against(rows.value, table.value), kept
 
 
 def _against_backward(kept: Any, g: Any) -> tuple[Any, Any]:
     rows, table = kept
-    return g @ table, None if rows is None else _of_matrix(g, rows)
+    return None if table is None else g @ table, None if rows is None else _of_matrix(g, rows)
 
 
 _added.defvjp(_added_forward, lambda like, g: _added_backward(like, _whole(g)), symbolic_zeros=True)
