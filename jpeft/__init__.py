@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `_WHERE` says the same to Py
     from ._mesh import gather, local_rows, mesh, shard_batch
     from ._method import AdapterConstant, AdapterParam, Method
     from ._partition import GraphDef, combine, partition
+    from ._prefix_from import prefix_from
     from ._quantize import dequantize, quantize
     from ._scale import disable, scale
     from ._scope import dropout_key, max_segments, prompt_tokens
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 _WHERE: dict[str, tuple[str, ...]] = {
     "_adapt": ("adapt", "merge", "penalty", "strip"),
     "_eva": ("eva",),
+    "_prefix_from": ("prefix_from",),
     "_fold": ("fold",),
     "_fused_rule": ("quantized_products",),
     "_hybrids": ("MAM", "UniPELT"),
@@ -132,6 +134,7 @@ __all__ = [
     "partition",
     "penalty",
     "placement",
+    "prefix_from",
     "prompt_tokens",
     "push",
     "quantize",

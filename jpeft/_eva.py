@@ -5,14 +5,12 @@ https://arxiv.org/abs/2410.07170).
 A place reads rows x. Their first principal components become the columns of its A, and every place gets as many of them
 as say more than what others would get for the same rank: the share of the variance that a component explains decides.
 
-The rows' moments are gathered by a gradient. A method that computes nothing stands at every place, and has a leaf
-`sums` whose cotangent is `Σ [x, 1] [x, 1]ᵀ` whatever the loss is: so the model runs as it always does, stacked, scanned
-and rematerialised, and the sums of all layers come out where a training's gradients would.
+Their moments `Σ [x, 1] [x, 1]ᵀ` are gathered as in `_observed`.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -24,7 +22,7 @@ from . import seams
 from ._adapt import adapt
 from ._graft import adapters
 from ._method import Method, Site, Start, Targets
-from ._partition import combine, partition
+from ._observed import Run, called, gathered, watched
 from ._scope import current
 from ._walk import modules
 
@@ -40,7 +38,7 @@ def eva(
     key: jax.Array,
     rho: float = 2.0,
     whiten: bool = False,
-    run: Callable[[Any, Any], Any] | None = None,
+    run: Run | None = None,
     name: str | None = None,
 ) -> Any:
     """`model` adapted by a LoRA whose A, and whose ranks, follow the data.
@@ -71,7 +69,9 @@ def eva(
     _check(method, rho)
     probed = adapt(model, _Moments(method), key=key)
     places = _places(probed, method)
-    sums = _gathered(probed, batches, run or _called)
+    sums, count = gathered(probed, batches, run or called)
+    if not count:
+        raise ValueError("eva got no batch; give it some of the data that the adapter will be trained on")
     found = {name: _components(sums[place.path][place.at], name, place.rank, rho) for name, place in places.items()}
     ranks = _given({name: own.shares for name, own in found.items()}, sum(place.rank for place in places.values()))
     spread = _with_ranks(method, ranks, {name: place.factor for name, place in places.items()})
@@ -125,27 +125,11 @@ class _Moments(Method):
         text = current().text
         counted = jnp.ones(rows.shape[:-1]) if text is None or text.shape != rows.shape[:-1] else text
         rows = jnp.concatenate([rows, jnp.ones((*rows.shape[:-1], 1))], -1) * counted[..., None]
-        return _watched(y, rows.reshape(-1, rows.shape[-1]), adapter.sums[...])
+        rows = rows.reshape(-1, rows.shape[-1])
+        return watched(y, jnp.matmul(rows.T, rows, precision="highest"), adapter.sums[...])
 
     def count(self, site: Site) -> tuple[int, int]:
         return sum(site.active) * (site.d_in + 1) ** 2, 0
-
-
-@jax.custom_vjp
-def _watched(y: jax.Array, rows: jax.Array, sums: jax.Array) -> jax.Array:
-    """`y`; the cotangent of `sums` is rowsᵀ rows."""
-    return y
-
-
-def _watched_fwd(y: jax.Array, rows: jax.Array, sums: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return y, rows
-
-
-def _watched_bwd(rows: jax.Array, ct: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return ct, jnp.zeros_like(rows), jnp.matmul(rows.T, rows, precision="highest")
-
-
-_watched.defvjp(_watched_fwd, _watched_bwd)
 
 
 def _check(method: Any, rho: Any) -> None:
@@ -155,10 +139,6 @@ def _check(method: Any, rho: Any) -> None:
         raise ValueError(f"eva is a start itself, so the method's init must be 'default', got {method.init!r}")
     if not isinstance(rho, (int, float)) or isinstance(rho, bool) or not 1 <= rho < float("inf"):
         raise ValueError(f"rho, the largest share of a place's own rank that it may get, is at least 1; got {rho!r}")
-
-
-def _called(model: Any, batch: Any) -> Any:
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
 def _places(model: nnx.Module, method: Any) -> dict[str, _Place]:
@@ -174,29 +154,6 @@ def _places(model: nnx.Module, method: Any) -> dict[str, _Place]:
             if rank:
                 places[name] = _Place(f"{found.path}/adapters/{_Moments.kind}/sums".lstrip("/"), at, rank, factor)
     return places
-
-
-def _gathered(model: nnx.Module, batches: Iterable[Any], run: Callable[[Any, Any], Any]) -> Mapping[str, np.ndarray]:
-    """The sums over all batches, by path, in float64."""
-    graphdef, trainable, frozen = partition(model)
-
-    @jax.jit
-    def gradients(trainable: Any, frozen: Any, batch: Any) -> Any:
-        def total(trainable: Any) -> jax.Array:
-            out = run(combine(graphdef, trainable, frozen), batch)
-            return sum((x.astype(jnp.float32).sum() for x in jax.tree.leaves(out)), start=jnp.zeros(()))
-
-        return jax.grad(total)(trainable)
-
-    sums = {path: np.zeros(value.shape) for path, value in trainable.items()}
-    count = 0
-    for batch in batches:
-        for path, value in gradients(trainable, frozen, batch).items():
-            sums[path] += np.asarray(value, np.float64)
-        count += 1
-    if not count:
-        raise ValueError("eva got no batch; give it some of the data that the adapter will be trained on")
-    return sums
 
 
 def _components(sums: np.ndarray, place: str, rank: int, rho: float) -> _Principal:

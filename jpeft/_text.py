@@ -16,7 +16,7 @@ from ._scope import current
 from .seams import InputEmbedding
 
 #: Tasks whose outputs may depend on all of a causal model's input.
-_WHOLE_INPUT = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+WHOLE_INPUT = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def text_mean(x: Float[Array, "*batch n"]) -> Float[Array, "*means n"]:
@@ -54,10 +54,10 @@ def check_gate(model: Any) -> None:
       ValueError: the model is causal, and its task gives an output per token that predicts the next.
     """
     causal = any(isinstance(m, InputEmbedding) and m.causal for _, m in nnx.iter_modules(model))
-    if causal and getattr(model, "task", None) not in _WHOLE_INPUT:
+    if causal and getattr(model, "task", None) not in WHOLE_INPUT:
         raise ValueError(
             "gate=True averages over all of an example's text, so the outputs of a causal model would depend on later "
-            f"tokens; it fits bidirectional models and the tasks {', '.join(_WHOLE_INPUT)}"
+            f"tokens; it fits bidirectional models and the tasks {', '.join(WHOLE_INPUT)}"
         )
 
 

@@ -78,7 +78,8 @@ class KeyValues(nnx.Module):
 
     k, v: `[batch, keys, kv_heads, d_head]`, after the rotary embedding. mask: `[batch, keys]`, 0 for a key that nobody
     sees, or None. x: the attention's input, `[batch, seq, d_model]`. Keys put in front of the others are seen by every
-    query, but for those that the mask that comes out hides, even where none went in.
+    query, but for those that the mask that comes out hides, even where none went in; in a packed input it may say so of
+    each query by itself, `[batch, seq, keys]`.
 
     Args:
       d_model: width of x.
@@ -106,12 +107,13 @@ class InputEmbedding(nnx.Module):
       block: `"encoder"` or `"decoder"`.
       causal: whether the tokens see none after them.
       max_positions: how many positions the model has a vector for; None where it takes any.
-      crosses: whether the tokens see those of another input too, as a decoder's see an encoder's.
+      beyond: whether what a token becomes may depend on more than the tokens that it sees here: a decoder's on those of
+        an encoder, and by a gate a classifier's on the whole text.
     """
 
-    def __init__(self, d_model: int, block: str, causal: bool, max_positions: int | None = None, crosses: bool = False):
+    def __init__(self, d_model: int, block: str, causal: bool, max_positions: int | None = None, beyond: bool = False):
         self.d_model, self.block, self.causal, self.max_positions = d_model, block, causal, max_positions
-        self.crosses = crosses
+        self.beyond = beyond
 
     def __call__(self, e: jax.Array, positions: Any, mask: Any, segments: Any) -> tuple[jax.Array, Any, Any, Any]:
         return split_embedded(noised(e, mask, segments, self.block)), positions, mask, segments

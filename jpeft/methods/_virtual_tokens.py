@@ -91,10 +91,10 @@ def padded(method: Any, adapter: Any, size: int) -> tuple[Any, dict[str, jax.Arr
 def put_in_front(virtual: Virtual, place: Any, base: seams.InputEmbedding, y: Any) -> tuple[Any, ...]:
     """The input seam's outputs with a place's prompt in front of every row; the text's positions go up by its length.
 
-    The examples of a packed row share one prompt in a causal model, where it sees nothing but itself; elsewhere, and in
-    a decoder beside an encoder, what it becomes depends on the text, and each has a copy, with the example's segment.
-    What is no token of this slot of a bank stands before those that are, and nobody sees it. In a step the prompt is in
-    the cache, and positions alone go up.
+    The examples of a packed row share one prompt in a causal language model, where it sees nothing but itself.
+    Elsewhere what it becomes depends on the text (in a decoder on the encoder's, in a causal classifier by a gate), and
+    each has a copy, with the example's segment. What is no token of this slot of a bank stands before those that are,
+    and nobody sees it. In a step the prompt is in the cache, and positions alone go up.
 
     Raises:
       ValueError: more positions than the model has; more examples than `jpeft.max_segments` allows. In a compiled
@@ -106,7 +106,7 @@ def put_in_front(virtual: Virtual, place: Any, base: seams.InputEmbedding, y: An
     positions = moved(positions, virtual, base, e.shape[1], segments)
     if current().step:
         return e, positions, mask, segments
-    own = segments is not None and (base.crosses or not base.causal)
+    own = segments is not None and (base.beyond or not base.causal)
     owners = each(segments, mask) if own else everybody(len(e))
     if own:
         e = jnp.where(owners.whole[:, None, None], e, jnp.nan)
@@ -144,11 +144,11 @@ def moved(positions: Any, virtual: Virtual, base: seams.InputEmbedding, seq: int
 
 
 def in_front(values: Any, new: jax.Array) -> jax.Array | None:
-    """`new` before `values` `[batch, seq]`, as values of their type; None stays None."""
+    """`new` before `values` `[..., seq]`, as values of their type; None stays None."""
     if values is None:
         return None
     values = jnp.asarray(values)
-    return jnp.concatenate([new.astype(values.dtype), values], 1)
+    return jnp.concatenate([new.astype(values.dtype), values], -1)
 
 
 def linear(key: jax.Array, name: str, d_in: int, d_out: int) -> dict[str, jax.Array]:

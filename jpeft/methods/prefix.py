@@ -14,12 +14,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .._fields import indices, names, one_of, whole
 from .._method import Adapter, Folded, Method, Site, Start, Targets
 from .._scope import current, fold_path
 from .._text import check_gate, gate
+from ._packed import each
 from ._virtual_tokens import Virtual, apply_linear, chosen, in_front, linear, moved, padded, places
 
 
@@ -27,7 +28,9 @@ from ._virtual_tokens import Virtual, apply_linear, chosen, in_front, linear, mo
 class PrefixTuning(Method):
     """Prefix tuning: every query of a layer sees trained keys and values, whatever its segment or window.
 
-    One prefix serves all the examples of a packed row, exactly. The text's positions stay what they are.
+    One prefix serves all the examples of a packed row, exactly; with a gate, which is each example's own, each has a
+    copy (in a compiled program `jpeft.max_segments` says for how many there is room). The text's positions stay what
+    they are.
 
     Args:
       num_tokens: length of the prefix.
@@ -117,18 +120,24 @@ class PrefixTuning(Method):
         k, v, mask = y
         virtual = adapter.shared
         prefix = virtual.tokens[adapter.index].swapaxes(0, 1)[:, None]  # [2, 1, tokens, kv_heads, d_head]
+        seen = jnp.ones((len(k), 1), bool)
         if self.gate:
-            prefix = prefix * self._gate(adapter, inputs[3])[None, ..., None]
-        shape = (len(k), self.num_tokens)
-        front = (jnp.broadcast_to(p.astype(k.dtype), (*shape, *k.shape[2:])) for p in prefix)
-        seen = jnp.ones(shape, bool)
+            x = inputs[3]
+            gates = gate(x, adapter.gate_weight[...], adapter.gate_bias[...])
+            gates, seen = (gates[..., 0], seen) if current().segments is None else _of_examples(gates)
+            prefix = prefix[:, :, None] * gates[None, :, :, None, None, None]  # [2, batch, copies, tokens, ...]
+            prefix = prefix.reshape(2, len(k), -1, *prefix.shape[4:])
+        front = (jnp.broadcast_to(p.astype(k.dtype), (len(k), *p.shape[1:])) for p in prefix)
+        seen = jnp.repeat(seen, self.num_tokens, -1)
+        hidden = virtual.present is not None or not all(adapter.site.active)
         if virtual.present is not None:
-            seen = jnp.broadcast_to(virtual.present, shape)
+            copies = seen.shape[-1] // self.num_tokens
+            seen &= jnp.broadcast_to(jnp.tile(virtual.present, copies), seen.shape)
         if not all(adapter.site.active):
             seen &= jnp.array(adapter.site.active)[adapter.layer]
-        if mask is None and (virtual.present is not None or not all(adapter.site.active)):
+        if mask is None and (hidden or seen.ndim > 2):
             mask = jnp.ones(k.shape[:2], bool)
-        mask = in_front(mask, seen)
+        mask = in_front(*_alike(mask, seen))
         return *(jnp.concatenate(pair, 1) for pair in zip(front, (k, v), strict=True)), mask
 
     def padded(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Method, Mapping[str, Any]]:
@@ -166,10 +175,25 @@ class PrefixTuning(Method):
         layers, _, heads = places(adapter.site, "keys_values")
         return flat.reshape(self.num_tokens, 2 * layers, heads, -1)
 
-    def _gate(self, adapter: Any, x: jax.Array) -> Float[Array, "batch 1 1"]:
-        if current().segments is not None:
-            raise ValueError(
-                "the gate of a prefix is one number per example, and the examples of a packed row (segment_ids) share "
-                "one prefix; give each example a row of its own, or adapt without gate="
-            )
-        return gate(x, adapter.gate_weight[...], adapter.gate_bias[...])
+
+def _of_examples(
+    gates: Float[Array, "batch seq 1"],
+) -> tuple[Float[Array, "batch copies"], Bool[Array, "batch seq copies"]]:
+    """The gates of a packed row's examples, of those of its tokens; and which tokens see the prefix of which example.
+
+    In a compiled program, a row with more examples than `jpeft.max_segments` says has NaN for gates.
+    """
+    segments, text = current().segments, current().text
+    owners = each(segments, text)
+    own = (segments[:, :, None] == owners.ids[:, None]) & owners.there[:, None]
+    found = jnp.take_along_axis(gates[..., 0], jnp.argmax(own & text[:, :, None], 1), 1)
+    return jnp.where(owners.whole[:, None], found, jnp.nan), own
+
+
+def _alike(mask: Any, seen: jax.Array) -> tuple[Any, jax.Array]:
+    """Both `[batch, keys]`, or both `[batch, seq, keys]`."""
+    if mask is None or mask.ndim == seen.ndim:
+        return mask, seen
+    if mask.ndim < seen.ndim:
+        return jnp.broadcast_to(mask[:, None], (*seen.shape[:2], mask.shape[-1])), seen
+    return mask, jnp.broadcast_to(seen[:, None], (*mask.shape[:2], seen.shape[-1]))

@@ -41,7 +41,7 @@ def attention(
     cap: float | None = None,
     window: int | Int[Array, ""] | None = None,
     places: Int[Array, "rows seq"] | None = None,
-    mask: Shaped[Given, "batch keys"] | None = None,
+    mask: Shaped[Given, "batch *queries keys"] | None = None,
     segment_ids: Int[Given, "batch seq"] | None = None,
     key_segments: Int[Given, "batch own_keys"] | None = None,
     bias: Float[Array, "rows heads seq bias_keys"] | None = None,
@@ -64,7 +64,7 @@ def attention(
         traced integer where layers of a stack differ.
       places: positions of the queries and their own keys, in which a window is then counted: in a row that holds
         virtual tokens, then padding, then text, keys are not as far apart as they stand. Of one row for all, or each.
-      mask: 0 for a key that nobody sees (padding).
+      mask: 0 for a key that nobody sees (padding); of `[batch, seq, keys]`, for one that a query does not see.
       segment_ids: a query sees the keys of its own segment, and those of `seams.EVERY_SEGMENT`.
       key_segments: of the keys, where they are not the queries' own tokens; keys in front of these have none, so that
         all queries see them. None where they are.
@@ -179,11 +179,12 @@ def _visible(rules: _Rules, limits: _Limits, queries: range, keys: range) -> Giv
     if rules.window is not None and keys[0] <= queries[-1] + rules.offset - rules.window:
         conditions.append(((there > here - rules.window) | (there < rules.offset))[None])
     if limits.mask is not None:
-        conditions.append(limits.mask[:, None, _cut(keys)] != 0)
+        own = limits.mask[:, None] if limits.mask.ndim == 2 else limits.mask[:, _cut(queries)]
+        conditions.append(own[..., _cut(keys)] != 0)
     if limits.segment_ids is not None:
-        own = limits.segment_ids if limits.key_segments is None else limits.key_segments
-        every = ((0, 0), (rules.keys - own.shape[1], 0))
-        segments = jnp.pad(own, every, constant_values=EVERY_SEGMENT)[:, None, _cut(keys)]
+        theirs = limits.segment_ids if limits.key_segments is None else limits.key_segments
+        every = ((0, 0), (rules.keys - theirs.shape[1], 0))
+        segments = jnp.pad(theirs, every, constant_values=EVERY_SEGMENT)[:, None, _cut(keys)]
         same = limits.segment_ids[:, _cut(queries), None] == segments
         conditions.append(same | (segments == EVERY_SEGMENT))
     return functools.reduce(jnp.logical_and, conditions) if conditions else None

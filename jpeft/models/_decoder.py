@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from .. import _stack
 from .._given import Given
 from .._scope import dropout, scope
+from .._text import WHOLE_INPUT
 from .._wide import wide, widened
 from ..seams import InputEmbedding
 from ._cache import KV, Cache, check_step, empty, extended, filled, num_slots, or_nan, reach, step_scope
@@ -52,7 +53,7 @@ class Decoder(nnx.Module):
         self.embed_tokens = token_table(
             config.vocab_size, config.hidden_size, config.initializer_range, config.pad_token_id, rngs=rngs, dtype=dtype
         )
-        self.input_embedding = InputEmbedding(config.hidden_size, "decoder", causal=True)
+        self.input_embedding = InputEmbedding(config.hidden_size, "decoder", causal=True, beyond=task in WHOLE_INPUT)
         self.layers = _stack.stack(lambda r: self.Layer(config, rngs=r, dtype=dtype), config.num_hidden_layers, rngs)
         self.norm = norm(config, config.hidden_size, dtype)
         if self.head:

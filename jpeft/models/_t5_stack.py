@@ -132,7 +132,7 @@ class Stack(_encoder_decoder.Stack):
     def __init__(self, config: Config, decoder: bool, *, rngs: nnx.Rngs, dtype: Any):
         self.config, self.decoder = config, decoder
         self.name = "decoder" if decoder else "encoder"
-        self.input_embedding = InputEmbedding(config.d_model, self.name, causal=decoder, crosses=decoder)
+        self.input_embedding = InputEmbedding(config.d_model, self.name, causal=decoder, beyond=decoder)
         buckets, std = config.relative_attention_num_buckets, config.initializer_factor * config.d_model**-0.5
         self.relative_attention_bias = token_table(buckets, config.num_heads, std, None, rngs=rngs, dtype=dtype)
         path, depth = f"{self.name}/block", config.num_decoder_layers if decoder else config.num_layers

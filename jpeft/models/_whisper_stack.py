@@ -102,7 +102,7 @@ class Stack(_encoder_decoder.Stack):
         self.config, self.decoder = config, decoder
         self.name = "decoder" if decoder else "encoder"
         self.input_embedding = InputEmbedding(
-            config.d_model, self.name, decoder, config.max_target_positions if decoder else None, crosses=decoder
+            config.d_model, self.name, decoder, config.max_target_positions if decoder else None, beyond=decoder
         )
         path = f"{self.name}/layers"
         self.layers = _stack.stack(lambda r: Layer(config, decoder, path, rngs=r, dtype=dtype), self.sizes[0], rngs)

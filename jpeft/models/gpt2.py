@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from .. import _stack
 from .._given import Given
 from .._scope import dropout, scope
+from .._text import WHOLE_INPUT
 from .._wide import widened
 from ..seams import InputEmbedding, KeyValues, Residual
 from . import _config
@@ -198,7 +199,9 @@ class GPT2(nnx.Module):
         std = config.initializer_range
         self.wte = token_table(config.vocab_size, config.n_embd, std, None, rngs=rngs, dtype=dtype)
         self.wpe = token_table(config.n_positions, config.n_embd, std, None, rngs=rngs, dtype=dtype)
-        self.input_embedding = InputEmbedding(config.n_embd, "decoder", True, config.n_positions)
+        self.input_embedding = InputEmbedding(
+            config.n_embd, "decoder", True, config.n_positions, beyond=task in WHOLE_INPUT
+        )
         self.layers = _stack.stack(lambda r: Layer(config, rngs=r, dtype=dtype), config.n_layer, rngs)
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon, dtype=dtype)
         if self.head:

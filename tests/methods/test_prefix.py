@@ -178,10 +178,7 @@ def test_the_gate_scales_each_examples_prefix():
             assert subjects.error(y[:, :3], g * table[None, :, row]) < subjects.FLOAT32
 
 
-def test_the_gates_of_a_packed_row_and_of_a_causal_model_are_refused():
-    bert = adapted(_build(BERT, "TOKEN_CLS"), gate=True)
-    with pytest.raises(ValueError, match=r"one number per example, and the examples of a packed row"):
-        bert(IDS, segment_ids=np.zeros_like(IDS))
+def test_the_gate_of_a_causal_language_model_is_refused():
     with pytest.raises(ValueError, match="outputs of a causal model would depend on later tokens"):
         adapted(_build(LLAMA, "CAUSAL_LM"), gate=True)
     assert np.isfinite(run(adapted(_build(LLAMA | {"pad_token_id": 0}, "SEQ_CLS"), gate=True), IDS)).all()
