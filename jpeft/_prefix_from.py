@@ -55,7 +55,8 @@ def prefix_from(
     probed = adapt(model, _Recorded(method), key=key)
     found, _ = gathered(probed, [text], run or called)
     adapted = adapt(model, method, key=key, name=name)
-    leaf = adapters(adapted)[name or method.kind].prefix
+    root: Any = adapters(adapted)[name or method.kind]
+    leaf = root.prefix
     table = np.array(leaf[...])
     for module in modules(probed):
         recorder = adapters(module.module).get(_Recorded.kind)
