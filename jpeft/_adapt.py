@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from . import seams
@@ -34,6 +35,7 @@ def adapt(model: nnx.Module, method: Method | Hybrid, *, key: jax.Array, name: s
       name: the adapter's name in leaf paths; the method's kind by default. Give one to put two of a kind on a model.
 
     Raises:
+      TypeError: it is no model, no method or no key.
       ValueError: the selection matches nothing, in part, or something that the method does not fit; the name is
         taken.
 
@@ -41,9 +43,12 @@ def adapt(model: nnx.Module, method: Method | Hybrid, *, key: jax.Array, name: s
       >>> model = jpeft.adapt(model, jpeft.LoRA(rank=16, alpha=32, targets=["q_proj", "v_proj"]), key=jax.random.key(0))
     """
     if not isinstance(method, Method | Hybrid):
-        raise TypeError(f"adapt takes a jpeft method such as jpeft.LoRA(...), got {method!r}")
+        several = "; of several make one: a | b" if isinstance(method, list | tuple) else ""
+        raise TypeError(f"adapt takes a jpeft method such as jpeft.LoRA(...), got {method!r}{several}")
     if not isinstance(model, nnx.Module):
         raise TypeError(f"adapt takes an nnx.Module, got {type(model).__name__}")
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise TypeError(f"adapt takes a PRNG key, as jax.random.key(0) is one, got {key!r}")
     model = nnx.clone(model)
     parts = ((method.kind if name is None else name, method),) if isinstance(method, Method) else method.named(name)
     for own, part in parts:

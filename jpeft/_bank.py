@@ -11,7 +11,7 @@ what is padding is multiplied by zero, and has no gradient.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -101,12 +101,15 @@ def bank(adapters: Sequence[Any], frozen: Leaves | None = None) -> Bank:
       frozen: the frozen half that goes with such pairs.
 
     Raises:
+      TypeError: they are no adapted models, or one that is not in a list.
       ValueError: they differ in their places, in an option that one program cannot have twice, or in their base; a
         method cannot be left out in some rows of a batch.
 
     Example:
       >>> bank = jpeft.bank([model_a, model_b])
     """
+    if isinstance(adapters, nnx.Module) or not isinstance(adapters, Iterable):
+        raise TypeError(f"bank takes a list of adapted models, got one {type(adapters).__name__}")
     models = [_model(adapter, frozen) for adapter in adapters]
     if not models:
         raise ValueError("a bank needs at least one adapter")
@@ -184,7 +187,12 @@ def vote(logits: Float[Array, "adapters *batch classes"], how: str = "majority")
       logits: of every adapter for the same examples.
       how: `"majority"`: the class that most adapters put first, the likelier one where two have as many; `"mean"`: the
         class with the highest mean probability.
+
+    Raises:
+      ValueError: another `how`, or logits without an axis of adapters in front.
     """
+    if logits.ndim < 2:
+        raise ValueError(f"vote takes logits [adapters, ..., classes], got the shape {[*logits.shape]}")
     if how not in ("majority", "mean"):
         raise ValueError(f"how must be majority or mean, got {how!r}")
     mean = jax.nn.softmax(logits.astype(jnp.float32)).mean(0)

@@ -2,10 +2,18 @@
 """Values of a method's fields as they are kept: hashable, in one form, and checked."""
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+
+
+def is_list(value: Any) -> bool:
+    """Whether it is several values: a list, a tuple, a set, a range, an array, and no text or mapping."""
+    return (
+        isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)) and getattr(value, "ndim", 1) > 0
+    )
 
 
 def names(field: str, value: Any) -> Any:
@@ -18,7 +26,7 @@ def names(field: str, value: Any) -> Any:
         return "all-linear" if field == "targets" and value.lower() == "all-linear" else value
     if value is None:
         return () if field == "exclude" else None
-    found = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else value
+    found = value if is_list(value) else (value,)
     wrong = [name for name in found if not isinstance(name, str) or not name]
     if wrong:
         raise TypeError(f"{field} takes module names, got {wrong[0]!r}")
@@ -28,7 +36,7 @@ def names(field: str, value: Any) -> Any:
     return found
 
 
-def indices(layers: Any) -> tuple[int, ...] | None:
+def indices(layers: Any, field: str = "layers") -> tuple[int, ...] | None:
     """What `layers` takes: the indices of layers, or None for all.
 
     Raises:
@@ -36,11 +44,40 @@ def indices(layers: Any) -> tuple[int, ...] | None:
     """
     if layers is None:
         return None
-    found = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+    found = [int(i) if isinstance(i, np.integer) else i for i in (layers if is_list(layers) else (layers,))]
     wrong = [index for index in found if not isinstance(index, int) or isinstance(index, bool) or index < 0]
     if wrong or not found:
-        raise ValueError(f"layers takes the indices of layers, counted from 0, got {layers!r}")
+        raise ValueError(f"{field} takes the indices of layers, counted from 0, got {layers!r}")
     return tuple(sorted(set(found)))
+
+
+def several(method: str, field: str, value: Any) -> tuple[str, ...]:
+    """Names: one, or several in an order that counts.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    found = (value,) if isinstance(value, str) else value
+    if not is_list(found) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{method}'s {field} takes names, as strings, got {value!r}")
+    return tuple(found)
+
+
+def by_name(method: str, field: str, value: Any) -> "Frozen":
+    """What `rank_pattern` and `alpha_pattern` take: a mapping of regular expressions to numbers; None for none.
+
+    Raises:
+      ValueError: it is something else, or a key is no regular expression.
+    """
+    if value is not None and (not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value)):
+        raise ValueError(f"{method}'s {field} takes a mapping of modules' names to numbers, got {value!r}")
+    for key in value or ():
+        try:
+            re.compile(key)
+        except re.error as wrong:
+            message = f"{method}'s {field} has the key {key!r}, which is no regular expression: {wrong}"
+            raise ValueError(message) from None
+    return Frozen(value or {})
 
 
 def whole(method: str, field: str, value: Any, least: int = 1) -> int:
@@ -50,7 +87,7 @@ def whole(method: str, field: str, value: Any, least: int = 1) -> int:
       ValueError: it is something else.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{method}'s {field} must be a whole number of at least {least}, got {value!r}")
+        raise ValueError(f"{method}'s {field} must be a whole number of at least {least}, got {value!r}{_hint(value)}")
     return value
 
 
@@ -60,7 +97,7 @@ def token_ids(method: str, value: Any) -> tuple[int, ...]:
     Raises:
       TypeError, ValueError: they are something else, or none.
     """
-    if isinstance(value, str) or not isinstance(value, Iterable):
+    if not is_list(value):
         raise TypeError(f"{method} takes the ids of tokens, got {value!r}")
     tokens = tuple(int(i) if isinstance(i, np.integer) else i for i in value)
     for token in tokens:
@@ -79,7 +116,7 @@ def one_of(method: str, field: str, value: Any, choices: Iterable[Any]) -> Any:
       ValueError: it is something else.
     """
     choices = tuple(choices)
-    if value not in choices:
+    if not isinstance(value, Hashable) or value not in choices:
         raise ValueError(f"{method}'s {field} must be one of {', '.join(map(str, choices))}; got {value!r}")
     return value
 
@@ -91,7 +128,18 @@ def rate(method: str, field: str, value: Any) -> float:
       ValueError: it is something else.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
-        raise ValueError(f"{method}'s {field} must be in [0, 1), got {value!r}")
+        raise ValueError(f"{method}'s {field} must be in [0, 1), got {value!r}{_hint(value)}")
+    return value
+
+
+def number(method: str, field: str, value: Any) -> float:
+    """A number.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise ValueError(f"{method}'s {field} must be a number, got {value!r}{_hint(value)}")
     return value
 
 
@@ -101,9 +149,19 @@ def positive(method: str, field: str, value: Any) -> float:
     Raises:
       ValueError: it is something else.
     """
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"{method}'s {field} must be a positive number (at 0 nothing is trained), got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(
+            f"{method}'s {field} must be a positive number (at 0 nothing is trained), got {value!r}{_hint(value)}"
+        )
     return value
+
+
+def _hint(value: Any) -> str:
+    """What to write in the place of an array library's number, which is no plain value."""
+    kind = getattr(getattr(value, "dtype", None), "kind", None)
+    if kind not in ("i", "u", "f") or value.shape != ():
+        return ""
+    return f"; pass {'float' if kind == 'f' else 'int'}(...) of it"
 
 
 def selection(method: Any) -> None:

@@ -94,6 +94,10 @@ def test_wrong_types_are_errors():
         jpeft.adapt(listed(), jpeft.LoRA, key=KEY)
     with pytest.raises(TypeError, match=r"takes an nnx\.Module, got dict"):
         jpeft.adapt({}, lora(), key=KEY)
+    with pytest.raises(TypeError, match=r"takes a PRNG key, as jax\.random\.key\(0\) is one, got 0"):
+        jpeft.adapt(listed(), lora(), key=0)
+    with pytest.raises(TypeError, match=r"of several make one: a \| b"):
+        jpeft.adapt(listed(), [lora(), lora()], key=KEY)
 
 
 @pytest.mark.parametrize("make", [listed, stacked])

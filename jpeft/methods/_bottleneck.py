@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import _text
-from .._fields import Frozen, indices, names, one_of, rate
+from .._fields import Frozen, indices, names, one_of, rate, several
 from .._matching import layer_of
 from .._method import Adapter, Method, Site, Start, Targets, wide
 from .._scope import fold_path
@@ -78,16 +78,17 @@ class Bottleneck(Method):
     def __post_init__(self) -> None:
         own = type(self).__name__
         object.__setattr__(self, "reduction_factor", _factors(own, self.reduction_factor))
-        object.__setattr__(self, "blocks", (self.blocks,) if isinstance(self.blocks, str) else tuple(self.blocks))
+        object.__setattr__(self, "blocks", several(own, "blocks", self.blocks))
         object.__setattr__(self, "layers", indices(self.layers))
-        object.__setattr__(self, "leave_out", indices(self.leave_out or None) or ())
+        none = isinstance(self.leave_out, (tuple, list)) and not self.leave_out
+        object.__setattr__(self, "leave_out", () if none else indices(self.leave_out, "leave_out") or ())
         object.__setattr__(self, "modules_to_save", names("modules_to_save", self.modules_to_save))
         one_of(own, "non_linearity", self.non_linearity, ACTIVATIONS)
         one_of(own, "init", self.init, self.INITS)
         one_of(own, "invertible", self.invertible, (None, "nice"))
         rate(own, "dropout", self.dropout)
         _positive(own, "invertible_reduction_factor", self.invertible_reduction_factor)
-        if self.scaling not in ("learned", "channel"):
+        if not isinstance(self.scaling, str) or self.scaling not in ("learned", "channel"):
             _positive(own, "scaling", self.scaling, " or 'learned' or 'channel'")
         for block in self.blocks:
             one_of(own, "blocks", block, BLOCKS)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import seams
-from .._fields import Frozen, one_of, positive, rate, selection, whole
+from .._fields import by_name, one_of, positive, rate, selection, whole
 from .._matching import pattern_value
 from .._method import BIAS_CHOICES, Adapter, Site, Start, Targets, wide
 from ._default_targets import default_targets
@@ -32,11 +32,12 @@ def check_factors(method: Any) -> None:
     check_selection(method)
     name = type(method).__name__
     for field in ("rank_pattern", "alpha_pattern"):
-        object.__setattr__(method, field, Frozen(getattr(method, field) or {}))
+        object.__setattr__(method, field, by_name(name, field, getattr(method, field)))
     for rank in (method.rank, *method.rank_pattern.values()):
         whole(name, "rank", rank)
     for alpha in (method.alpha, *method.alpha_pattern.values()):
         positive(name, "alpha", alpha)
+    one_of(name, "rslora", method.rslora, (True, False))
     one_of(name, "init", method.init, STARTS)
 
 

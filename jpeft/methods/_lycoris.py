@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._fields import Frozen, positive, rate, selection, whole
+from .._fields import by_name, positive, rate, selection, whole
 from .._matching import pattern_value
 from .._method import Adapter, Site, Targets
 from .._scope import fold_path
@@ -29,7 +29,7 @@ def check(method: Any) -> None:
     name = type(method).__name__
     selection(method)
     for field in ("rank_pattern", "alpha_pattern"):
-        object.__setattr__(method, field, Frozen(getattr(method, field) or {}))
+        object.__setattr__(method, field, by_name(name, field, getattr(method, field)))
     for rank in (method.rank, *method.rank_pattern.values()):
         whole(name, "rank", rank)
     for alpha in (method.alpha, *method.alpha_pattern.values()):

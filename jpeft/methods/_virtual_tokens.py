@@ -10,7 +10,7 @@ from jax import core
 from jaxtyping import Array, Float
 
 from .. import seams
-from .._fields import one_of
+from .._fields import one_of, several
 from .._method import Site, Targets
 from .._scope import current, fold_path
 from ._packed import each, everybody
@@ -33,7 +33,7 @@ def chosen(method: str, blocks: Any, choices: tuple[str, ...]) -> tuple[str, ...
     """
     if blocks is None:
         return None
-    found = (blocks,) if isinstance(blocks, str) else tuple(blocks)
+    found = several(method, "blocks", blocks)
     for block in found or (blocks,):
         one_of(method, "blocks", block, choices)
     return found

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import seams
-from .._fields import positive, whole
+from .._fields import number, positive, whole
 from .._method import Adapter, Method, Site, Start, Steering, Targets, wide
 from .._scope import fold_path
 from . import _low_rank
@@ -92,9 +92,9 @@ class AdaLoRA(Method):
                 f"{self.total_steps} of total_steps"
             )
         for field in ("beta1", "beta2"):
-            if not 0 < getattr(self, field) < 1:
+            if not 0 < number("AdaLoRA", field, getattr(self, field)) < 1:
                 raise ValueError(f"AdaLoRA's {field} must be in (0, 1), got {getattr(self, field)!r}")
-        if not 0 <= self.orth_reg_weight < float("inf"):
+        if not 0 <= number("AdaLoRA", "orth_reg_weight", self.orth_reg_weight) < float("inf"):
             raise ValueError(f"AdaLoRA's orth_reg_weight must be a number of at least 0, got {self.orth_reg_weight!r}")
 
     def select(self, model_type: str | None) -> Targets:

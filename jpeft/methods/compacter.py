@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._fields import whole
+from .._fields import one_of, whole
 from .._method import Site, Start
 from .._scope import fold_path
 from ._bottleneck import Bottleneck, Linears, _positive
@@ -51,6 +51,7 @@ class Compacter(Bottleneck):
     rule_std: float = 1e-4
 
     def __post_init__(self) -> None:
+        one_of("Compacter", "plus_plus", self.plus_plus, (True, False))
         for field, own in (("blocks", ("mlp",) if self.plus_plus else ("attention", "mlp")),
                            ("original_ln_before", self.plus_plus)):  # fmt: skip
             object.__setattr__(self, field, own if getattr(self, field) is None else getattr(self, field))

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from .._fields import indices, names, one_of, rate
+from .._fields import indices, is_list, names, one_of, rate
 from .._method import Adapter, Method, Site, Start, Targets, wide
 from .._scope import fold_path
 from ..seams import rows_times
@@ -61,7 +61,7 @@ class AdapterFusion(Method):
     modules_to_save: Any = None
 
     def __post_init__(self) -> None:
-        found = (self.adapters,) if isinstance(self.adapters, str) else tuple(self.adapters)
+        found = tuple(self.adapters) if is_list(self.adapters) else (self.adapters,)
         if len(found) < 2 or len({*found}) < len(found) or not all(isinstance(name, str) for name in found):
             raise ValueError(f"AdapterFusion's adapters must be two or more names of adapters, got {self.adapters!r}")
         object.__setattr__(self, "adapters", found)

@@ -85,8 +85,7 @@ class IA3(Method):
 
     def __post_init__(self) -> None:
         selection(self)
-        given = self.feedforward
-        object.__setattr__(self, "feedforward", () if given == () else names("feedforward", given))
+        object.__setattr__(self, "feedforward", names("feedforward", self.feedforward))
         one_of("IA3", "placement", self.placement, TARGETS)
         if self.placement != "peft" and self.targets is not None and self.feedforward is not None:
             raise ValueError(f"placement={self.placement!r} picks defaults, and targets= and feedforward= leave none")

@@ -55,7 +55,7 @@ class LastLayers(Method):
     def __post_init__(self) -> None:
         whole("LastLayers", "n", self.n, least=0)
         selection(self)
-        object.__setattr__(self, "final", () if self.final == () else names("final", self.final))
+        object.__setattr__(self, "final", names("final", self.final))
 
     def select(self, model_type: str | None) -> tuple[Targets, ...]:
         final = self.final

@@ -75,6 +75,8 @@ class LoKr(Method):
     def __post_init__(self) -> None:
         check(self)
         one_of("LoKr", "init", self.init, ("default", "lycoris"))
+        for field in ("decompose_both", "rank_dropout_scale"):
+            one_of("LoKr", field, getattr(self, field), (True, False))
         factor = self.decompose_factor
         if not isinstance(factor, int) or isinstance(factor, bool) or (factor < 1 and factor != -1):
             raise ValueError(

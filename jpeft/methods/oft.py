@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import seams
-from .._fields import rate, selection, whole
+from .._fields import one_of, rate, selection, whole
 from .._method import Adapter, Method, Site, Start, Targets, wide
 from ._default_targets import default_targets
 
@@ -83,6 +83,8 @@ class OFT(Method):
             object.__setattr__(self, "block_size", whole("OFT", "block_size", size, least=2))
         else:
             whole("OFT", "rank", self.rank)
+        for field in ("coft", "block_share"):
+            one_of("OFT", field, getattr(self, field), (True, False))
         if self.neumann_terms is not None:
             whole("OFT", "neumann_terms", self.neumann_terms, least=4)
         if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 < self.eps < float("inf"):

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .. import seams
-from .._fields import names, one_of, whole
+from .._fields import is_list, names, one_of, whole
 from .._method import Adapter, Method, Site, Start, Targets
 from .._scope import fold_path
 from ._virtual_tokens import INPUTS, Virtual, chosen, input_targets, padded, places, put_in_front, virtual
@@ -60,6 +60,10 @@ class PromptTuning(Method):
     def __post_init__(self) -> None:
         whole("PromptTuning", "num_tokens", self.num_tokens)
         one_of("PromptTuning", "init", self.init, STARTS)
+        if not is_list(self.token_ids):
+            raise ValueError(
+                f"PromptTuning's token_ids are a list of ids, as a tokenizer gives, got {self.token_ids!r}"
+            )
         ids = tuple(tuple(i) if isinstance(i, Iterable) else i for i in self.token_ids)
         for i in ids:
             for part in i if isinstance(i, tuple) and i and self.init == "class_labels" else (i,):
