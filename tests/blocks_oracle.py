@@ -53,6 +53,7 @@ NAMES: dict[str, Names] = {
     },
     "vera": {"d": ("vera_lambda_d.default", same), "b": ("vera_lambda_b.default", same)},
     "oft": {"Q": ("oft_R.default.weight", same)},
+    "fourierft": {"c": ("fourierft_spectrum.default", same)},
 }
 
 

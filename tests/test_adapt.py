@@ -89,6 +89,7 @@ def test_a_second_adapter_of_a_name_is_an_error():
     jpeft.adapt(model, lora(targets=["down"]), key=KEY)  # one name at two places is one adapter in two parts
 
 
+@pytest.mark.untyped
 def test_wrong_types_are_errors():
     with pytest.raises(TypeError, match=r"takes a jpeft method such as jpeft\.LoRA\(\.\.\.\), got <class"):
         jpeft.adapt(listed(), jpeft.LoRA, key=KEY)

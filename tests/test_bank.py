@@ -302,8 +302,6 @@ def test_ids_that_are_none():
         bank.model(0)
     with pytest.raises(TypeError, match="takes adapted models"):
         jpeft.bank([3])
-    with pytest.raises(TypeError, match="takes a list of adapted models, got one Stacked"):
-        jpeft.bank(adapted(BASE, 1))
     with pytest.raises(ValueError, match=r"outside of jax.jit"):
         jax.jit(lambda x: jpeft.bank([adapted(BASE, 1), jax.tree.map(lambda leaf: leaf + x, adapted(BASE, 1))]))(1.0)
     got = mixed(bank, np.array([0, 1, 4, 3, -1, 0]), X)  # traced: nothing can be checked, and nothing is clamped
@@ -326,8 +324,14 @@ def test_votes():
     assert jpeft.vote(logits[1:]).tolist() == [1]  # one vote each: the likelier
     with pytest.raises(ValueError, match="majority or mean, got 'max'"):
         jpeft.vote(logits, "max")
+
+
+@pytest.mark.untyped
+def test_one_model_and_one_adapters_logits_are_none_of_many():
+    with pytest.raises(TypeError, match="takes a list of adapted models, got one Stacked"):
+        jpeft.bank(adapted(BASE, 1))
     with pytest.raises(ValueError, match=r"logits \[adapters, ..., classes\], got the shape \[3\]"):
-        jpeft.vote(logits[0, 0])
+        jpeft.vote(jnp.zeros(3))
 
 
 def test_the_seams_of_a_bank_are_those_of_the_model():

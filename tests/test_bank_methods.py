@@ -64,3 +64,32 @@ def test_several_sizes_of_one_method(methods, family):
             outside = np.array(value[slot])
             outside[tuple(map(slice, own.shapes[path]))] = 0
             assert not outside.any(), path
+
+
+#: At a table of embeddings, which is the output head as well.
+TABLES = {
+    "lora": [jpeft.LoRA(rank=r, alpha=a, targets=["embed_tokens"]) for r, a in ((2, 3), (5, 4))],
+    "dora": [jpeft.DoRA(rank=r, alpha=a, targets=["embed_tokens"]) for r, a in ((2, 3), (5, 4))],
+    "loha": [jpeft.LoHa(rank=r, alpha=a, targets=["embed_tokens"]) for r, a in ((1, 2), (3, 4))],
+    "lokr": [jpeft.LoKr(rank=1, alpha=a, targets=["embed_tokens"]) for a in (2, 3)],
+    "fourierft": [
+        jpeft.FourierFT(n_frequency=n, scaling=s, targets=["embed_tokens"], location_key=n)
+        for n, s in ((3, 9), (5, 20))
+    ],
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_several_sizes_at_a_table_that_is_also_the_head(name):
+    """The scale of each counts in its logits, too."""
+    base = jpeft.models.build(LLAMA | {"tie_word_embeddings": True}, "CAUSAL_LM", key=jax.random.key(1))
+    models = [subjects.fill(jpeft.adapt(base, method, key=KEY), i, 0.2) for i, method in enumerate(TABLES[name])]
+    bank = jpeft.bank(models)
+    run = jax.jit(
+        lambda bank, ids: jpeft.apply_bank(bank, ids, lambda model, x: model(x), TOKENS), compiler_options=QUICK
+    )
+    got = np.asarray(run(bank, IDS))
+    alone = [np.asarray(jax.jit(lambda m: m(TOKENS), compiler_options=QUICK)(model)) for model in (base, *models)]
+    for row, slot in enumerate(IDS):
+        assert subjects.error(got[row], alone[slot][row]) < PADDED, slot
+        assert slot == 0 or subjects.error(alone[slot][row], alone[0][row]) > 1e-3

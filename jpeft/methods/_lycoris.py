@@ -67,9 +67,12 @@ class Ranks:
         scales, columns = self._tables(dtype)
         return scales[adapter.layer], columns[adapter.layer][None]
 
-    def stacked(self, site: Site, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    def stacked(self, adapter: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """The same of all layers at once: `[*lead, 1, 1]` and `[*lead, 1, largest rank]`."""
-        scales, columns = self._tables(dtype)
+        if hasattr(adapter, "scale"):  # in a slot of a bank
+            scale = adapter.scale[...].astype(dtype)[..., None, :]
+            return scale.max(-1, keepdims=True), (scale != 0).astype(dtype)
+        site, (scales, columns) = adapter.site, self._tables(dtype)
         return scales.reshape(*site.lead, 1, 1), columns.reshape(*site.lead, 1, -1)
 
     def _tables(self, dtype: Any) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How an adapted model is run must not matter: jit, scan or unrolled, rematerialised, one adapter or many at once."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -90,15 +92,18 @@ def test_an_adapter_per_example_is_one_at_a_time(case):
 
 
 def test_a_bank_gives_every_row_its_own_adapter(case):
-    """Of two adapters and none; the row without one is the base's."""
+    """Of two adapters and none, in every order; the row without one is the base's."""
     models = [case.base, case.filled, subjects.fill(case.fresh(), seed=1, scale=0.2)]
-    bank, which = jpeft.bank(models[1:]), np.array([2, 0, 1])
+    alone, bank = [case.run(model, IDS) for model in models], jpeft.bank(models[1:])
     run = jax.jit(lambda bank, which: jpeft.apply_bank(bank, which, case.row.run, IDS), compiler_options=QUICK)
-    mixed = run(bank, which)
-    for row, i in enumerate(which):
-        assert subjects.error(mixed[row], case.run(models[i], IDS)[row]) < COMPILED
-    np.testing.assert_array_equal(run(bank, 0 * which)[1], mixed[1])
-    assert subjects.error(mixed[1], case.run(models[1], IDS)[1]) > 1e-3
+    base = run(bank, np.zeros(3, int))
+    for which in itertools.permutations(range(3)):
+        mixed = run(bank, np.array(which))
+        for row, i in enumerate(which):
+            assert subjects.error(mixed[row], alone[i][row]) < COMPILED, (which, row)
+        empty = which.index(0)
+        np.testing.assert_array_equal(mixed[empty], base[empty])
+    assert subjects.error(base[1], alone[1][1]) > 1e-3
 
 
 def test_dropout_is_a_function_of_its_key(case):

@@ -2,6 +2,7 @@
 """Token by token with a cache, every method computes what it computes for the whole text at once."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,35 @@ def test_cached_generation_equals_the_full_forward(case):
     assert subjects.error(found, expected[:, PROMPT - 1 :]) < subjects.FLOAT32
 
 
+@pytest.mark.slow
+def test_a_bank_generates_for_every_row_by_its_own_adapter(case):
+    """By two adapters and by none, each row with a cache of its own; under every order of the three."""
+    if not case.row.caches:
+        return
+    models = [case.base, case.filled, subjects.fill(case.fresh(), seed=1, scale=0.2)]
+    write = functools.partial(_write, decodes=case.row.decodes)
+    alone = [_in_steps(*_parts(model, case.row.decodes)) for model in models]
+    bank = jpeft.bank(models[1:])
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def mixed(bank, which):
+        def call(model, ids, mask, positions):
+            return write(model, ids=ids, mask=mask, positions=positions)
+
+        return jpeft.apply_bank(bank, which, call, IDS, MASK, POSITIONS)
+
+    for which in itertools.permutations(range(3)):
+        found = mixed(bank, np.array(which))
+        for row, slot in enumerate(which):
+            assert subjects.error(found[row], alone[slot][row]) < subjects.FLOAT32, (which, row)
+    assert subjects.error(alone[1], alone[0]) > 1e-3
+
+
+def _parts(model, decodes):
+    graphdef, trainable, frozen = jpeft.partition(model)
+    return graphdef, decodes, trainable, frozen
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def _at_once(graphdef, decodes, trainable, frozen):
     model = jpeft.combine(graphdef, trainable, frozen)
@@ -47,15 +77,18 @@ def _at_once(graphdef, decodes, trainable, frozen):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def _in_steps(graphdef, decodes, trainable, frozen):
-    model = jpeft.combine(graphdef, trainable, frozen)
-    prompt = [x[:, :PROMPT] for x in (IDS, MASK, POSITIONS)]
+    return _write(jpeft.combine(graphdef, trainable, frozen), decodes, IDS, MASK, POSITIONS)
+
+
+def _write(model, decodes, ids, mask, positions):
+    prompt = [x[:, :PROMPT] for x in (ids, mask, positions)]
     if decodes:
-        prompt.insert(0, model.encode(IDS, MASK, positions=POSITIONS))
-    hidden, cache = model.prefill(model.cache(3, IDS.shape[1]), *prompt)
+        prompt.insert(0, model.encode(ids, mask, positions=positions))
+    hidden, cache = model.prefill(model.cache(*ids.shape), *prompt)
 
     def step(cache, token):
         hidden, cache = model.step(cache, token[:, None])
         return cache, hidden[:, 0]
 
-    _, later = jax.lax.scan(step, cache, IDS[:, PROMPT:].T)
+    _, later = jax.lax.scan(step, cache, ids[:, PROMPT:].T)
     return model.logits(jnp.concatenate([hidden[:, -1:], later.swapaxes(0, 1)], 1))

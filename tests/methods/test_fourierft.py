@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """FourierFT against NumPy and peft, its places, start, counts, bank and errors."""
 
+import blocks_oracle
 import jax
 import numpy as np
 import peft
 import pytest
 import subjects
 import torch
-from blocks_oracle import LAYERS, D, X, against_numpy, against_transformers, listed, same, stacked
+from blocks_oracle import LAYERS, D, X, against_numpy, against_transformers, listed, stacked
 from flax import nnx
 
 import jpeft
@@ -15,7 +16,7 @@ from jpeft.models import bert
 
 KEY = jax.random.key(0)
 TARGETS = ["up", "down"]
-NAMES = {"c": ("fourierft_spectrum.default", same)}
+NAMES = blocks_oracle.NAMES["fourierft"]
 
 
 def cosines(c, places, shape):

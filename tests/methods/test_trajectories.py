@@ -23,6 +23,7 @@ import virtual_oracle
 from trajectory import Twins
 
 import jpeft
+from jpeft.io.peft import CODECS
 
 KEY = jax.random.key(0)
 #: Of a loss, and of a leaf's norm: float32 through three layers in another order of sums, 20 times over.
@@ -100,6 +101,11 @@ def oft(family: str) -> Twins:
     return of_kernels(family, peft.OFTConfig(oft_block_size=4), jpeft.OFT(block_size=4, modules_to_save=()))
 
 
+def fourierft(family: str) -> Twins:
+    config = peft.FourierFTConfig(n_frequency=7, scaling=40.0)
+    return of_kernels(family, config, jpeft.FourierFT(n_frequency=7, scaling=40, modules_to_save=()))
+
+
 def ia3(family: str) -> Twins:
     other = torch_twin.get_peft(family, peft.IA3Config(task_type=task(family)))
     shapes = {torch_twin.plain_name(name): p.shape for name, p in other.named_parameters()}
@@ -172,6 +178,7 @@ CASES = {
     "lokr": Case(lokr, rate=5e-2),
     "vera": Case(vera, rate=5e-2),
     "oft": Case(oft),
+    "fourierft": Case(fourierft, rate=5e-2),
     "ia3": Case(ia3, rate=5e-2),
     "norms": Case(lambda f: norms(f, ["LayerNorm"] if "bert" in f else None), rate=3e-2),
     "tokens": Case(tokens, rate=5e-2),
@@ -201,6 +208,20 @@ RUNS = [
     for name, case in CASES.items()
     for family in case.families
 ]
+
+
+#: What a kind of PEFT's is called here, where that is not its name; AdaLoRA's training is in test_adalora.py.
+CALLED = {
+    "norm_tuning": "norms",
+    "trainable_tokens": "tokens",
+    "prompt_tuning": "prompt",
+    "p_tuning": "p-tuning",
+    "prefix_tuning": "prefix",
+}
+
+
+def test_every_method_of_peft_is_trained_beside_it():
+    assert {CALLED.get(kind, kind) for kind in CODECS if kind != "adalora"} <= {name.split()[0] for name in CASES}
 
 
 @pytest.mark.parametrize("name, family", RUNS, ids=lambda value: value)
