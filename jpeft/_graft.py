@@ -52,10 +52,13 @@ def _grafted_type(base: type) -> type:
 
     def attend(self: Any, query: jax.Array, *args: Any, **options: Any) -> jax.Array:
         plain = with_saved(self)
-        y = base.attend(plain, query, *args, **options)  # type: ignore[attr-defined]
-        for adapter in adapters(self).values():
-            if adapter.acts:
-                y = adapter.where_on(adapter.method.attend(adapter, plain, y, query), y)
+        acting, queries = [adapter for adapter in adapters(self).values() if adapter.acts], [query]
+        for adapter in reversed(acting):  # what scales the table with all that stands before it scales their query
+            query = queries[-1]
+            queries.append(adapter.where_on(adapter.method.asked(adapter, plain, query), query))
+        y = base.attend(plain, queries.pop(), *args, **options)  # type: ignore[attr-defined]
+        for adapter in acting:
+            y = adapter.where_on(adapter.method.attend(adapter, plain, y, queries.pop()), y)
         return y
 
     def entry(name: str) -> Any:

@@ -274,6 +274,11 @@ class Method(abc.ABC):
         change = (table - own.astype(table.dtype)).astype(wide(query.dtype))
         return (y + query.astype(change.dtype) @ change.T).astype(y.dtype)
 
+    def asked(self, adapter: Adapter, base: Any, query: jax.Array) -> jax.Array:
+        """There, what the table and the adapters before this one are asked in the place of `query`: itself, or for a
+        method that scales what they give together, the query scaled."""
+        return query
+
     def steer(self, adapters: Mapping[str, Adapter]) -> "Steering | None":
         """What it does to every update, given its adapters by the path in front of their leaves; None for nothing."""
         return None

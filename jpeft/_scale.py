@@ -98,6 +98,9 @@ class Scaled(Method):
     def attend(self, adapter: Adapter, base: Any, y: jax.Array, query: jax.Array) -> jax.Array:
         return _blended(adapter, y, self.method.attend(adapter, base, y, query))
 
+    def asked(self, adapter: Adapter, base: Any, query: jax.Array) -> jax.Array:
+        return _blended(adapter, query, self.method.asked(adapter, base, query))
+
     def padded(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Method, Mapping[str, Any]]:
         method, constants = self.method.padded(adapter, shapes)
         return Scaled(method), constants

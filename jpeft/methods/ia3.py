@@ -132,6 +132,12 @@ class IA3(Method):
         scaled = seams.projection(base).scale_output(base, y.astype(wide(y.dtype)), self._running(adapter))
         return scaled.astype(y.dtype)
 
+    def asked(self, adapter: Any, base: Any, query: jax.Array) -> Float[Array, "..."]:
+        return self.after(adapter, base, query)
+
+    def attend(self, adapter: Any, base: Any, y: jax.Array, query: jax.Array) -> Float[Array, "..."]:
+        return y  # of the scaled query
+
     def merge(self, adapter: Any, base: Any) -> Mapping[str, jax.Array]:
         site, projection = adapter.site, seams.projection(base)
         active = jnp.asarray(site.active).reshape(*site.lead, 1)

@@ -247,3 +247,33 @@ def test_a_convolutions_input_is_not_scaled():
     assert isinstance(seams.projection(model.conv), seams.Convolution)
     with pytest.raises(ValueError, match=r"conv is a convolution, whose input is no vector .*out of feedforward="):
         jpeft.adapt(model, jpeft.IA3(targets=["conv"], feedforward=["conv"]), key=KEY)
+
+
+class Tied(nnx.Module):
+    """A table that is its own output head."""
+
+    def __init__(self):
+        self.table = nnx.Embed(7, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, ids):
+        return self.table.attend(self.table(ids))
+
+
+@pytest.mark.parametrize("first", [jpeft.LoRA, jpeft.LoHa, jpeft.DoRA], ids=lambda method: method.__name__)
+def test_behind_another_at_a_tied_head_it_scales_both(first):
+    """Logits are (t[ids]) tᵀ of t = (table with the first in it) * l; of half of IA3, with 1 + (l - 1) / 2."""
+    ids, ours = np.array([0, 3, 6]), {"targets": ["table"]}
+    both = first(rank=2, alpha=3, **ours) | jpeft.IA3(**ours, feedforward=())
+    with jax.enable_x64(True):
+        model = subjects.in_float64(subjects.fill(jpeft.adapt(Tied(), both, key=KEY)))
+        one = jpeft.merge(jpeft.disable(model, "ia3"))
+        table = np.asarray(one.table.embedding[...])
+        scale = np.asarray(jpeft.partition(model)[1]["table/adapters/ia3/scale"])
+        for strength, got in ((1.0, model), (0.5, jpeft.scale(model, 0.5, "ia3"))):
+            t = table * (1 + strength * (scale - 1))
+            assert subjects.error(got(ids), t[ids] @ t.T) < subjects.FLOAT64
+        assert subjects.error(jpeft.merge(model)(ids), model(ids)) < subjects.FLOAT64
+        bank = jpeft.bank([model])
+        rows = jpeft.apply_bank(bank, np.array([1, 0, 1]), lambda model, ids: model(ids), ids)
+        assert subjects.error(rows[0], np.asarray(model(ids[:1]))[0]) < subjects.FLOAT64
+        assert subjects.error(rows[1], np.asarray(jpeft.strip(model)(ids[1:2]))[0]) < subjects.FLOAT64
