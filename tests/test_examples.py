@@ -65,12 +65,8 @@ def test_quantization_page():
 @jax.numpy_rank_promotion("allow")  # the page's formula broadcasts, for brevity
 def test_method_page_example():
     """The method on the page about adding one: starts as the base, merges to itself."""
-    imports = (
-        "import dataclasses\nfrom typing import ClassVar\nimport jax.numpy as jnp\nfrom jpeft import seams\n"
-        "from jpeft._method import Method, Start, Targets\n"
-    )
-    names: dict = {"__name__": "page"}
-    exec(imports + code_blocks("docs/adding_a_method.md")[0], names)
+    names: dict = {"__name__": "jpeft.methods.output_scale", "__package__": "jpeft.methods"}
+    exec(code_blocks("docs/adding_a_method.md")[0], names)
     base = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
     base.layers[0].bias[...] = jnp.arange(4.0)
     model = jpeft.adapt(base, names["OutputScale"](targets=("layers.0", "layers.2")), key=jax.random.key(0))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import jpeft
 
@@ -38,6 +39,9 @@ LLAMA = {
 BERT = {
     "model_type": "bert", "vocab_size": 32, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
     "intermediate_size": 32, "max_position_embeddings": 64,
+}  # fmt: skip
+T5 = {
+    "model_type": "t5", "vocab_size": 32, "d_model": 16, "num_layers": 2, "num_heads": 2, "d_kv": 8, "d_ff": 32,
 }  # fmt: skip
 #: Pages whose example speaks of encoders.
 ENCODERS = ("adapter_fusion", "bitfit", "compacter", "hybrids")
@@ -67,7 +71,7 @@ def test_a_page_has_all_its_parts(page):
     for part in ("**Start**", "**Measured**: ", "\n<!-- measured | ", "\n```python\n"):
         assert part in text, part
     assert re.search(r"\*\*(Counts|Merging)\*\*", text)
-    assert re.search(r"\*\*(When|Pick it|Measured)\*\*", text)
+    assert re.search(r"\*\*(When|Pick it)\*\*", text)
     assert "[study](" in text
     for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", text):
         assert (page.parent / link).exists(), link
@@ -125,13 +129,52 @@ def test_its_example_runs(page, models):
     names["loss"] = lambda trainable: sum((leaf**2).sum() for leaf in jax.tree.leaves(trainable))
     if page.stem == "adapter_fusion":
         names |= _trained_apart(base)
-    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+    for code in _blocks(page):
         exec(code, names)
     made = [value for value in names.values() if isinstance(value, type(base)) and value is not base]
     assert made
     for model in made:
         assert jpeft.summary(model).trainable > 0
         assert np.isfinite(model(names["input_ids"], names["attention_mask"])).all()
+
+
+def test_the_page_about_composing_runs(models):
+    names = {"jpeft": jpeft, "key": KEY, "model": models[False]}
+    exec(_blocks("docs/composing.md")[0], names)
+    assert [row.name for row in jpeft.summary(names["model"]).rows] == ["prompt_tuning", "lora"]
+
+
+def test_the_page_of_concepts_runs(models):
+    class MyDense(nnx.Module):
+        def __init__(self):
+            self.w, self.b = nnx.Param(jnp.eye(3)), nnx.Param(jnp.ones(3))
+
+        def __call__(self, x):
+            return x @ self.w[...] + self.b[...]
+
+    class MyEinsum(nnx.Module):
+        def __init__(self):
+            self.w, self.einsum_str = nnx.Param(jnp.eye(3)), "...i,io->...o"
+
+        def __call__(self, x):
+            return jnp.einsum(self.einsum_str, x, self.w[...])
+
+    t5 = jpeft.models.build(T5, "SEQ_2_SEQ_LM", key=KEY)
+    names = {"jpeft": jpeft, "optax": optax, "MyDense": MyDense, "MyEinsum": MyEinsum, "t5": t5}
+    names["model"] = jpeft.adapt(models[False], jpeft.LoRA(), key=KEY)
+    names |= dict.fromkeys(("input_ids", "attention_mask", "decoder_input_ids"), jnp.ones((1, 6), int))
+    names |= dict.fromkeys(("segment_ids", "decoder_segment_ids"), jnp.arange(6)[None] // 3 + 1)
+    for code in _blocks("docs/concepts.md"):
+        exec(code, names)
+    assert names["logits"].shape == (1, 6, T5["vocab_size"])
+    assert names["tx"].init(names["trainable"])
+    both = nnx.Sequential(MyDense(), MyEinsum())
+    adapted = jpeft.adapt(both, jpeft.LoRA(rank=1, targets=["layers.0", "layers.1"]), key=KEY)
+    assert jpeft.summary(adapted).trainable == 2 * 6
+
+
+def _blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def _trained_apart(base):
