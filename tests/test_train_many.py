@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 import subjects
-from contracts.models import BERT, LLAMA, VOCAB
+from contracts.lines import METHODS
+from contracts.models import BERT, KNOWN, LLAMA, VOCAB
+from contracts.table import kind_of
 from flax import nnx
 
 import jpeft
@@ -102,6 +104,51 @@ def test_each_is_trained_as_it_would_be_alone(dropout):
     assert not trained.failed.any()
     for path, leaf in trained.bank.trainable.items():
         np.testing.assert_array_equal(leaf[0], bank.trainable[path][0])
+
+
+def momentum(lr, decay, clip):
+    return optax.chain(optax.clip_by_global_norm(clip), optax.add_decayed_weights(decay), optax.sgd(lr, momentum=0.9))
+
+
+#: Of every method the first line for a BERT, but LoRA's, above; AdaLoRA's many trainings are in test_adalora.py.
+EVERY = {
+    kind: line
+    for name, line in reversed(METHODS.items())
+    for kind in [kind_of(line)]
+    if "bert" in line.on and kind not in ("lora", "adalora")
+}
+
+
+def test_every_other_method_is_there():
+    assert {*EVERY} | {"lora", "adalora"} == {*jpeft.METHODS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EVERY)
+def test_each_of_every_method_is_trained_as_it_would_be_alone(kind):
+    """Two starts, with rates, decays and clips of their own.
+
+    By momentum: Adam makes steps of a rate out of roundings where a gradient is zero but for these, as that of the bias
+    of keys is, which a softmax does not see.
+    """
+    method = EVERY[kind].make(KNOWN["bert"].targets)
+    models = [subjects.fill(jpeft.adapt(base(), method, key=jax.random.key(i)), i, 0.05) for i in (1, 2)]
+    options: Any = {"lr": [0.03, 0.1], "decay": [0.0, 0.1], "clip": [0.2, 1.0]}
+    key, fed = jax.random.key(7), batches()[:6]
+    trained = jpeft.train_many(jpeft.bank(models), cls_sums, momentum, fed, options=options, key=key)
+    assert not trained.failed.any()
+    for slot, model in enumerate(models, 1):
+        graphdef, trainable, frozen = jpeft.partition(model)
+        own = momentum(**{name: values[slot - 1] for name, values in options.items()})
+        state, update, losses = begin(own, trainable), make_step(graphdef, cls_sums, own), []
+        for batch in fed:
+            state, measured = update(state, frozen, batch, key)
+            losses.append(measured.loss)
+        assert subjects.error(trained.losses[:, slot - 1], losses) < TRAINED
+        got = jpeft.partition(trained.bank.model(slot))[1]
+        errors = {path: subjects.error(got[path], leaf) for path, leaf in state.trainable.items()}
+        assert max(errors.values()) < TRAINED, max(errors, key=lambda path: errors[path])
+        assert max(subjects.error(trainable[path], leaf) for path, leaf in state.trainable.items()) > 1e-3
 
 
 def test_padding_stays_zero_and_the_base_as_it_is():

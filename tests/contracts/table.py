@@ -102,13 +102,13 @@ def _filled(case: Case) -> Any:
 CASES = [Case(method, model) for method, line in METHODS.items() for model in line.on]
 
 
-def _kind(line: Line) -> str:
+def kind_of(line: Line) -> str:
     """Its method's kind, of a hybrid the last one's."""
     method = line.make(["up"])
     return getattr(method, "methods", (method,))[-1].kind
 
 
 #: Of every method the first line, on one model.
-_FIRST_LINES = {_kind(line): (name, line.fast[0]) for name, line in reversed(METHODS.items())}
+_FIRST_LINES = {kind_of(line): (name, line.fast[0]) for name, line in reversed(METHODS.items())}
 FIRST = [Case(*case) for case in _FIRST_LINES.values()]
 IDS = np.random.default_rng(0).integers(0, VOCAB, (3, 6))
