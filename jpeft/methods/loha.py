@@ -96,7 +96,7 @@ class LoHa(Method):
 
     def merge(self, adapter: Any, base: Any) -> Mapping[str, jax.Array]:
         projection = seams.projection(base)
-        factors = self._factors(adapter, *self.ranks(adapter.site).stacked(adapter.site, adapter.A1.dtype))
+        factors = self._factors(adapter, *self.ranks(adapter.site).stacked(adapter, adapter.A1.dtype))
         kernel, delta = projection.read(base), _product(*factors, precision="highest")
         return {projection.kernel: projection.unmatrix(base, kernel.astype(wide(kernel.dtype)) + delta)}
 

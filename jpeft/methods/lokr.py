@@ -116,7 +116,7 @@ class LoKr(Method):
     def merge(self, adapter: Any, base: Any) -> Mapping[str, jax.Array]:
         projection, site = seams.projection(base), adapter.site
         kernel = projection.read(base)
-        w1, w2 = self._factors(adapter, *self.ranks(site).stacked(site, wide(kernel.dtype)))
+        w1, w2 = self._factors(adapter, *self.ranks(site).stacked(adapter, wide(kernel.dtype)))
         terms = ",".join(f"...{term}" for term in f"{_FIRST[len(w1)]},{_SECOND[len(w2)]}".split(","))
         delta = jnp.einsum(f"{terms}->...mnlk", *w1, *w2, precision="highest").reshape(kernel.shape)
         return {projection.kernel: projection.unmatrix(base, kernel.astype(wide(kernel.dtype)) + delta)}
