@@ -76,14 +76,13 @@ class _Recorded(Method):
 
     kind: ClassVar[str] = "recorded"
 
-    of: Method
+    of: Any
 
     def select(self, model_type: str | None) -> Targets:
-        places: Any = self.of.select(model_type)
-        return dataclasses.replace(places[0], modules_to_save=())
+        return dataclasses.replace(self.of.select(model_type)[0], modules_to_save=())
 
     def start(self, site: Site, base: Any, key: jax.Array) -> Start:
-        shape = (*site.lead, self.of.num_tokens, 2, site.heads, site.d_out // site.heads)  # type: ignore[attr-defined]
+        shape = (*site.lead, self.of.num_tokens, 2, site.heads, site.d_out // site.heads)
         return Start({"record": jnp.zeros(shape, jnp.float32)})
 
     def after(self, adapter: Any, base: Any, y: Any, *inputs: Any) -> Any:
@@ -99,7 +98,7 @@ class _Recorded(Method):
         return watched(k, both, record), v, mask
 
     def count(self, site: Site) -> tuple[int, int]:
-        return sum(site.active) * 2 * self.of.num_tokens * site.d_out, 0  # type: ignore[attr-defined]
+        return sum(site.active) * 2 * self.of.num_tokens * site.d_out, 0
 
 
 def _check(method: Any, text: Any) -> None:

@@ -42,6 +42,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_wheel.py")
 
 
+#: How many tests a process has run.
+_TESTS = pytest.StashKey[int]()
+#: Compiled programs are pieces of a process's memory, of which Linux allows 65,530; the next one then ends the process.
+_MANY_PIECES = 30_000
+_PIECES = Path("/proc/self/maps")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
     """Drops a file's compiled programs after it: kept, those of all files fill several GB a process."""
@@ -49,6 +56,17 @@ def _forget_programs():
     import jax
 
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _forget_many_programs(request):
+    """Drops those of a file of a thousand tests in between; looked after every fiftieth test of a process."""
+    yield
+    tests = request.config.stash[_TESTS] = request.config.stash.get(_TESTS, 0) + 1
+    if tests % 50 == 0 and _PIECES.is_file() and _PIECES.read_bytes().count(b"\n") > _MANY_PIECES:
+        import jax
+
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 import subjects
-from contracts.models import BERT, LLAMA, VOCAB
+from contracts.models import BERT, LLAMA, TIED, VOCAB
 from contracts.table import QUICK
 
 import jpeft
@@ -17,7 +17,11 @@ IDS = np.array([2, 0, 1, 2])
 #: A dozen float32 products in another order, of padded matrices.
 PADDED = 5e-6
 
-PROJECTIONS = {"bert": ["query", "output.dense"], "llama": ["q_proj", "down_proj"]}
+FAMILIES = {
+    "bert": (BERT, ["query", "output.dense"]),
+    "llama": (LLAMA, ["q_proj", "down_proj"]),
+    "tied": (TIED, ["v_proj", "embed_tokens"]),
+}
 METHODS = {
     "dora": lambda targets: [jpeft.DoRA(rank=r, alpha=a, targets=targets) for r, a in ((2, 3), (5, 4))],
     "loha": lambda targets: [jpeft.LoHa(rank=r, alpha=a, targets=targets) for r, a in ((1, 2), (3, 4))],
@@ -30,19 +34,21 @@ METHODS = {
 }
 
 
-#: Each method on one family, and in the slow lane on the other.
+#: Each method on one family, and in the slow lane on the other; on a table that is the head too, those that change one.
 RUNS = [
-    pytest.param(methods, family, id=f"{name}-{kind}", marks=() if i % 2 == (family is LLAMA) else pytest.mark.slow)
-    for i, (name, methods) in enumerate(METHODS.items())
-    for kind, family in (("bert", BERT), ("llama", LLAMA))
+    pytest.param(name, kind, marks=() if i % 2 == (kind == "llama") else pytest.mark.slow)
+    for i, name in enumerate(METHODS)
+    for kind in ("bert", "llama")
 ]
+RUNS += [("loha", "tied"), ("lokr", "tied"), pytest.param("dora", "tied", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("methods, family", RUNS)
-def test_several_sizes_of_one_method(methods, family):
-    task = "TOKEN_CLS" if family is BERT else "CAUSAL_LM"
+@pytest.mark.parametrize("name, kind", RUNS)
+def test_several_sizes_of_one_method(name, kind):
+    family, targets = FAMILIES[kind]
+    task = "TOKEN_CLS" if kind == "bert" else "CAUSAL_LM"
     base = jpeft.models.build(family | {"max_position_embeddings": 16}, task, key=jax.random.key(1))
-    made = methods(PROJECTIONS[family["model_type"]])
+    made = METHODS[name](targets)
     models = [subjects.fill(jpeft.adapt(base, method, key=KEY), i, 0.2) for i, method in enumerate(made)]
     bank = jpeft.bank(models)
 
@@ -64,32 +70,3 @@ def test_several_sizes_of_one_method(methods, family):
             outside = np.array(value[slot])
             outside[tuple(map(slice, own.shapes[path]))] = 0
             assert not outside.any(), path
-
-
-#: At a table of embeddings, which is the output head as well.
-TABLES = {
-    "lora": [jpeft.LoRA(rank=r, alpha=a, targets=["embed_tokens"]) for r, a in ((2, 3), (5, 4))],
-    "dora": [jpeft.DoRA(rank=r, alpha=a, targets=["embed_tokens"]) for r, a in ((2, 3), (5, 4))],
-    "loha": [jpeft.LoHa(rank=r, alpha=a, targets=["embed_tokens"]) for r, a in ((1, 2), (3, 4))],
-    "lokr": [jpeft.LoKr(rank=1, alpha=a, targets=["embed_tokens"]) for a in (2, 3)],
-    "fourierft": [
-        jpeft.FourierFT(n_frequency=n, scaling=s, targets=["embed_tokens"], location_key=n)
-        for n, s in ((3, 9), (5, 20))
-    ],
-}
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_several_sizes_at_a_table_that_is_also_the_head(name):
-    """The scale of each counts in its logits, too."""
-    base = jpeft.models.build(LLAMA | {"tie_word_embeddings": True}, "CAUSAL_LM", key=jax.random.key(1))
-    models = [subjects.fill(jpeft.adapt(base, method, key=KEY), i, 0.2) for i, method in enumerate(TABLES[name])]
-    bank = jpeft.bank(models)
-    run = jax.jit(
-        lambda bank, ids: jpeft.apply_bank(bank, ids, lambda model, x: model(x), TOKENS), compiler_options=QUICK
-    )
-    got = np.asarray(run(bank, IDS))
-    alone = [np.asarray(jax.jit(lambda m: m(TOKENS), compiler_options=QUICK)(model)) for model in (base, *models)]
-    for row, slot in enumerate(IDS):
-        assert subjects.error(got[row], alone[slot][row]) < PADDED, slot
-        assert slot == 0 or subjects.error(alone[slot][row], alone[0][row]) > 1e-3

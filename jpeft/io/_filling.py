@@ -60,7 +60,9 @@ def chosen_name(model: Any, name: str | None, format: str) -> str:
     if name is None and len(there) > 1:
         raise ValueError(f"the model has the adapters {', '.join(there)}, and {format} holds one: pass name=")
     if name is not None and name not in there:
-        raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(there)}")
+        hybrid = any(own.startswith(f"{name}_") for own in there)
+        one = f", parts of a hybrid, of which {format} holds one" if hybrid else ""
+        raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(there)}{one}")
     return name or there[0]
 
 

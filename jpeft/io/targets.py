@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import seams
 from .._graft import grafts
+from ._hub_union import members
 from .adapters import check_adapters
 from .peft import check_export
 
@@ -43,7 +44,7 @@ def check(model: Any, target: str, name: str | None = None) -> Findings:
     Args:
       model: with the adapter on it.
       target: `"peft"`, `"vllm"` or `"adapters"`.
-      name: which adapter, where the model has several.
+      name: which adapter, or hybrid, where the model has several.
 
     Raises:
       ValueError: an unknown target; no adapter, or several and no `name`.
@@ -56,7 +57,7 @@ def check(model: Any, target: str, name: str | None = None) -> Findings:
     there = {own: module.adapters[own] for _, module in grafts(model) for own in module.adapters}
     if not there:
         raise ValueError("the model has no adapter to export; jpeft.adapt puts one on it")
-    if name is not None and name not in there:
+    if name is not None and not _own(model, name):
         raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(there)}")
     return _TARGETS[target](model, name)
 
@@ -133,14 +134,21 @@ def _lost_anywhere(model: Any, name: str | None) -> tuple[str, ...]:
             lost.append("the network behind the virtual tokens: what it computes is written, to be trained alone")
         if getattr(method, "init", None) in ("pissa", "olora"):
             lost.append(f"the start by {method.init}: it is written as the LoRA of twice the rank that does the same")
-    others = {own for _, module in grafts(model) for own in module.adapters} - {name}
+    others = {own for _, module in grafts(model) for own in module.adapters} - _own(model, name)
     if name is not None and others:
         lost.append(f"the adapters {', '.join(sorted(others))}, which stay behind")
     return tuple(lost)
 
 
+def _own(model: Any, name: str | None) -> set[str]:
+    """The adapters that are meant: the one of that name, or those of the hybrid; without a name all."""
+    there = {own for _, module in grafts(model) for own in module.adapters}
+    return there if name is None else there & {name} or {*members(model, name)[1]}
+
+
 def _parts(model: Any, name: str | None) -> list[tuple[str, Any]]:
-    return [(path, a) for path, module in grafts(model) for own, a in module.adapters.items() if name in (None, own)]
+    meant = _own(model, name)
+    return [(path, a) for path, module in grafts(model) for own, a in module.adapters.items() if own in meant]
 
 
 def _methods(model: Any, name: str | None) -> list[Any]:

@@ -69,11 +69,12 @@ class Ranks:
 
     def stacked(self, adapter: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """The same of all layers at once: `[*lead, 1, 1]` and `[*lead, 1, largest rank]`."""
-        if hasattr(adapter, "scale"):  # in a slot of a bank
+        if hasattr(adapter, "scale"):
             scale = adapter.scale[...].astype(dtype)[..., None, :]
             return scale.max(-1, keepdims=True), (scale != 0).astype(dtype)
-        site, (scales, columns) = adapter.site, self._tables(dtype)
-        return scales.reshape(*site.lead, 1, 1), columns.reshape(*site.lead, 1, -1)
+        scales, columns = self._tables(dtype)
+        lead = adapter.site.lead
+        return scales.reshape(*lead, 1, 1), columns.reshape(*lead, 1, -1)
 
     def _tables(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
         used = np.arange(max(self.ranks)) < np.array(self.ranks)[:, None]

@@ -8,9 +8,11 @@ come
 
 Where all tokens are one apart, as in a text, and in every segment of a packed row, r depends on i - j alone. So a
 product has one column per distance, and a reshape shifts row i of it by i (`_shifted`): no indices, and no scatter
-in the backward pass. Positions that a caller gives may be any; then r is an index of its own for every pair.
+in the backward pass. It goes by blocks of tokens, each with the distances that it has, little more than half of all.
+Positions that a caller gives may be any; then r is an index of its own for every pair.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -21,6 +23,9 @@ from jaxtyping import Array, Float, Int
 from .._given import Given
 from .._wide import wide
 from ._deberta_config import Config
+
+#: Tokens in a block at least, and blocks in a row of tokens at most.
+_BLOCK, _BLOCKS = 32, 8
 
 
 class Distances(NamedTuple):
@@ -73,7 +78,7 @@ def content_to_position(
 ) -> Float[Array, "heads batch seq keys"]:
     """q_i · K'_r for every query i and key j."""
     if far.columns is not None:
-        return _shifted(_products(q, keys[far.columns]))
+        return jnp.concatenate([*_by_distance(q, keys, far.columns)], -2)
     return jnp.take_along_axis(_products(q, keys), _pairs(far), axis=-1)
 
 
@@ -83,7 +88,7 @@ def position_to_content(
     """k_j · Q'_r for every query i and key j; computed by keys, from which distances have the other sign."""
     if far.columns is not None:
         columns = np.roll(far.columns[::-1], -1)  # of the distances 1 - seq, ..., seq
-        return _shifted(_products(k, queries[columns])).swapaxes(-1, -2)
+        return jnp.concatenate([y.swapaxes(-1, -2) for y in _by_distance(k, queries, columns)], -1)
     pairs = _pairs(far).swapaxes(-1, -2)
     return jnp.take_along_axis(_products(k, queries), pairs, axis=-1).swapaxes(-1, -2)
 
@@ -99,8 +104,20 @@ def _pairs(far: Distances) -> jax.Array:
     return far.pairs[None]
 
 
-def _shifted(x: Float[Array, "heads batch seq double"]) -> Float[Array, "heads batch seq seq"]:
-    """y[i, j] = x[i, seq - 1 - i + j], with 2 seq columns in x: rows of one column less start one column later each."""
-    *lead, seq, double = x.shape
-    flat = x.reshape(*lead, seq * double)[..., seq - 1 :]
-    return flat[..., : seq * (double - 1)].reshape(*lead, seq, double - 1)[..., :seq]
+def _by_distance(
+    x: Float[Array, "batch seq heads d_head"], table: Float[Array, "rows heads d_head"], columns: np.ndarray
+) -> Iterator[Float[Array, "heads batch block seq"]]:
+    """x_i · table[columns[seq - 1 - i + j]] for every j, for one block of tokens i after another."""
+    seq = x.shape[1]
+    size = max(_BLOCK, -(-seq // _BLOCKS))
+    for start in range(0, seq, size):
+        block = x[:, start : start + size]
+        first = seq - start - block.shape[1]
+        yield _shifted(_products(block, table[columns[first : 2 * seq - start]]), seq)
+
+
+def _shifted(x: Float[Array, "heads batch block columns"], seq: int) -> Float[Array, "heads batch block seq"]:
+    """y[i, j] = x[i, n - 1 - i + j] of n rows of n + seq columns: rows of one less start one column later each."""
+    *lead, n, columns = x.shape
+    flat = x.reshape(*lead, n * columns)[..., n - 1 :]
+    return flat[..., : n * (columns - 1)].reshape(*lead, n, columns - 1)[..., :seq]

@@ -21,7 +21,7 @@ class Line:
       on: the models on which it has a meaning; the others refuse it.
       fast: the models on which it is tested in the fast lane.
       exact: whether its gradient is that of its output, rather than with a part of it held constant.
-      packs: whether a row may hold several examples, where the model allows it.
+      constant: leaves that start everywhere as the same matrix, which is not drawn.
     """
 
     make: Callable[[Any], Any]
@@ -32,7 +32,7 @@ class Line:
     on: tuple[str, ...] = ("foreign", "bert", "llama", "quantized llama", "t5")
     fast: tuple[str, ...] = ("foreign",)
     exact: bool = True
-    packs: bool = True
+    constant: tuple[str, ...] = ()
 
 
 def tables_aside(targets: Any) -> Any:
@@ -223,6 +223,7 @@ METHODS: dict[str, Line] = {
         identity=False,
         merges=False,
         fast=("llama",),
+        constant=("value",),
     ),
     "prompt tuning": Line(
         lambda targets: jpeft.PromptTuning(num_tokens=3),
@@ -270,7 +271,6 @@ METHODS: dict[str, Line] = {
     ),
     "gated prefix tuning": Line(
         lambda targets: jpeft.PrefixTuning(num_tokens=3, gate=True),
-        packs=False,
         targeted=False,
         identity=False,
         merges=False,

@@ -78,7 +78,7 @@ def test_many_adapters_at_once_are_one_at_a_time(case):
 
 def test_an_adapter_per_example_is_one_at_a_time(case):
     graphdef, trainable, frozen = jpeft.partition(case.filled)
-    bank = {path: jnp.stack([0 * value, value, -value]) for path, value in trainable.items()}
+    bank = {path: jnp.stack([0.5 * value, value, -value]) for path, value in trainable.items()}
 
     def one(i, ids):
         model = jpeft.combine(graphdef, {path: value[i] for path, value in bank.items()}, frozen)

@@ -102,6 +102,18 @@ def test_others_stay_behind_and_a_scaled_adapter_has_no_form():
         assert "scaled" in jpeft.io.check(model, target, "b").refused[0]
 
 
+def test_a_hybrid_goes_by_its_name_where_a_folder_holds_several():
+    model = jpeft.adapt(oracle.base("bert"), jpeft.BitFit(), key=KEY, name="other")
+    hybrid = jpeft.LoRA(targets=["query", "value"]) | jpeft.PrefixTuning(num_tokens=2, gate=True)
+    model = jpeft.adapt(model, hybrid, key=KEY, name="mine")
+    found = jpeft.io.check(model, "adapters", "mine")
+    assert not found.refused
+    assert "the adapters other, which stay behind" in found.lost
+    assert any("the gate is a mean over padding too" in text for text in found.lost)
+    (refused,) = jpeft.io.check(model, "peft", "mine").refused
+    assert "no adapter 'mine'; it has mine_lora, mine_prefix_tuning, other, parts of a hybrid, of which" in refused
+
+
 def test_a_fusion_of_parallel_adapters_is_refused(tmp_path):
     model = oracle.base("bert")
     for name in "ab":

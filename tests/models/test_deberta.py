@@ -20,12 +20,14 @@ from zoo_subjects import DEBERTA
 import jpeft
 from jpeft import models
 from jpeft.models import deberta
-from jpeft.models._disentangled import rows_of_distances
+from jpeft.models._disentangled import content_to_position, distances, position_to_content, rows_of_distances
 from jpeft.models.deberta import Config
 
 BASE = dict(DEBERTA.config)
 V3 = {**BASE, **DEBERTA.variants["v3"]}
 IDS = np.random.default_rng(0).integers(1, 53, (3, SEQ))
+#: A gradient that is summed over all pairs of 300 tokens, in float64.
+SUMS = 10 * subjects.FLOAT64
 
 
 # Sizes ----------------------------------------------------------------------------------------------------------------
@@ -68,6 +70,37 @@ def test_rows_of_distances_are_transformers(buckets, limit):
     expected = torch.clamp(bucket + buckets, 0, 2 * buckets - 1).numpy()
     config = Config(relative_attention=True, position_buckets=buckets, max_relative_positions=limit)
     np.testing.assert_array_equal(rows_of_distances(config)[np.clip(away, -limit, limit) + limit], expected)
+
+
+@pytest.mark.parametrize("seq", [1, 31, 33, 70, 300])
+def test_scores_by_blocks_of_tokens_are_those_pair_by_pair(seq):
+    """q_i · K'[row(i - j)] and k_j · Q'[row(i - j)] in float64, and their gradients; of one block and of several."""
+    config = Config(relative_attention=True, position_buckets=16, max_relative_positions=64)
+    known, rng = rows_of_distances(config), np.random.default_rng(seq)
+    x, table = rng.standard_normal((2, seq, 3, 4)), rng.standard_normal((32, 3, 4))
+    weights = rng.standard_normal((3, 2, seq, seq))
+    away = np.arange(seq)[:, None] - np.arange(seq)
+    rows = known[np.clip(away, -64, 64) + 64]
+    formulas = {
+        content_to_position: ("bihd,ijhd->hbij", lambda ct: np.einsum("hbij,ijhd->bihd", ct, table[rows])),
+        position_to_content: ("bjhd,ijhd->hbij", lambda ct: np.einsum("hbij,ijhd->bjhd", ct, table[rows])),
+    }
+    with jax.enable_x64(True):
+        far = distances(config, seq, None)
+        read = jnp.asarray(table)
+        for scores, (product, gradient) in formulas.items():
+
+            def weighted(x, table, scores=scores):
+                found = scores(far, x, table[far.rows])
+                return (found * weights).sum(), found
+
+            (into_x, into_table), found = jax.grad(weighted, (0, 1), has_aux=True)(jnp.asarray(x), read)
+            assert subjects.error(found, np.einsum(product, x, table[rows])) < subjects.FLOAT64
+            assert subjects.error(into_x, gradient(weights)) < subjects.FLOAT64
+            expected = np.zeros_like(table)
+            ends = "bihd,hbij->ijhd" if scores is content_to_position else "bjhd,hbij->ijhd"
+            np.add.at(expected, rows, np.einsum(ends, x, weights))
+            assert subjects.error(into_table, expected) < SUMS
 
 
 def test_packed_segments_equal_separate_rows():

@@ -232,6 +232,23 @@ def test_padding_is_not_seen(name):
     np.testing.assert_array_equal(outputs_of(model, **inputs)[real], outputs_of(model, **changed)[real])
 
 
+#: Those that read one text; what T5 packs on both sides is in test_t5_packed.py.
+PACKED = [(name, variant) for name, variant in VARIANTS if name != "t5" and SUBJECTS[name].reads == "input_ids"]
+
+
+@pytest.mark.parametrize("name, variant", _lanes(PACKED, "base"))
+def test_an_example_of_a_packed_row_is_as_by_itself(name, variant):
+    """Of two or three, whose numbers do not rise, with padding that is none of theirs."""
+    subject = SUBJECTS[name]
+    model = build(subject.config | subject.variants[variant], by_token(subject))
+    ids = np.random.default_rng(3).integers(11, subject.vocab, (2, 13))
+    segments = np.array([[4] * 5 + [2] * 6 + [0] * 2, [1] * 3 + [7] * 4 + [3] * 6])
+    packed = outputs_of(model, input_ids=ids, attention_mask=(segments > 0).astype(int), segment_ids=segments)
+    for row, number in ((0, 4), (0, 2), (1, 1), (1, 7), (1, 3)):
+        own = segments[row] == number
+        assert_close(packed[row, own], outputs_of(model, input_ids=ids[row : row + 1, own])[0])
+
+
 def _trained(name, **options):
     subject = SUBJECTS[name]
     task = by_token(subject)
