@@ -134,5 +134,7 @@ def _method(options: argparse.Namespace) -> dict[str, Any]:
         name, equals, value = option.partition("=")
         if not equals or not name:
             raise ConfigError(f"--set takes OPTION=VALUE, got {option!r}")
+        if name in method:
+            raise ConfigError(f"--set {option}: the method has {name}={method[name]} already; give it once")
         method[name] = _yaml.read(value)
     return method
