@@ -33,6 +33,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--out", metavar="FILE", help="the record, in JSON (TASK.json)")
 
 
+def refuse_unused(options: argparse.Namespace) -> None:
+    """Refuses what would change nothing: a task's options without a task, and columns with one.
+
+    Raises:
+      ConfigError: one of them is given.
+    """
+    defaults = argparse.ArgumentParser()
+    add_options(defaults)
+    without = vars(defaults.parse_args([]))
+    if options.task is None:
+        given = [name for name, value in without.items() if getattr(options, name) != value]
+        why = "of a task (--task)"
+    else:
+        given = [name for name in ("text", "label") if getattr(options, name) is not None]
+        why = "not of a task: its columns are its own"
+    if given:
+        verb = "is" if len(given) == 1 else "are"
+        raise ConfigError(f"{', '.join('--' + name.replace('_', '-') for name in given)} {verb} {why}")
+
+
 def run(options: argparse.Namespace) -> None:
     """Measures a model by a task, prints the figures, and writes the record."""
     if options.data is not None and len(options.data) > 1:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from jpeft.train import cli, config
-from jpeft.train.advising import evidence
+from jpeft.train.advising import advice, evidence
 from jpeft.train.advising.advice import advise, fitting, ordered
 from jpeft.train.advising.candidates import CANDIDATES
 from jpeft.train.advising.needs import KINDS, LATENCIES, Needs, size
@@ -110,6 +110,28 @@ def test_less_memory_halves_the_batch_before_it_gives_up(bert):
     assert tight.fits
     assert tight.request.batch < 16
     assert tight.request.batch * tight.request.accumulation == 16
+
+
+def test_memory_that_no_batch_fits_is_known_at_once(bert, monkeypatch):
+    asked = []
+    real = advice.estimate
+    monkeypatch.setattr(
+        advice, "estimate", lambda request: asked.append((request.batch, request.remat)) or real(request)
+    )
+    least = fitting(Needs(str(bert), "classification", batch=16, seq=16, memory=1000), CANDIDATES[0])
+    assert asked == [(16, "none"), (1, "full")]
+    assert (least.fits, least.request.accumulation) == (False, 16)
+
+
+def test_a_method_that_the_model_has_no_room_for_leaves_the_others(bert):
+    """A text as long as the model's 64 positions has none left for a prompt; a longer one has no method at all."""
+    needs = Needs(str(bert), "classification", seq=64, tenants=1_000_000, memory=16e9, storage=1000)
+    with pytest.raises(ValueError, match=r"--storage collide; nothing is left:") as stopped:
+        advise(needs)
+    assert "prompt tuning: 64 tokens behind 20 virtual ones are more than the 64 positions" in str(stopped.value)
+    assert "LoRA: 1000000 adapters take" in str(stopped.value)
+    with pytest.raises(ValueError, match=r"^'nothing' is no preset, folder or config.json"):
+        advise(Needs("nothing"))
 
 
 def test_demands_that_collide_are_named(bert):

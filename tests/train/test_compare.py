@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jpeft.train import cli, config
-from jpeft.train.compare import digest, measure, report, runner, study, table
+from jpeft.train.compare import digest, measure, opening, report, runner, study, table
 
 METHODS = {
     "lora": {"method": {"kind": "lora", "rank": 2}},
@@ -76,6 +76,8 @@ def test_the_runs_of_a_study(tree):
         ({"methods": {"a": METHODS["lora"], "A": METHODS["lora"]}}, "differ in more than case"),
         ({"methods": {"lora": {"method": {"kind": "lora", "rnk": 2}}}}, "seed 0: unknown key method.rnk; did you mean"),
         ({"tune": {"optimizer.lrr": [1]}}, "unknown key optimizer.lrr; did you mean optimizer.lr"),
+        ({"tune": {"optimizer.lr": []}}, "every key of tune has one or more values, each once"),
+        ({"tune": {"optimizer.lr": [0.1, 0.1]}}, "every key of tune has one or more values, each once"),
         ({"sedes": [1]}, r"unknown key sedes; did you mean seeds\?"),
         ({"baselines": ["best"]}, "baselines.*'majority', 'untuned', 'head' or 'full', got 'best'"),
     ],
@@ -226,6 +228,35 @@ def test_the_command(tree, tmp_path, capsys):
     assert "seed 0 is not made yet; without --report the study makes it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"test": "nowhere.jsonl"}, "tasks.reviews.test: .*nowhere.jsonl"),
+        ({"data": {"train": "lost.jsonl"}}, "tasks.reviews.data.train: .*lost.jsonl"),
+        ({"test": "EMPTY"}, "tasks.reviews.test: .*empty.jsonl"),
+        ({"group": "sourc"}, "tasks.reviews.group='sourc' is no column of the test rows; there are .*label"),
+        ({"task": "CAUSAL_LM", "general": "none.txt"}, "tasks.reviews.general: .*none.txt"),
+        ({"task": "CAUSAL_LM", "write": "gsm8k", "test": "gone.jsonl"}, "tasks.reviews.test: .*gone.jsonl"),
+    ],
+)
+def test_data_that_is_not_there_is_said_before_the_first_run(change, said, tree, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    change = {key: str(tmp_path / "empty.jsonl") if value == "EMPTY" else value for key, value in change.items()}
+    task = tree["tasks"]["reviews"] | change
+    opening.check(with_(tree))
+    with pytest.raises(config.ConfigError, match=said):
+        opening.check(with_(tree, tasks={"reviews": task}, baselines=[]))
+
+
+def test_the_command_opens_the_data_first(tree, tmp_path, capsys):
+    file = tmp_path / "study.yaml"
+    file.write_text(json.dumps(tree))
+    with pytest.raises(SystemExit):
+        cli.main(["compare", str(file), "tasks.reviews.test=nowhere.jsonl"])
+    assert "tasks.reviews.test: " in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
 # ------------------------------------------------------------------------------------------------- what is measured
 
 
@@ -258,7 +289,7 @@ def test_two_methods_from_end_to_end(tree, tmp_path):
     for one, other in zip(back.tables[0].rows, whole.rows, strict=True):
         assert one.scores["accuracy"] == pytest.approx(other.scores["accuracy"], rel=1e-5)
     assert [row.costs["trained"] for row in back.tables[0].rows] == [row.costs["trained"] for row in whole.rows]
-    assert report.markdown(back, {0: {}}, None, tmp_path) == report.markdown(made, {0: {}}, None, tmp_path)
+    assert report.markdown(back, {0: {}}, tmp_path) == report.markdown(made, {0: {}}, tmp_path)
 
 
 def test_what_is_tested_is_what_was_saved(tree, tmp_path):

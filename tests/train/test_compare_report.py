@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a report shows of figures that are known: collapses, groups, classes, and every plot."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from jpeft.train.compare import figures, latency, report
 from jpeft.train.compare.digest import Digest, dumped, read
 from jpeft.train.compare.statistics import Difference, Interval
 from jpeft.train.compare.table import COSTS, Row, Table
+from jpeft.train.compare.table import _to_target as to_target
 
 MEASURED = {
     "trained": 1000.0, "changed": 2000.0, "peak MB": 90.0, "step ms": 5.0, "forward ms": 2.0, "adapter KB": 4.0,
@@ -68,7 +71,7 @@ def test_every_plot_is_drawn_and_read_back(table, tmp_path):
         "scores", "groups", "forgetting", "score against parameters", "parameters", "memory", "latency",
         "learning curves", "radar",
     ]  # fmt: skip
-    page = report.page(digest, {0: plots}, None)
+    page = report.page(digest, {0: plots})
     assert page.count("<svg") == len(plots)
     ids = [part.split('"')[0] for part in page.split(' id="')[1:]]
     assert len(set(ids)) == len(ids)  # no plot points at another's shapes
@@ -78,6 +81,37 @@ def test_every_plot_is_drawn_and_read_back(table, tmp_path):
         figures.draw_one(table, "rader", tmp_path / "no.png")
 
 
+def test_the_curve_of_few_examples_ends_with_all_rows(tmp_path, monkeypatch):
+    """Each task and model has one of its own; what diverged everywhere is not on it, and what collapsed is hollow."""
+    axes = []
+    drawn = figures._drawn
+
+    def kept(plot, data, folder, title):
+        return drawn(lambda ax, of: (axes.append(ax), plot(ax, of))[1], data, folder, title)
+
+    def table(task, size, accuracy, train_rows=None):
+        lost = Row("lost", 0, 2, 0, {}, None, dict.fromkeys(COSTS), [])
+        rows = [row("majority", 0.5), row("good", accuracy), lost, row("stuck", 0.5, collapsed=2)]
+        return Table("tiny", task, size, "accuracy", True, 100, rows, {}, train_rows)
+
+    tables = (table("a", None, 0.9, 1200), table("a", 16, 0.6), table("b", None, 0.8), table("b", 64, 0.7))
+    monkeypatch.setattr(report.digests, "digested", lambda study, runs: Digest(("done",), "good", tables))
+    monkeypatch.setattr(figures, "draw", lambda table, folder: folder.mkdir(parents=True) or {})
+    monkeypatch.setattr(figures, "_drawn", kept)
+    page = report.write(SimpleNamespace(out=str(tmp_path)), []).read_text()  # type: ignore[arg-type]
+    assert page.count("<svg") == 2
+    assert (tmp_path / "plots" / "b_on_tiny" / "few_examples.png").stat().st_size > 5000
+    for ax, places, ticks, means in zip(
+        axes, ([16, 1200], [64, 256]), (["16", "all\n1,200"], ["64", "all"]), ([0.6, 0.9], [0.7, 0.8]), strict=True
+    ):
+        assert ax.get_xticks().tolist() == places
+        assert [text.get_text() for text in ax.get_xticklabels()] == ticks
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == ["good", "stuck"]
+        assert ax.containers[0].lines[0].get_ydata().tolist() == means
+        hollow = [line for line in ax.lines if line.get_markerfacecolor() == "white"]
+        assert [len(line.get_xdata()) for line in hollow] == [0, 2]
+
+
 @pytest.mark.parametrize("took, each", [((10.0, 42.0), 2.0), ((10.0, 9.0), None)])
 def test_a_token_takes_no_negative_time(took, each, monkeypatch):
     """What else a machine does may make the longer generation the faster one: then a token's time is not known."""
@@ -85,3 +119,11 @@ def test_a_token_takes_no_negative_time(took, each, monkeypatch):
     monkeypatch.setattr(latency, "_timed", lambda call: next(times))
     monkeypatch.setattr(latency, "_ids", lambda model, length: [[1] * length])
     assert latency._decode(None, 64) == each
+
+
+@pytest.mark.parametrize(
+    "took, median",
+    [((3.0, 5.0, 4.0), 4.0), ((3.0, None, 4.0), 4.0), ((3.0, None, None), None), ((3.0, None), None), ((), None)],
+)
+def test_the_time_to_a_target_counts_the_runs_that_never_reach_it(took, median):
+    assert to_target([{"training": {"to_target_s": seconds}} for seconds in took]) == median

@@ -378,6 +378,9 @@ def test_a_classifier_of_images_is_planned_by_what_its_model_makes_of_an_image(t
         ),
         (["--topology", "v5e-8", "--devices", "4"], "--topology says how many devices there are"),
         (["--set", "rank"], "--set takes OPTION=VALUE, got 'rank'"),
+        (["--rank", "4", "--set", "rank=8"], "--set rank=8: the method has rank=4 already; give it once"),
+        (["--set", "kind=dora"], "--set kind=dora: the method has kind=lora already"),
+        (["--targets", ","], "--targets takes all-linear, or names with commas between them, got ','"),
         (["--device", "h1000"], "unknown device 'h1000'; did you mean h100"),
     ],
 )
@@ -386,3 +389,10 @@ def test_a_wrong_call_is_one_line(small, capsys, arguments, message):
         main(["plan", "--model", small, *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_no_json_is_named(tmp_path, capsys):
+    (tmp_path / "empty.json").touch()
+    with pytest.raises(SystemExit):
+        main(["plan", "--model", str(tmp_path / "empty.json"), "--no-compile"])
+    assert "empty.json is no config.json of a model: " in capsys.readouterr().err

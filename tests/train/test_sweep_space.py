@@ -40,6 +40,8 @@ RANGE = {"low": 1e-4, "high": 1e-1, "log": True}
         ({"trials": 2}, "trials is for search=random and bayes"),
         ({"seeds": []}, "seeds must be different from each other, and at least one"),
         ({"metric": "perplexity"}, "metric is one of loss, accuracy, macro_f1, got 'perplexity'"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"batch": 3}, "batch=3 is for search=bayes, which proposes so many points at a time"),
         ({"lanes": 0}, "lanes must be 1 or more"),
         ({"halving": {"eta": 1}}, "halving.eta is 2 or more"),
         ({"halving": {"brackets": 4}}, r"halving.brackets is at most rungs \+ 1 = 3"),

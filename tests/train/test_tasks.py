@@ -228,6 +228,9 @@ def test_overlaps_carry_signatures():
     assert found.notes["empty"] == 1
 
 
+SUMMING = ["--task", "gsm8k", "--model", "LLAMA", "--data", "SUMS"]
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
@@ -241,6 +244,26 @@ def test_overlaps_carry_signatures():
         (["--task", "gsm8k", "--model", "LLAMA", "--data", "SUMS", "SUMS"], "a task reads one file"),
         (["--task", "sst2", "--model", "BERT", "--data", "SENTENCES"], "the model's are maybe, yes, no"),
         (["--model", "LLAMA"], "takes a file"),
+        ([*SUMMING, "--max-new-tokens", "0"], "--max-new-tokens is 1 or more, got 0"),
+        ([*SUMMING, "--shots", "-1"], "--shots is 0 or more, got -1"),
+        ([*SUMMING, "--samples", "0"], "--samples is 1 or more, got 0"),
+        ([*SUMMING, "--temperature", "-1"], "--temperature is 0 or a number above it, got -1.0"),
+        ([*SUMMING, "--temperature", "nan"], "--temperature is 0 or a number above it, got nan"),
+        ([*SUMMING, "--temperature", "1", "--top-p", "1.5"], "--top-p is a share of what may be drawn, in (0, 1]"),
+        ([*SUMMING, "--top-p", "0.9"], "--top-p 0.9 is of what is drawn; temperature 0 draws nothing"),
+        ([*SUMMING, "--shots-from", "SUMS"], "is where shots are from, and shots is 0"),
+        ([*SUMMING, "--max-length", "64"], "gsm8k writes, and reads whole prompts, so it has no use for --max-length"),
+        ([*SUMMING, "--max-length", "0"], "--max-length is 1 or more, got 0"),
+        ([*SUMMING, "--text", "question"], "--text is not of a task: its columns are its own"),
+        (
+            ["--task", "sst2", "--model", "BERT", "--data", "SENTENCES", "--shots", "5", "--chat"],
+            "the task sst2 writes nothing, so it has no use for --shots, --chat",
+        ),
+        (
+            ["--task", "perplexity", "--model", "LLAMA", "--data", "SUMS", "--max-new-tokens", "5"],
+            "the task perplexity writes nothing, so it has no use for --max-new-tokens",
+        ),
+        (["--model", "LLAMA", "--data", "SUMS", "--limit", "5", "--out", "x"], "--limit, --out are of a task (--task)"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_said(capsys, llama, classifier, sums, tmp_path, arguments, said):

@@ -83,10 +83,17 @@ def advise(needs: Needs) -> Advice:
     """
     out: dict[str, str] = {}
     choices: list[Choice] = []
-    for candidate, opinions in ordered(needs, out):
+    refused: list[ValueError] = []
+    possible = [*ordered(needs, out)]
+    for candidate, opinions in possible:
         if len(choices) == BEST:
             break
-        plan = fitting(needs, candidate)
+        try:
+            plan = fitting(needs, candidate)
+        except ValueError as error:  # one method's prompt may be too long for the model where the others serve
+            out[candidate.name] = str(error)
+            refused.append(error)
+            continue
         choice = Choice(candidate, opinions, plan, needs)
         if plan.fits is False:
             out[candidate.name] = f"its step takes {_gb(plan.memory.total)} of {_gb(needs.memory or 0)} (--memory)"
@@ -96,6 +103,8 @@ def advise(needs: Needs) -> Advice:
             )
         else:
             choices.append(choice)
+    if refused and len(refused) == len(possible) and len({str(error) for error in refused}) == 1:
+        raise refused[0]  # the model itself, and not a method, is not what was asked for
     if not choices:
         raise ValueError(
             f"--model {needs.model} and {_demands(out)} collide; nothing is left:\n  "
@@ -120,27 +129,36 @@ def ordered(needs: Needs, out: dict[str, str]) -> Iterator[tuple[Candidate, tupl
 
 def fitting(needs: Needs, candidate: Candidate) -> Estimate:
     """The plan of the largest batch that fits, recomputing before halving; the least of all where none does."""
-    chip = Chip("the device", "cuda", needs.memory, None, None, "its rates are not known")
+
+    def planned(rows: int, remat: str) -> Estimate:
+        request = Request(
+            model=needs.model,
+            method=candidate.method(needs),
+            machine=Machine(Chip("the device", "cuda", needs.memory, None, None, "its rates are not known"), 1),
+            task=needs.model_task,
+            batch=rows,
+            seq=needs.seq,
+            accumulation=-(-needs.batch // rows),
+            remat=remat,
+            quantize=candidate.quantize,
+        )
+        return estimate(request)
+
     rows = needs.batch
+    plan = planned(rows, "none")
+    if plan.fits is not False:
+        return plan
+    least = planned(1, "full")
+    if least.fits is False:
+        return least
     while True:
-        for remat in ("none", "full"):
-            request = Request(
-                model=needs.model,
-                method=candidate.method(needs),
-                machine=Machine(chip, 1),
-                task=needs.model_task,
-                batch=rows,
-                seq=needs.seq,
-                accumulation=-(-needs.batch // rows),
-                remat=remat,
-                quantize=candidate.quantize,
-            )
-            plan = estimate(request)
-            if plan.fits is not False:
-                return plan
-        if rows == 1:
+        plan = planned(rows, "full")
+        if plan.fits is not False:
             return plan
         rows = max(1, rows // 2)
+        plan = planned(rows, "none")
+        if plan.fits is not False:
+            return plan
 
 
 def _demands(out: Mapping[str, str]) -> str:

@@ -17,13 +17,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Makes the runs that are not made yet, and writes the report."""
-    from ..compare import report, runner, study
+    from ..compare import opening, report, runner, study
 
     what = study.load(options.config, options.overrides)
     if options.dry_run:
         runs = [*study.trials(what), *study.finals(what, {})]
         print("\n".join(str(run.folder) for run in runs) + f"\n{len(runs)} runs")
         return
+    if not options.report:
+        opening.check(what)
     try:
         runs = runner.conduct(what, only_made=options.report)
     except runner.RunFailed as error:

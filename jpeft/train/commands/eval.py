@@ -26,6 +26,9 @@ def run(options: argparse.Namespace) -> None:
         raise config.ConfigError("jpeft eval takes a file (--data), or a task (--task)")
     if options.batch_size < 1:
         raise config.ConfigError(f"--batch-size is 1 or more, got {options.batch_size}")
+    if options.max_length is not None and options.max_length < 1:
+        raise config.ConfigError(f"--max-length is 1 or more, got {options.max_length}")
+    testing.refuse_unused(options)
     from .. import compilation
 
     compilation.keep_programs()

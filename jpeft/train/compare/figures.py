@@ -58,30 +58,40 @@ def _plots() -> Mapping[str, Callable[[Any, Table], bool]]:
 
 
 def few_examples(tables: Sequence[Table], folder: str | Path) -> Path | None:
-    """The main figure against the number of training rows; None where there is but one number."""
-    sizes = sorted({t.size for t in tables if t.size is not None})
-    if not sizes:
+    """The main figure against the number of training rows, all of them last, of the tables of one task and model; None
+    where there is but one number.
+    """
+    places: dict[int | None, float] = {size: float(size) for size in sorted(t.size for t in tables if t.size)}
+    if not places:
         return None
+    whole = next((t for t in tables if t.size is None), tables[0])
+    if whole.size is None:
+        places[None] = float(whole.train_rows or 4 * max(places.values()))  # how many they are may not be known
+    everything = "all" if whole.train_rows is None else f"all\n{whole.train_rows:,}"
 
     def plot(axes: Any, tables: Any) -> bool:
-        for at, method in enumerate(row.method for row in tables[0].rows if row.method != "majority"):
-            points = [
-                (t.size, row.scores[t.main]) for t in tables for row in t.rows if row.method == method and row.scores
-            ]
-            points = sorted((size, score) for size, score in points if size is not None)
-            xs = np.array([size for size, _ in points]) * 1.02 ** (at - 3)  # beside each other, not on top
-            means, low, high = np.array([score for _, score in points]).T
-            axes.errorbar(
-                xs, means, yerr=[means - low, high - means], capsize=2, label=method,
-                marker=_of(MARKERS, at), ls=_of(DASHES, at), color=_of(COLOURS, at),
-            )  # fmt: skip
+        drawn = False
+        for at, method in enumerate(row.method for row in whole.rows):
+            found = [(places[t.size], row) for t in tables for row in t.rows if row.method == method and row.scores]
+            if method == "majority" or not found:  # every one of its runs may have diverged
+                continue
+            found.sort(key=lambda one: one[0])
+            xs = np.array([x for x, _ in found]) * 1.02 ** (at - 3)  # beside each other, not on top
+            means, low, high = np.array([row.scores[whole.main] for _, row in found]).T
+            style = {"marker": _of(MARKERS, at), "color": _of(COLOURS, at)}
+            errors = [means - low, high - means]
+            axes.errorbar(xs, means, yerr=errors, capsize=2, label=method, ls=_of(DASHES, at), **style)
+            lost = np.array([row.all_collapsed for _, row in found])
+            axes.plot(xs[lost], means[lost], ls="none", mfc="white", zorder=3, **style)
+            drawn = True
         axes.set_xscale("log")
-        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.set_xticks([*places.values()], [everything if size is None else f"{size:,}" for size in places])
         axes.minorticks_off()
-        axes.set_xlabel("training rows (bars: 95 % intervals)")
-        axes.set_ylabel(tables[0].main)
+        axes.set_xlabel("training rows (bars: 95 % intervals; hollow: collapsed)")
+        _scaled(axes.yaxis, whole)
+        axes.set_ylabel(whole.main)
         _legend(axes)
-        return True
+        return drawn
 
     return _drawn(plot, tables, Path(folder), "few examples")
 
@@ -276,15 +286,8 @@ def _memory(axes: Any, table: Table) -> bool:
             parts.setdefault(name, []).append(size)
     left = np.zeros(len(rows))
     for at, (name, sizes) in enumerate(parts.items()):
-        axes.barh(
-            range(len(rows)),
-            sizes,
-            left=left,
-            label=name,
-            color=_of(COLOURS, at),
-            hatch=_of(HATCHES, at),
-            edgecolor="white",
-        )
+        style = {"color": _of(COLOURS, at), "hatch": _of(HATCHES, at), "edgecolor": "white"}
+        axes.barh(range(len(rows)), sizes, left=left, label=name, **style)
         left += sizes
     axes.invert_yaxis()
     axes.set_yticks(range(len(rows)), [row.method for row in rows])

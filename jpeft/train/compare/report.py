@@ -42,15 +42,18 @@ def write(study: Study, runs: Sequence[Done]) -> Path:
     """
     out, digest = Path(study.out), digests.digested(study, runs)
     plots = {at: figures.draw(table, out / "plots" / slug(table)) for at, table in enumerate(digest.tables)}
-    few = figures.few_examples(digest.tables, out / "plots")
+    for at, table in enumerate(digest.tables):
+        same = [t for t in digest.tables if (t.task, t.model) == (table.task, table.model)]
+        if table.size is None and (few := figures.few_examples(same, out / "plots" / slug(table))) is not None:
+            plots[at]["few examples"] = few
     write_text(out / "report.json", digests.dumped(digest))
-    write_text(out / "report.md", markdown(digest, plots, few, out))
+    write_text(out / "report.md", markdown(digest, plots, out))
     write_text(out / "report.csv", spreadsheet(digest.tables))
-    write_text(out / "report.html", page(digest, plots, few))
+    write_text(out / "report.html", page(digest, plots))
     return out / "report.html"
 
 
-def markdown(digest: Digest, plots: Mapping[int, Mapping[str, Path]], few: Path | None, out: Path) -> str:
+def markdown(digest: Digest, plots: Mapping[int, Mapping[str, Path]], out: Path) -> str:
     """The report as Markdown, with links to the plots."""
     lines = ["# Comparison of methods", ""]
     lines += [*(f"- {line}" for line in digest.protocol), ""]
@@ -59,8 +62,6 @@ def markdown(digest: Digest, plots: Mapping[int, Mapping[str, Path]], few: Path 
         for part in parts(table, digest.reference).values():
             lines += [*marked(*part), ""]
         lines += [f"![{title}]({file.relative_to(out)})" for title, file in plots[at].items()] + [""]
-    if few is not None:
-        lines += ["## Few examples", "", f"![few examples]({few.relative_to(out)})", ""]
     return "\n".join(lines)
 
 
@@ -105,7 +106,7 @@ def spreadsheet(found: Sequence[Table]) -> str:
     return stream.getvalue()
 
 
-def page(digest: Digest, plots: Mapping[int, Mapping[str, Path]], few: Path | None) -> str:
+def page(digest: Digest, plots: Mapping[int, Mapping[str, Path]]) -> str:
     """The report as one HTML page with its plots in it."""
     body = ["<h1>Comparison of methods</h1>", _items(digest.protocol)]
     for at, table in enumerate(digest.tables):
@@ -114,8 +115,6 @@ def page(digest: Digest, plots: Mapping[int, Mapping[str, Path]], few: Path | No
         for title, part in parts(table, digest.reference).items():
             body += [f"<h3>{title}</h3>", _table(*part)]
         body += [_figure(title, file) for title, file in plots[at].items()]
-    if few is not None:
-        body += ["<h2>Few examples</h2>", _figure("few examples", few)]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f"<style>{_STYLE}</style>"
     return f'<!doctype html><html lang="en"><head><title>Comparison of methods</title>{head}</head><body>' + "\n".join(

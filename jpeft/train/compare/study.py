@@ -321,6 +321,9 @@ def _conflicts(study: Study) -> list[str]:
         f"tune_seed={study.tune_seed} is one of the seeds; trials need one of their own": (
             bool(study.tune) and study.tune_seed in study.seeds
         ),
+        "every key of tune has one or more values, each once": any(
+            not values or len({repr(value) for value in values}) < len(values) for values in study.tune.values()
+        ),
         "tune needs data.eval in every task: the test split is not for choosing": bool(study.tune)
         and not all(task.data.get("eval") for task in study.tasks.values()),
         f"tune_by={study.tune_by} is for {' and '.join(NAMING)}; language models are chosen by their loss": (

@@ -2,6 +2,7 @@
 """The runs of one method put together: a row of the report, with intervals over seeds and examples."""
 
 import dataclasses
+import math
 import statistics as plain
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,6 +69,7 @@ class Table:
       examples: of the test set.
       rows: by method, baselines first.
       truth: share of every class of a classifier's test examples.
+      train_rows: how many rows a classifier was trained on; None where it is not known.
     """
 
     model: str
@@ -78,6 +80,7 @@ class Table:
     examples: int
     rows: Sequence[Row]
     truth: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    train_rows: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +155,8 @@ def _table(study: Study, runs: Sequence[Done], task: str, model: str, size: int 
     compared = _differences(cells, study.reference)
     rows = [_row(study, name, cells[name], compared.get(name), names, groups) for name in order]
     truth = dict(zip(names, whole.shares, strict=True)) if isinstance(whole, Classes) else {}
-    return Table(model, task, size, whole.main, whole.more_is_better, len(whole), rows, truth)
+    seen = next((sum(r["train_labels"]) for r in results if "train_labels" in r), None)
+    return Table(model, task, size, whole.main, whole.more_is_better, len(whole), rows, truth, seen)
 
 
 def _differences(cells: Mapping[str, _Cell], reference: str) -> dict[str, Difference]:
@@ -174,6 +178,7 @@ def _row(
 ) -> Row:
     ended = [done.result for done in cell.ended]
     costs = {cost: _median(ended, path) for cost, (path, _) in COSTS.items()}
+    costs["s to target"] = _to_target(ended)
     if name == "majority":
         costs["calibration error"] = cell.found[0].calibration_error
     main = cell.found[0].main if cell.found else ""
@@ -222,6 +227,13 @@ def _median(results: Sequence[Mapping[str, Any]], path: tuple[str, ...]) -> floa
     found = [_at(result, path) for result in results]
     values = [float(value) for value in found if value is not None]
     return plain.median(values) if values else None
+
+
+def _to_target(results: Sequence[Mapping[str, Any]]) -> float | None:
+    """The median over all runs, those that never reached the target the slowest; None where half of them did not."""
+    found = [_at(result, COSTS["s to target"][0]) for result in results]
+    middle = plain.median(math.inf if value is None else value for value in found) if found else math.inf
+    return middle if math.isfinite(middle) else None
 
 
 def _at(value: Any, path: tuple[str, ...]) -> Any:

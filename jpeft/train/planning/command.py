@@ -126,11 +126,15 @@ def _method(options: argparse.Namespace) -> dict[str, Any]:
     if options.rank is not None:
         method["rank"] = options.rank
     if options.targets is not None:
-        names = options.targets.split(",")
+        names = [name.strip() for name in options.targets.split(",")]
+        if not all(names):
+            raise ConfigError(f"--targets takes all-linear, or names with commas between them, got {options.targets!r}")
         method["targets"] = names if len(names) > 1 or names[0] != "all-linear" else names[0]
     for option in options.set:
         name, equals, value = option.partition("=")
         if not equals or not name:
             raise ConfigError(f"--set takes OPTION=VALUE, got {option!r}")
+        if name in method:
+            raise ConfigError(f"--set {option}: the method has {name}={method[name]} already; give it once")
         method[name] = _yaml.read(value)
     return method

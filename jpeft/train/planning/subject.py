@@ -196,7 +196,10 @@ def _config(name: str) -> Any:
     if name in known:
         return known[name]
     if path.is_file():
-        return json.loads(path.read_text())
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no config.json of a model: {error}") from error
     if path.is_dir() or path.parent != Path("."):
         return dict(read_config(model_folder(name)))
     raise ValueError(f"{name!r} is no preset, folder or config.json; {nearest(name, [*known])}")

@@ -46,6 +46,8 @@ _REFUSED: Mapping[str, tuple[Any, str]] = {
     "train.best": (None, "lanes of one step are judged by their evaluation at the end"),
     "train.samples": (0, "lanes of one step write no texts"),
 }
+#: Points that `bayes` proposes at a time, where nothing else is said.
+_BATCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Sweep:
     space: dict[str, tuple[Any, ...] | Range]
     search: Literal["grid", "random", "bayes"] = "grid"
     trials: int | None = None
-    batch: int = 8
+    batch: int = _BATCH
     seed: int = 0
     seeds: tuple[int, ...] = (0,)
     metric: str | None = None
@@ -310,6 +312,9 @@ def _wrong(sweep: Sweep) -> list[str]:
         f"search={sweep.search} needs trials, the number of points": sweep.search != "grid" and sweep.trials is None,
         "trials is for search=random and bayes; a grid has all its points": sweep.search == "grid"
         and sweep.trials is not None,
+        f"seed must be 0 or more, got {sweep.seed}": sweep.seed < 0,
+        f"batch={sweep.batch} is for search=bayes, which proposes so many points at a time": sweep.search != "bayes"
+        and sweep.batch != _BATCH,
         f"metric is one of {', '.join(_figures(sweep.base))}, got {sweep.metric!r}": sweep.figure
         not in _figures(sweep.base),
     }

@@ -31,6 +31,9 @@ from .settings import Settings
 
 _VERSIONS = ("jpeft", "jax", "jaxlib", "flax", "numpy", "tokenizers", "math-verify", "sacrebleu", "rouge-score")
 
+#: Options of tasks that write.
+_WRITING = ("shots", "shots_from", "samples", "temperature", "top_p", "max_new_tokens", "chat")
+
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
@@ -60,6 +63,10 @@ def measure(name: str, task: Any, opened: Opened, settings: Settings) -> Measure
         raise ValueError(
             f"the task {name} needs a model for {' or '.join(wanted)}; this one is for {opened.model.task}"
         )
+    unused = settings.changed(*(("max_length",) if isinstance(task, Write) else _WRITING))
+    if unused:
+        does = "writes, and reads whole prompts" if isinstance(task, Write) else "writes nothing"
+        raise ValueError(f"the task {name} {does}, so it has no use for {', '.join(unused)}; leave it out")
     run = {Classify: _classify, Write: _write, Likelihood: _likelihood}[type(task)]
     found = run(task, opened, settings)
     record = {

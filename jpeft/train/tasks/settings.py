@@ -2,9 +2,13 @@
 """How a task is run: which rows, and how texts are written."""
 
 import dataclasses
+import math
 from typing import ClassVar
 
 from ..sections._checks import FORBID
+
+#: The least that a number may be.
+_LEAST = {"limit": 1, "batch_size": 1, "max_length": 1, "shots": 0, "samples": 1, "max_new_tokens": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,5 +44,24 @@ class Settings:
     chat: bool = False
 
     def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} is {least} or more, got {value}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"--temperature is 0 or a number above it, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p is a share of what may be drawn, in (0, 1]; got {self.top_p}")
+        if self.top_p is not None and not self.temperature:
+            raise ValueError(f"--top-p {self.top_p} is of what is drawn; temperature 0 draws nothing, so give one")
+        if self.shots_from is not None and not self.shots:
+            raise ValueError(f"--shots-from {self.shots_from} is where shots are from, and shots is 0; say how many")
         if self.samples > 1 and not self.temperature:
             raise ValueError("several samples of temperature 0 are all the same; give --temperature")
+
+    def changed(self, *names: str) -> list[str]:
+        """Those of some options that are not at their default, as options of `jpeft eval`."""
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != _DEFAULTS[name]]
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
