@@ -67,6 +67,8 @@ def eva(
       >>> model = jpeft.eva(model, jpeft.LoRA(rank=16, targets=["q_proj"]), [{"input_ids": ids}], key=key)
     """
     _check(method, rho)
+    if isinstance(batches, (str, bytes, Mapping)):
+        raise TypeError(f"eva reads several batches, [batch, ...]; got one {type(batches).__name__}")
     probed = adapt(model, _Moments(method), key=key)
     places = _places(probed, method)
     sums, count = gathered(probed, batches, run or called)

@@ -51,7 +51,8 @@ def prefix_from(
       >>> method = jpeft.PrefixTuning(num_tokens=ids.shape[1], shift_positions=True)
       >>> model = jpeft.prefix_from(model, method, ids, key=jax.random.key(0))
     """
-    _check(method, text)
+    _check(method)
+    text = _tokens(text) if run is None else text
     probed = adapt(model, _Recorded(method), key=key)
     found, _ = gathered(probed, [text], run or called)
     adapted = adapt(model, method, key=key, name=name)
@@ -101,7 +102,7 @@ class _Recorded(Method):
         return sum(site.active) * 2 * self.of.num_tokens * site.d_out, 0
 
 
-def _check(method: Any, text: Any) -> None:
+def _check(method: Any) -> None:
     if getattr(method, "kind", None) != "prefix_tuning":
         raise TypeError(f"prefix_from starts a jpeft.PrefixTuning, got {type(method).__name__}")
     if method.projection:
@@ -111,7 +112,24 @@ def _check(method: Any, text: Any) -> None:
         )
     if method.init != "normal":
         raise ValueError(f"prefix_from is a start itself, so the method's init must be 'normal', got {method.init!r}")
-    masks = {k: v for k, v in text.items() if k.endswith("attention_mask")} if isinstance(text, Mapping) else {}
-    for name, mask in masks.items():
-        if mask is not None and not np.all(np.asarray(mask) != 0):
+
+
+def _tokens(text: Any) -> Any:
+    """The text as arrays.
+
+    Raises:
+      TypeError, ValueError: it is no row of ids, or has padding.
+    """
+    if not isinstance(text, Mapping):
+        ids = np.asarray(text)
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+            raise TypeError(
+                "text is one row of ids, [1, num_tokens], or the model's arguments by name; got "
+                f"{type(text).__name__} of shape {ids.shape} and {ids.dtype}"
+            )
+        return ids
+    found = {name: value if value is None else np.asarray(value) for name, value in text.items()}
+    for name, mask in found.items():
+        if name.endswith("attention_mask") and mask is not None and not (mask != 0).all():
             raise ValueError(f"the text has padding ({name} holds 0), and a prefix has none; give its tokens alone")
+    return found

@@ -165,6 +165,7 @@ class Convolved(nnx.Module):
         ({"method": jpeft.LoRA(targets=TARGETS, init="pissa")}, ValueError, "init must be 'default', got 'pissa'"),
         ({"rho": 0.5}, ValueError, "at least 1; got 0.5"),
         ({"batches": []}, ValueError, "no batch"),
+        ({"batches": {"x": X}}, TypeError, r"several batches, \[batch, ...\]; got one dict"),
         ({"batches": [X[:1, :2]]}, ValueError, "in 2 rows varies in 1 directions, fewer than the rank 2"),
         ({"batches": [np.full_like(X, np.nan)]}, ValueError, r"what blocks\.0\.\w+ reads is not finite"),
     ],

@@ -88,11 +88,14 @@ def train_many(
       own_batches: whether every adapter has data of its own: arrays `[adapters, accumulation, rows, ...]`.
 
     Raises:
+      TypeError: what comes is no bank.
       ValueError: options, keys or batches are not as many as the adapters; there are no batches.
 
     Example:
       >>> trained = jpeft.train_many(bank, lm_sums, optax.adamw(1e-3), batches)
     """
+    if not isinstance(bank, Bank):
+        raise TypeError(f"train_many takes a bank, which jpeft.bank makes of adapted models; got {type(bank).__name__}")
     fixed: Any = fix(bank, options or {})
     state = begin_many(tx, bank, fixed)
     update = make_step_many(bank, sums, tx, own_batches=own_batches)

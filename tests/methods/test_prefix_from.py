@@ -92,6 +92,8 @@ def test_both_sides_of_an_encoder_decoder():
         (METHOD, IDS[:, :3], "has 3 keys in 2 rows, and a prefix of 3 tokens starts as one row"),
         (METHOD, IDS[:1], "has 6 keys in 1 rows, and a prefix of 3 tokens"),
         (METHOD, {"input_ids": TEXT, "attention_mask": [[0, 1, 1]]}, r"has padding \(attention_mask holds 0\)"),
+        (METHOD, [5, 6, 7], r"one row of ids, \[1, num_tokens\], .*; got list of shape \(3,\) and int64"),
+        (METHOD, "a text", r"got str of shape \(\) and <U6"),
     ],
 )
 def test_what_is_no_text_of_that_length_is_refused(method, text, match):
