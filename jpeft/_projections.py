@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ._rows import scale_rows
+from ._scope import made_again
 from ._stream import token_ways
 
 
@@ -228,13 +229,17 @@ class Matmul(Projection):
         return x * vector.reshape(shape[:at] + [1] * (x.ndim - len(named)) + shape[at:])
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)
 def rows_times(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """`x @ matrix`, `[..., n] @ [n, m]`, as a product of two plain matrices, whose gradients XLA computes faster.
 
     The checkpoint computes nothing again: it makes the backward pass keep `x` itself, which other layers keep too, and
     not its flat copy. Rows whose tokens a mesh splits stay apart: laid end to end, all of them would be gathered.
     """
+    return _rows_times(made_again(x), matrix)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _rows_times(x: jax.Array, matrix: jax.Array) -> jax.Array:
     if x.ndim == 3 and token_ways(x) > 1:
         return x @ matrix
     return (x.reshape(-1, matrix.shape[0]) @ matrix).reshape(*x.shape[:-1], matrix.shape[1])

@@ -19,6 +19,7 @@ from flax import nnx
 from . import _fused
 from ._projections import Matmul
 from ._schemes import FORMATS, SCHEMES, Leaves
+from ._scope import made_again
 
 
 class Quantized(nnx.Variable):
@@ -114,7 +115,7 @@ def quantized_type(base: type, kernel: str) -> type:
             vars(plain).update(vars(self) | {kernel: nnx.Param(codes[...])})
             return base.__call__(plain, *inputs, **options)
 
-        return run(*inputs)
+        return run(*jax.tree.map(made_again, inputs))
 
     def __reduce__(self: Any) -> Any:
         return _rebuild, (base, kernel, dict(vars(self)))

@@ -40,6 +40,7 @@ class Scope:
         has rows of its own.
       platform: what the program is compiled for (`cpu`, `cuda`, `tpu`); None where that is JAX's default backend.
       noise: NEFTune's alpha; 0 is none.
+      keeps_names: whether the running layer keeps what is named for its backward pass and computes the rest again.
     """
 
     key: Any = None
@@ -54,6 +55,7 @@ class Scope:
     groups: Any = None
     platform: str | None = None
     noise: float = 0.0
+    keeps_names: bool = False
 
 
 _SCOPE: contextvars.ContextVar[Scope] = contextvars.ContextVar("jpeft_scope", default=Scope())  # noqa: B039 (frozen)
@@ -156,6 +158,16 @@ def max_segments(count: int) -> Iterator[None]:
     whole("max_segments", "count", count)
     with scope(max_segments=count):
         yield
+
+
+def made_again(x: jax.Array) -> jax.Array:
+    """`x` on its way into a `jax.checkpoint` inside a layer, of which it may be one of the arrays kept by name.
+
+    JAX hands a checkpoint inside another one a copy of its own of each kept array that goes into it, which stays until
+    the backward pass. What is made of a kept array is made again there, without a copy; so this is `x` with an axis put
+    in front and taken away, which is nothing in a compiled program.
+    """
+    return jnp.squeeze(jnp.expand_dims(x, 0), 0) if current().keeps_names else x
 
 
 def fold_path(key: jax.Array, path: str) -> jax.Array:

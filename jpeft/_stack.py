@@ -104,7 +104,7 @@ def remat(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
     elif policy == "full":
         keep = policies.nothing_saveable
     elif policy == "names":
-        keep = policies.save_only_these_names(*SAVED_NAMES)
+        keep, body = policies.save_only_these_names(*SAVED_NAMES), _keeping_names(body)
     elif policy == "offload":
         keep = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
@@ -115,6 +115,14 @@ def remat(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
     else:
         raise ValueError(f"remat policy must be one of {', '.join(REMAT_POLICIES)}; got {policy!r}")
     return jax.checkpoint(body, policy=keep, prevent_cse=False)  # scan itself prevents the CSE
+
+
+def _keeping_names(body: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        with scope(keeps_names=True):
+            return body(*args)
+
+    return run
 
 
 def scan(

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import subjects
-from contracts.models import LLAMA
+from contracts.models import BERT, LLAMA
 
 import jpeft
 from jpeft.train.losses import lm_loss
@@ -53,6 +53,20 @@ def test_a_layer_below_the_first_adapted_one_costs_no_backward_pass(remat):
     a_layer = (half - last) / 1
     assert last < 0.45 * every
     assert abs((every - half) / (2 * a_layer) - 1) < 0.02  # two layers more, twice as much
+
+
+@pytest.mark.parametrize("scheme", [None, "nf4"])
+@pytest.mark.parametrize("config", [LLAMA, BERT], ids=["llama", "bert"])
+def test_what_is_named_is_kept_once(config, scheme):
+    """Of a layer's two named arrays that the backward pass reads, one copy each, however many products read them."""
+    model = jpeft.models.build(config | {"hidden_size": 64}, key=KEY, remat="names")
+    model = jpeft.quantize(model, scheme) if scheme else model
+    graphdef, trainable, frozen = jpeft.partition(jpeft.adapt(model, jpeft.LoRA(rank=2, targets="all-linear"), key=KEY))
+    forward = lambda trainable: jax.tree.leaves(jpeft.combine(graphdef, trainable, frozen)(IDS))[0]  # noqa: E731
+    kept = jax.tree.leaves(jax.eval_shape(lambda trainable: jax.vjp(forward, trainable)[1], trainable))
+    layers = config["num_hidden_layers"]
+    assert [leaf.shape for leaf in kept].count((layers, *IDS.shape, 64)) == 2
+    assert sum(leaf.size for leaf in kept if leaf.shape[:3] == (layers, *IDS.shape)) == 2 * layers * IDS.size * 64
 
 
 def test_the_last_layers_trained_whole_cost_no_backward_pass_below():

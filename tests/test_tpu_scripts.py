@@ -190,7 +190,13 @@ def test_a_dry_run_of_what_does_several_things_runs_none(gcloud, script):
         ("create.sh", ("--type", "v6e-8", *WHERE), "--version is missing"),
         ("create.sh", ("--type", "--spot", *WHERE), "--type needs a value"),
         ("create.sh", ("--type", "a", "--version", "b", "--spot", "--reserved", *WHERE), "give one of --spot"),
-        ("create.sh", ("--slices", "0", *WHERE), "--slices takes a whole number of at least 1, got 0"),
+        (
+            "create.sh",
+            ("--slices", "0", *WHERE),
+            "--slices takes a whole number of at least 1 and at most 999999999, got 0",
+        ),
+        ("create.sh", ("--deadline", "9" * 20, *WHERE), "at most 999999999, got 99999999999999999999"),
+        ("setup.sh", ("--slices", "1000000000", *WHERE), "at most 999999999, got 1000000000"),
         (
             "create.sh",
             ("--type", "a", "--version", "b", *WHERE, "--spot"),

@@ -229,7 +229,7 @@ def test_wrong_numbers_of_things():
         jpeft.train_many(bank, cls_sums, tx, batches(), options={"lr": [1e-3, 1e-2]})
     with pytest.raises(ValueError, match="tx takes no options, so lr would change nothing"):
         jpeft.train_many(bank, cls_sums, optax.sgd(0.1), batches(), options={"lr": [1.0, 2.0, 3.0]})
-    with pytest.raises(TypeError, match="takes a bank, which jpeft.bank makes of adapted models; got State"):
+    with pytest.raises(TypeError, match=r"takes a bank, which jpeft\.bank makes of adapted models; got State"):
         jpeft.train_many(nnx.State({}), cls_sums, tx, batches())
     with pytest.raises(ValueError, match="there are no batches"):
         jpeft.train_many(bank, cls_sums, optax.sgd(0.1), [])

@@ -42,7 +42,7 @@ do_or_show() {
 #   declare -A options=([--type]="text type" [--spot]="word capacity")
 #
 # KIND VARIABLE: `true` and `false` set the variable to that; `text` to the value, which must not look like an option;
-# `any` to whatever stands behind it; `number` to a whole number of at least 1; `word` adds the option itself to an array,
+# `any` to whatever stands behind it; `number` to a whole number of 1 to 9 digits, above 0; `word` adds the option itself to an array,
 # `pair` adds OPTION=VALUE, and `each` the value. --dry-run and --help are every script's.
 declare -A options=()
 words=()
@@ -67,7 +67,7 @@ read_options() {
     case $kind in
       any | text) printf -v "$variable" %s "$2" ;;
       number)
-        [[ $2 =~ ^[1-9][0-9]*$ ]] || wrong "$1 takes a whole number of at least 1, got $2"
+        [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || wrong "$1 takes a whole number of at least 1 and at most 999999999, got $2"
         printf -v "$variable" %s "$2"
         ;;
       pair) added+=("$1=$2") ;;

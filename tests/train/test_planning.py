@@ -377,6 +377,8 @@ def test_a_classifier_of_images_is_planned_by_what_its_model_makes_of_an_image(t
             "--seq is of texts; what a model for IMAGE_CLS reads has the size of its",
         ),
         (["--topology", "v5e-8", "--devices", "4"], "--topology says how many devices there are"),
+        (["--topology", ""], "a topology is a family and a grid, as v5e:2x4"),
+        (["--batch", "100000000000000"], "100000000000000 rows of 512 tokens are 51200000000000000 in one micro-batch"),
         (["--set", "rank"], "--set takes OPTION=VALUE, got 'rank'"),
         (["--rank", "4", "--set", "rank=8"], "--set rank=8: the method has rank=4 already; give it once"),
         (["--set", "kind=dora"], "--set kind=dora: the method has kind=lora already"),

@@ -94,7 +94,7 @@ def request_of(options: argparse.Namespace) -> Request:
     """
     if options.task in SEEING and options.seq is not None:
         raise ConfigError(f"--seq is of texts; what a model for {options.task} reads has the size of its images")
-    if options.topology:
+    if options.topology is not None:
         if options.devices != 1:
             raise ConfigError("--topology says how many devices there are; leave --devices out")
         machine = devices.topology(options.topology)

@@ -8,6 +8,9 @@ from typing import Any
 from ..sections import Optimizer
 from .devices import Machine
 
+#: Tokens of a micro-batch that the program's 32-bit indices can tell apart.
+MAX_TOKENS = 2**31 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -59,6 +62,11 @@ class Request:
         for name in ("batch", "seq", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.batch * self.seq > MAX_TOKENS:
+            raise ValueError(
+                f"{self.batch} rows of {self.seq} tokens are {self.batch * self.seq} in one micro-batch; indices of "
+                f"32 bits count up to {MAX_TOKENS}: take a smaller batch or seq, or more accumulation"
+            )
         if self.generate < 0:
             raise ValueError(f"generate must be 0 or more, got {self.generate}")
         if not 0 < self.share <= 1:
