@@ -7,11 +7,12 @@ Rows come in one of two layouts, and leave in the same:
   [n, d_in]            sorted by expert, with `Scope.groups` telling how many each has: a ragged product
 
 A CPU has no ragged product of its own: XLA computes every row with every matrix. There it is made of blocks of rows of
-one expert each, one after another.
+one expert each, whose number only the running program knows.
 """
 
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def _forward(x: jax.Array, matrices: jax.Array, groups: jax.Array) -> tuple[jax.
 
 def _backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x, matrices, groups = kept
-    return _dot(dy, jnp.swapaxes(matrices, 1, 2), groups), _outer(x, dy, groups), None
+    return _turned_dot(dy, matrices, groups), _outer(x, dy, groups), None
 
 
 ragged_dot.defvjp(_forward, _backward)
@@ -72,17 +73,30 @@ def _dot(x: jax.Array, matrices: jax.Array, groups: jax.Array) -> jax.Array:
     return _dot_by_blocks(x, matrices, groups) if platform() == "cpu" else jax.lax.ragged_dot(x, matrices, groups)
 
 
-@_dot.def_vmap
-def _dot_of_many(size: int, batched: list[bool], x: Any, matrices: Any, groups: Any) -> tuple[jax.Array, bool]:
+@custom_vmap
+def _turned_dot(x: jax.Array, matrices: jax.Array, groups: jax.Array) -> jax.Array:
+    """`_dot` with every matrix turned."""
+    if platform() == "cpu":
+        return _dot_by_blocks(x, matrices, groups, turned=True)
+    return jax.lax.ragged_dot(x, jnp.swapaxes(matrices, 1, 2), groups)
+
+
+def _dot_of_many(
+    dot: Any, size: int, batched: list[bool], x: Any, matrices: Any, groups: Any
+) -> tuple[jax.Array, bool]:
     """One product for all: by their own matrices, or sorted again by those that they share."""
     x, groups = (_repeated(value, size, many) for value, many in zip((x, groups), batched[::2], strict=True))
     rows = x.reshape(-1, x.shape[-1])
     if batched[1]:
-        y = _dot(rows, matrices.reshape(-1, *matrices.shape[2:]), groups.reshape(-1))
+        y = dot(rows, matrices.reshape(-1, *matrices.shape[2:]), groups.reshape(-1))
     else:
         order = jnp.argsort(jax.vmap(lambda counts: _experts_of(counts, x.shape[1]))(groups).reshape(-1), stable=True)
-        y = _dot(rows[order], matrices, groups.sum(0))[jnp.argsort(order)]
+        y = dot(rows[order], matrices, groups.sum(0))[jnp.argsort(order)]
     return y.reshape(*x.shape[:2], -1), True
+
+
+_dot.def_vmap(functools.partial(_dot_of_many, _dot))
+_turned_dot.def_vmap(functools.partial(_dot_of_many, _turned_dot))
 
 
 @custom_vmap
@@ -112,64 +126,56 @@ def _experts_of(groups: jax.Array, n: int) -> jax.Array:
 
 # On a CPU ------------------------------------------------------------------------------------------------------------
 
+#: Functions here whose loops are as long as the rows need: `train.planning.trace` counts their products by shape.
+BY_BLOCKS = ("_dot", "_turned_dot", "_outer")
 #: Rows of a block, at least and at most: what a matrix product needs to be worth its start, and what may be too many.
-_LEAST, _MOST = 8, 256
+_LEAST, _MOST = 8, 128
 
 
-class _Block(NamedTuple):
-    """Some rows of one expert; behind the last expert's rows a block holds none.
+def _size(n: int, experts: int) -> int:
+    """Rows of a block: about a quarter of an expert's share of `n`, so that little of its last one is of others."""
+    return min(_MOST, max(_LEAST, 2 ** math.ceil(math.log2(max(1, n / experts / 4)))))
 
-    Attributes:
-      expert: whose.
-      at: the first of them.
-      stop: behind the expert's last one, which may lie within the block.
+
+def _dot_by_blocks(x: jax.Array, matrices: jax.Array, groups: jax.Array, turned: bool = False) -> jax.Array:
+    """`_dot`, or `_turned_dot`: one expert after another, its rows by blocks.
+
+    What a block writes into rows behind its expert's is written again by theirs.
     """
-
-    expert: jax.Array
-    at: jax.Array
-    stop: jax.Array
-
-
-def _block(number: Any, size: int, n: int, groups: jax.Array) -> _Block:
-    """Block `number`, of `size` rows, of `n` rows in all."""
-    ends, blocks = jnp.cumsum(groups), -(-groups // size)
-    last = jnp.cumsum(blocks)
-    expert = jnp.minimum(jnp.searchsorted(last, number, side="right"), len(groups) - 1)
-    at = ends[expert] - groups[expert] + (number - last[expert] + blocks[expert]) * size
-    there = number < last[-1]
-    return _Block(expert, jnp.where(there, at, n), jnp.where(there, ends[expert], n))
-
-
-def _sizes(n: int, experts: int) -> tuple[int, int]:
-    """Rows of a block, about an expert's share of `n`; and how many blocks there are at most."""
-    size = min(_MOST, max(_LEAST, 2 ** math.ceil(math.log2(max(1, n / experts)))))
-    return size, -(-n // size) + experts - 1
-
-
-def _dot_by_blocks(x: jax.Array, matrices: jax.Array, groups: jax.Array) -> jax.Array:
-    """`_dot`. Blocks go in order, so that what one writes into rows behind its expert's is written again by theirs."""
-    n, (size, count) = len(x), _sizes(len(x), len(matrices))
+    n, size, ends = len(x), _size(len(x), len(matrices)), jnp.cumsum(groups)
     x = jnp.pad(x, ((0, size), (0, 0)))
 
-    def write(number: Any, y: jax.Array) -> jax.Array:
-        expert, at, _ = _block(number, size, n, groups)
-        rows = jax.lax.dynamic_slice_in_dim(x, at, size)
+    def of_expert(expert: Any, y: jax.Array) -> jax.Array:
         matrix = jax.lax.dynamic_index_in_dim(matrices, expert, keepdims=False)
-        return jax.lax.dynamic_update_slice_in_dim(y, rows @ matrix, at, 0)
+        matrix = jax.lax.optimization_barrier(matrix.T) if turned else matrix  # or XLA turns it for every block
+        first = ends[expert] - groups[expert]
 
-    dtype = jnp.result_type(x, matrices)
-    return jax.lax.fori_loop(0, count, write, jnp.zeros((n + size, matrices.shape[-1]), dtype))[:n]
+        def write(number: Any, y: jax.Array) -> jax.Array:
+            rows = jax.lax.dynamic_slice_in_dim(x, first + number * size, size)
+            return jax.lax.dynamic_update_slice_in_dim(y, rows @ matrix, first + number * size, 0)
+
+        return jax.lax.fori_loop(0, -(-groups[expert] // size), write, y)
+
+    start = jnp.zeros((n + size, matrices.shape[1 if turned else 2]), jnp.result_type(x, matrices))
+    return jax.lax.fori_loop(0, len(matrices), of_expert, start)[:n]
 
 
 def _outer_by_blocks(x: jax.Array, dy: jax.Array, groups: jax.Array) -> jax.Array:
     """`_outer`, of whose rows those of other experts are left out."""
-    n, (size, count) = len(x), _sizes(len(x), len(groups))
+    size, ends = _size(len(x), len(groups)), jnp.cumsum(groups)
     x, dy = (jnp.pad(rows, ((0, size), (0, 0))) for rows in (x, dy))
 
-    def add(number: Any, total: jax.Array) -> jax.Array:
-        expert, at, stop = _block(number, size, n, groups)
-        left, right = (jax.lax.dynamic_slice_in_dim(rows, at, size) for rows in (x, dy))
-        right = jnp.where((at + jnp.arange(size) < stop)[:, None], right, 0)
-        return total.at[expert].add(left.T @ right)
+    def of_expert(expert: Any, out: jax.Array) -> jax.Array:
+        first = ends[expert] - groups[expert]
 
-    return jax.lax.fori_loop(0, count, add, jnp.zeros((len(groups), x.shape[-1], dy.shape[-1]), x.dtype))
+        def add(number: Any, total: jax.Array) -> jax.Array:
+            at = first + number * size
+            left, right = (jax.lax.dynamic_slice_in_dim(rows, at, size) for rows in (x, dy))
+            right = jnp.where((at + jnp.arange(size) < ends[expert])[:, None], right, 0)
+            return total + left.T @ right
+
+        own = jax.lax.fori_loop(0, -(-groups[expert] // size), add, jnp.zeros(out.shape[1:], out.dtype))
+        return jax.lax.dynamic_update_index_in_dim(out, own, expert, 0)
+
+    start = jnp.zeros((len(groups), x.shape[-1], dy.shape[-1]), x.dtype)
+    return jax.lax.fori_loop(0, len(groups), of_expert, start)

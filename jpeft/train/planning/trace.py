@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from ..._grouped import BY_BLOCKS
+
 
 def product_flops(fn: Callable[..., Any], *arguments: Any) -> float:
     """Products and sums of all matrix products of `fn`, two for each pair of factors; elementwise work is left out.
@@ -100,12 +102,21 @@ def products(jaxpr: core.Jaxpr) -> Iterator[tuple[Any, int]]:
 def _flops(jaxpr: core.Jaxpr) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
-        name = equation.primitive.name
+        name = _name(equation)
+        if name in BY_BLOCKS:
+            total += _of_experts(equation)
+            continue
         if name in _PRODUCTS:
             total += _PRODUCTS[name](equation)
         inner = [_flops(found) for found in _inner(equation)]
         total += (max(inner, default=0.0) if name == "cond" else sum(inner)) * _times(equation)
     return total
+
+
+def _name(equation: Any) -> str:
+    """The primitive's, or that of the function that has a rule of its own under `jax.vmap`."""
+    name = equation.primitive.name
+    return equation.params["call"].jaxpr.debug_info.func_name if name == "custom_vmap_call" else name
 
 
 def _inner(equation: Any) -> Iterator[core.Jaxpr]:
@@ -132,6 +143,13 @@ def _dot(equation: Any) -> float:
 def _ragged(equation: Any) -> float:
     left, right = (v.aval.shape for v in equation.invars[:2])
     return 2.0 * math.prod(left) * right[-1]
+
+
+def _of_experts(equation: Any) -> float:
+    """Each row with one expert's matrix; or the products of rows and rows, each for one expert."""
+    rows, other = (v.aval.shape for v in equation.invars[:2])
+    out = equation.outvars[0].aval.shape
+    return 2.0 * math.prod(rows) * (out[-1] if len(out) == 2 else other[-1])
 
 
 def _convolution(equation: Any) -> float:
