@@ -289,7 +289,10 @@ WRONG = [
     ({"targets": ["layers"]}, "target 'layers' matches no projection|matches .*layers, a .*, which is no projection"),
     ({"targets": "*.q_proj"}, r"'\*\.q_proj' is read as a regular expression, and is not a valid one"),
     ({"targets": ["q_proj"], "exclude": "*.0.*"}, r"'\*\.0\.\*' is read as a regular expression"),
-    ({"targets": ["q_proj"], "rank_pattern": {"(": 2}}, r"'\(' is read as a regular expression"),
+    (
+        {"targets": ["q_proj"], "rank_pattern": {"(": 2}},
+        r"rank_pattern has the key '\(', which is no regular expression",
+    ),
     ({"targets": ["q_proj"], "exclude": ["v_porj"]}, "exclude 'v_porj' matches nothing; nearest: .*v_proj"),
     ({"targets": ["q_proj"], "exclude": "v_porj"}, "exclude 'v_porj' matches nothing; nearest: .*v_proj"),
     ({"targets": ["q_proj"], "exclude": ["q_proj"]}, "matches no projection .* not left out again by exclude="),

@@ -138,9 +138,11 @@ class DisentangledAttention(nnx.Module):
                 path="layers/attention/self/dropout",
             )
 
-        # The backward pass computes the scores of positions again: kept, they are seq x seq numbers a head and layer.
-        y = jax.checkpoint(attend, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)(q, k, v, tables)
-        return y.reshape(x.shape)
+        # Kept, the scores of positions are seq x seq numbers a head and layer: where these are more than two arrays of
+        # the stream, the backward pass computes them again.
+        if x.shape[1] > 2 * q.shape[-1]:
+            attend = jax.checkpoint(attend, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+        return attend(q, k, v, tables).reshape(x.shape)
 
     def _projected(self, table: Float[Array, "rows d_model"]) -> dict[str, Float[Array, "rows heads d_head"]]:
         """The table as keys of queries (c2p) and as queries of keys (p2c), times the scale of scores."""

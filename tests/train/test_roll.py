@@ -36,7 +36,8 @@ def act(action: str) -> None:
         case "breaks":  # as a collective does where another process is gone
             time.sleep(0.5)
             raise RuntimeError("INTERNAL: connection closed by peer")
-        case "aborts":
+        case "aborts":  # as JAX's client does then
+            time.sleep(0.5)
             os.abort()
         case "stands still":
             time.sleep(BOUND)
