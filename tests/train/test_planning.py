@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import pytest
 
 import jpeft
-from jpeft._grouped import ragged_dot
 from jpeft.train.cli import main
 from jpeft.train.losses import SUMS
 from jpeft.train.planning import advice, compiling, devices, report, table, trace
@@ -187,9 +186,6 @@ def test_a_loops_products_count_as_often_as_it_runs():
     x, w = jax.ShapeDtypeStruct((3, 5), jnp.float32), jax.ShapeDtypeStruct((5, 5), jnp.float32)
     assert trace.product_flops(loop, x, w) == 7 * 2 * 3 * 5 * 5
     assert trace.product_flops(lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), x, w) == 300
-    rows, experts, groups = jnp.zeros((70, 5)), jnp.zeros((3, 5, 7)), jnp.array([40, 0, 30])
-    slopes = jax.grad(lambda *given: ragged_dot(*given, groups).sum(), (0, 1))
-    assert trace.product_flops(slopes, rows, experts) == 3 * 2 * 70 * 5 * 7  # of blocks as many as the rows need
     image, kernel = jax.ShapeDtypeStruct((2, 3, 8, 8), jnp.float32), jax.ShapeDtypeStruct((4, 3, 2, 2), jnp.float32)
     convolved = trace.product_flops(lambda x, k: jax.lax.conv(x, k, (2, 2), "VALID"), image, kernel)
     assert convolved == 2 * (2 * 4 * 4 * 4) * (3 * 2 * 2)

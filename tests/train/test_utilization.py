@@ -4,11 +4,13 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from contracts.models import BERT, LLAMA
 
 import jpeft
+from jpeft._grouped import ragged_dot
 from jpeft.train import utilization
 from jpeft.train.losses import SUMS
 from jpeft.train.planning.trace import product_flops
@@ -99,3 +101,10 @@ def test_a_cpus_peak_is_the_fastest_product(monkeypatch):
     times = iter([0.0, 4.0, 10.0, 11.0, 20.0, 22.0])
     monkeypatch.setattr(utilization.time, "perf_counter", lambda: next(times))
     assert utilization.measured_rate(size=8, repeats=3) == 2 * 8**3 / 1.0
+
+
+def test_products_of_experts_count_one_expert_a_row():
+    """On a CPU too, whose blocks of rows are as many as the running program needs; forward, and both gradients."""
+    rows, experts, groups = jnp.zeros((70, 5)), jnp.zeros((3, 5, 7)), jnp.array([40, 0, 30])
+    slopes = jax.grad(lambda *given: ragged_dot(*given, groups).sum(), (0, 1))
+    assert product_flops(slopes, rows, experts) == 3 * 2 * 70 * 5 * 7
