@@ -240,7 +240,7 @@ PACKED = [(name, variant) for name, variant in VARIANTS if name != "t5" and SUBJ
 def test_an_example_of_a_packed_row_is_as_by_itself(name, variant):
     """Of two or three, whose numbers do not rise, with padding that is none of theirs."""
     subject = SUBJECTS[name]
-    model = build(subject.config | subject.variants[variant], by_token(subject))
+    model = build({**subject.config, **subject.variants[variant]}, by_token(subject))
     ids = np.random.default_rng(3).integers(11, subject.vocab, (2, 13))
     segments = np.array([[4] * 5 + [2] * 6 + [0] * 2, [1] * 3 + [7] * 4 + [3] * 6])
     packed = outputs_of(model, input_ids=ids, attention_mask=(segments > 0).astype(int), segment_ids=segments)
