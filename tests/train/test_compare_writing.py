@@ -327,18 +327,19 @@ def test_maths_and_programs_are_tasks_of_one_study(data, tmp_path):
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def task(name, **asked):
+    def task(name, spoken, **asked):
         said = {"train": str(tmp_path / f"{name}.jsonl"), "eval": str(tmp_path / f"more {name}.jsonl")}
-        rows = {"data": {**said, "template": "plain", "max_length": 128, "num_widths": 1}}
+        rows = {"data": {**said, **spoken, "max_length": 128, "num_widths": 1}}
         return {"task": "CAUSAL_LM", **rows, "test": str(tmp_path / f"asked {name}.jsonl"), **asked}
 
-    drawn = {"samples": 2, "temperature": 0.8, "max_new_tokens": 8, "batch_size": 4}
+    said = {"max_new_tokens": 8, "batch_size": 4}
+    drawn = {**said, "samples": 2, "temperature": 0.8}
     tree = {
         "out": str(tmp_path / "study"),
         "models": {"stories": {"path": str(data / "models" / "stories260K")}},
         "tasks": {
-            "sums": task("sums", write="gsm8k", writing={"max_new_tokens": 8, "batch_size": 4}),
-            "programs": task("programs", write="humaneval", writing=drawn),
+            "sums": task("sums", {"template": "plain"}, write="gsm8k", writing=said),
+            "programs": task("programs", {}, write="humaneval", writing=drawn),
         },
         "methods": {"lora": {"method": {"kind": "lora", "rank": 4}}},
         "run": {"train": {"max_steps": 2, "batch_size": 4, "save_every": None}, "optimizer": {"lr": 1e-3}},
