@@ -6,8 +6,9 @@
 
 Writes a random checkpoint in bfloat16 shards (deleted afterwards), then loads it in processes of their own that take
 turns, each once: by transformers in the same dtype, with its weights touched, since it maps files that are read when
-they are used; and by jpeft onto one device, onto a mesh of eight (fake ones of this CPU), in float32, and quantized.
-With --sparse the shards are holes, whose zeros take no place on the disk.
+they are used; and by jpeft onto one device, onto a mesh of eight (fake ones of this CPU), in float32, and quantized
+("transformers nf4" needs bitsandbytes). With --sparse the shards are holes, whose zeros take no place on the disk. With
+--cold the system forgets the shards before each load, so that they come from the disk, as after a start of the machine.
 
 Memory is counted from when the libraries are imported: the highest resident memory, in which a mapped file's pages
 count, and the highest anonymous memory, which is what a machine must have. Beside it stand the model that came out and
@@ -30,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 SIDES = (
-    *("transformers", "jpeft", "jpeft mesh of 8", "jpeft nf4", "transformers float32", "jpeft float32"),
-    *("jpeft mesh of 8 float32", "jpeft mesh of 8 nf4"),
+    *("transformers", "jpeft", "jpeft mesh of 8", "transformers float32", "jpeft float32", "jpeft mesh of 8 float32"),
+    *("transformers nf4", "jpeft nf4", "jpeft mesh of 8 nf4"),
 )
 SHAPE = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 2048,
@@ -142,10 +143,20 @@ def read_bytes() -> int:
     return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
 
 
-def load(side: str, folder: Path) -> dict[str, Any]:
+def forget(folder: Path) -> None:
+    """Takes the shards out of the system's page cache, as far as no process maps them."""
+    for shard in folder.glob("*.safetensors"):
+        with open(shard, "rb") as stream:
+            os.fsync(stream.fileno())  # a page that is not written yet is kept
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def load(side: str, folder: Path, cold: bool) -> dict[str, Any]:
     """Loads once, in this process; seconds and bytes."""
     name, _, how = side.partition(" ")
-    action = _transformers(folder, how or "bfloat16") if name == "transformers" else _jpeft(folder, how)
+    if cold:
+        forget(folder)
+    action = _transformers(folder, how) if name == "transformers" else _jpeft(folder, how)
     memory, before = Memory(), read_bytes()
     start = time.perf_counter()
     kept = action()
@@ -174,16 +185,24 @@ def _sizes(model: Any, how: str) -> dict[str, int]:
     }
 
 
-def _transformers(folder: Path, dtype: str) -> Any:
+def _transformers(folder: Path, how: str) -> Any:
     import torch
     import transformers
+
+    options: dict[str, Any] = {"dtype": torch.float32 if how == "float32" else torch.bfloat16}
+    if how == "nf4":
+        import bitsandbytes as _  # pyright: ignore[reportMissingImports]  # before the clock, as the others
+
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     transformers.utils.logging.disable_progress_bar()
     _ = transformers.LlamaForCausalLM  # imported when it is first named
 
     def action() -> Any:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
         for weight in model.parameters():  # a byte of every page
             weight.detach().view(torch.uint8).view(-1)[::4096].max()
         return model
@@ -210,7 +229,7 @@ def _jpeft(folder: Path, how: str) -> Any:
     return lambda: jax.block_until_ready(jpeft.models.load(folder, **options))
 
 
-def compare(folder: Path, cores: list[int], repeats: int, sides: list[str]) -> dict[str, dict[str, float]]:
+def compare(folder: Path, cores: list[int], repeats: int, sides: list[str], cold: bool) -> dict[str, dict[str, float]]:
     """The sides in turns, each time in a new process; medians."""
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for repeat in range(repeats):
@@ -224,6 +243,7 @@ def compare(folder: Path, cores: list[int], repeats: int, sides: list[str]) -> d
                 "--worker",
                 side,
                 str(folder),
+                *(["--cold"] if cold else []),
             ]
             environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(len(cores))}
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -240,8 +260,8 @@ def show(results: dict[str, dict[str, float]], size: int) -> None:
     )
     print("|---|" + "---:|" * 11)
     for side, figures in results.items():
-        base = results.get("transformers" + (" float32" if side.endswith("float32") else ""), {})
-        base = {} if side.endswith("nf4") else base
+        how = side.split()[-1]
+        base = results.get(f"transformers {how}" if how in ("float32", "nf4") else "transformers", {})
         ratios = (f"{figures[key] / base[key]:.2f}" if base else "" for key in ("seconds", "resident", "anonymous"))
         sizes = ("resident", "anonymous", "read", "model", "slice")
         megabytes = (f"{figures[key] / 2**20:,.0f}" if key in figures else "" for key in sizes)
@@ -259,18 +279,21 @@ def main() -> None:
     parser.add_argument("--preset", help="a shape of jpeft.models.presets in the place of this file's own")
     parser.add_argument("--layers", type=int, help="how many of them (12, or the preset's)")
     parser.add_argument("--sparse", action="store_true", help="zeros that take no place on the disk")
+    parser.add_argument("--cold", action="store_true", help="from the disk, not from the page cache")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:4]))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=[*SIDES[:3], "jpeft nf4"])
     parser.add_argument("--folder", help="where the checkpoint is written (a temporary folder)")
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()
     if options.worker:
-        return print(json.dumps(load(options.worker[0], Path(options.worker[1]))))
+        return print(json.dumps(load(options.worker[0], Path(options.worker[1]), options.cold)))
     folder = Path(tempfile.mkdtemp(prefix="jpeft-load-", dir=options.folder))
     try:
         size = write_checkpoint(folder, shape_of(options.preset, options.layers), 10**9, options.sparse)
-        results = compare(folder, sorted(os.sched_getaffinity(0))[: options.cores], options.repeats, options.sides)
+        results = compare(
+            folder, sorted(os.sched_getaffinity(0))[: options.cores], options.repeats, options.sides, options.cold
+        )
     finally:
         shutil.rmtree(folder)
     show(results, size)

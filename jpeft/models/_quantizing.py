@@ -17,10 +17,11 @@ from .._schemes import SCHEMES, check_scheme
 from ._weights import Read, Sharding
 
 Leaves = Mapping[str, jax.Array]
+Put = Callable[[Leaves, jax.Array, Any, Any], Leaves]
 Convert = Callable[[str, jax.ShapeDtypeStruct, Read], Leaves]
 
 #: Bytes of a leaf that are read before they are quantized, if one layer of it is not larger.
-_AT_ONCE = 2**26
+_AT_ONCE = 2**25
 
 
 def reading(abstract: Any, scheme: str | None, sharding: Sharding | None) -> tuple[Any, tuple[str, ...], Convert]:
@@ -40,10 +41,9 @@ def reading(abstract: Any, scheme: str | None, sharding: Sharding | None) -> tup
     def convert(path: str, leaf: jax.ShapeDtypeStruct, read: Read) -> Leaves:
         if path not in kernels:
             return {path: read()}
-        step = _layers_at_once(leaf)
-        if leaf.ndim == 2 or step == leaf.shape[0]:
+        if leaf.ndim == 2:
             return _placed({f"{path}/{name}": x for name, x in _compiled(scheme)(read()).items()}, sharding)
-        return _by_layers(path, leaf, read, step, scheme, sharding)
+        return _by_layers(path, leaf, read, scheme, sharding)
 
     return model, kernels, convert
 
@@ -61,37 +61,45 @@ def _layers_at_once(leaf: jax.ShapeDtypeStruct) -> int:
     return max(n for n in range(1, leaf.shape[0] + 1) if leaf.shape[0] % n == 0 and (n == 1 or n * each <= _AT_ONCE))
 
 
-def _by_layers(
-    path: str, leaf: jax.ShapeDtypeStruct, read: Read, step: int, scheme: str, sharding: Sharding | None
-) -> Leaves:
-    """A stack's codes, of `step` layers after another; these are waited for before the next ones are read."""
-    quantize = _compiled(scheme)
-    part = jax.eval_shape(quantize, jax.ShapeDtypeStruct((step, *leaf.shape[1:]), leaf.dtype))
-    shapes = {name: jax.ShapeDtypeStruct((leaf.shape[0], *x.shape[1:]), x.dtype) for name, x in part.items()}
+def _by_layers(path: str, leaf: jax.ShapeDtypeStruct, read: Read, scheme: str, sharding: Sharding | None) -> Leaves:
+    """A stack's codes, each layer waited for before the next one, so that the floats of one alone are there."""
+    one = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    shapes = {
+        name: jax.ShapeDtypeStruct((leaf.shape[0], *x.shape), x.dtype)
+        for name, x in jax.eval_shape(SCHEMES[scheme].quantize, one).items()
+    }
     places = {name: None if sharding is None else sharding(f"{path}/{name}", x) for name, x in shapes.items()}
     whole: Leaves = {name: jnp.zeros(x.shape, x.dtype, device=places[name]) for name, x in shapes.items()}
-    put = _putting(None if sharding is None else tuple(places.items()))
+    put = _putting(scheme, None if sharding is None else tuple(places.items()))
+    step = _layers_at_once(leaf)
     for first in range(0, leaf.shape[0], step):
-        whole = jax.block_until_ready(put(whole, quantize(read(first, first + step)), first))
+        part = read(first, first + step)
+        for layer in range(step):
+            whole = jax.block_until_ready(put(whole, part, layer, first + layer))
+        del part
         give_back()  # of what was float32 the C library keeps much
     return {f"{path}/{name}": x for name, x in whole.items()}
 
 
 @functools.cache
-def _putting(places: tuple[tuple[str, Any], ...] | None) -> Callable[[Leaves, Leaves, Any], Leaves]:
-    """(leaves of a stack, those of some layers, the first of these) -> the stack with them in it, in its own memory."""
+def _putting(scheme: str, places: tuple[tuple[str, Any], ...] | None) -> Put:
+    """(leaves of a stack, some of its layers, which of these, its place in the stack) -> the stack with it as codes.
 
-    def put(whole: Leaves, part: Leaves, first: jax.Array) -> Leaves:
-        return {name: jax.lax.dynamic_update_slice_in_dim(x, part[name], first, 0) for name, x in whole.items()}
+    The stack stays in its memory. A loop over layers within a program would have each of its steps computed by one
+    core, and on a CPU all layers in float32 before it.
+    """
+
+    def put(whole: Leaves, part: jax.Array, layer: jax.Array, at: jax.Array) -> Leaves:
+        found = SCHEMES[scheme].quantize(jax.lax.dynamic_index_in_dim(part, layer, keepdims=False))
+        return {name: jax.lax.dynamic_update_index_in_dim(x, found[name], at, 0) for name, x in whole.items()}
 
     return jax.jit(put, donate_argnums=0, out_shardings=None if places is None else dict(places))
 
 
 @functools.cache
 def _compiled(scheme: str) -> Callable[[jax.Array], Leaves]:
-    """A leaf's codes, layer by layer; the next leaf or model of the same shapes needs no other program."""
-    one = SCHEMES[scheme].quantize
-    return jax.jit(lambda leaf: one(leaf) if leaf.ndim == 2 else jax.lax.map(one, leaf))
+    """A matrix as codes; the next one of the same shape needs no other program."""
+    return jax.jit(SCHEMES[scheme].quantize)
 
 
 def _quantized(model: Any, scheme: str) -> Any:
