@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+#: What no width of a layer and no number of virtual tokens reaches; arrays so long are asked for by mistake.
+MOST_SIZE = 2**20
+
 
 def is_list(value: Any) -> bool:
     """Whether it is several values: a list, a tuple, a set, a range, an array, and no text or mapping."""
@@ -88,6 +91,17 @@ def whole(method: str, field: str, value: Any, least: int = 1) -> int:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{method}'s {field} must be a whole number of at least {least}, got {value!r}{_hint(value)}")
+    return value
+
+
+def extent(method: str, field: str, value: Any) -> int:
+    """A length of an axis that a method makes: a whole number of 1 to `MOST_SIZE`.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    if whole(method, field, value) > MOST_SIZE:
+        raise ValueError(f"{method}'s {field} must be at most {MOST_SIZE:,}, got {value!r}: no layer is as wide")
     return value
 
 

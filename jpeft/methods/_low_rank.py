@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import seams
-from .._fields import by_name, one_of, positive, rate, selection, whole
+from .._fields import by_name, extent, one_of, positive, rate, selection
 from .._matching import pattern_value
 from .._method import BIAS_CHOICES, Adapter, Site, Start, Targets, wide
 from ._default_targets import default_targets
@@ -34,7 +34,7 @@ def check_factors(method: Any) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         object.__setattr__(method, field, by_name(name, field, getattr(method, field)))
     for rank in (method.rank, *method.rank_pattern.values()):
-        whole(name, "rank", rank)
+        extent(name, "rank", rank)
     for alpha in (method.alpha, *method.alpha_pattern.values()):
         positive(name, "alpha", alpha)
     one_of(name, "rslora", method.rslora, (True, False))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._fields import by_name, positive, rate, selection, whole
+from .._fields import by_name, extent, positive, rate, selection
 from .._matching import pattern_value
 from .._method import Adapter, Site, Targets
 from .._scope import fold_path
@@ -31,7 +31,7 @@ def check(method: Any) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         object.__setattr__(method, field, by_name(name, field, getattr(method, field)))
     for rank in (method.rank, *method.rank_pattern.values()):
-        whole(name, "rank", rank)
+        extent(name, "rank", rank)
     for alpha in (method.alpha, *method.alpha_pattern.values()):
         positive(name, "alpha", alpha)
     for field in ("rank_dropout", "module_dropout"):

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import seams
-from .._fields import number, positive, whole
+from .._fields import extent, number, positive, whole
 from .._method import Adapter, Method, Site, Start, Steering, Targets, wide
 from .._scope import fold_path
 from . import _low_rank
@@ -81,6 +81,7 @@ class AdaLoRA(Method):
             whole("AdaLoRA", field, getattr(self, field), least)
         if self.total_steps is None:
             raise ValueError("AdaLoRA plans its budget over the whole training: pass total_steps=, its updates")
+        extent("AdaLoRA", "init_rank", self.init_rank)
         whole("AdaLoRA", "total_steps", self.total_steps)
         if self.target_rank > self.init_rank:
             raise ValueError(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._fields import one_of, whole
+from .._fields import extent, one_of, whole
 from .._method import Site, Start
 from .._scope import fold_path
 from ._bottleneck import Bottleneck, Linears, _positive
@@ -57,7 +57,7 @@ class Compacter(Bottleneck):
             object.__setattr__(self, field, own if getattr(self, field) is None else getattr(self, field))
         super().__post_init__()
         whole("Compacter", "n", self.n)
-        whole("Compacter", "rank", self.rank)
+        extent("Compacter", "rank", self.rank)
         _positive("Compacter", "rule_std", self.rule_std)
         if isinstance(self.reduction_factor, Mapping):
             raise ValueError("Compacter takes one reduction_factor for all layers, as they share one rule")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._fields import names, one_of, rate, whole
+from .._fields import extent, names, one_of, rate
 from .._method import Adapter, Folded, Method, Site, Start, Targets
 from .._scope import dropout, fold_path
 from ._virtual_tokens import (
@@ -65,7 +65,7 @@ class PTuning(Method):
     def __post_init__(self) -> None:
         one_of("PTuning", "reparam", self.reparam, ("mlp", "lstm"))
         for field in ("num_tokens", "num_layers", *(("hidden_size",) if self.hidden_size is not None else ())):
-            whole("PTuning", field, getattr(self, field))
+            extent("PTuning", field, getattr(self, field))
         rate("PTuning", "dropout", self.dropout)
         if self.reparam == "mlp" and (self.num_layers != 2 or self.dropout):
             raise ValueError("PTuning's num_layers and dropout are of the LSTM; the MLP has three layers and none")

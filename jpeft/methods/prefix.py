@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._fields import indices, names, one_of, whole
+from .._fields import extent, indices, names, one_of
 from .._method import Adapter, Folded, Method, Site, Start, Targets
 from .._scope import current, fold_path
 from .._text import check_gate, gate
@@ -61,12 +61,12 @@ class PrefixTuning(Method):
     modules_to_save: Any = None
 
     def __post_init__(self) -> None:
-        whole("PrefixTuning", "num_tokens", self.num_tokens)
+        extent("PrefixTuning", "num_tokens", self.num_tokens)
         one_of("PrefixTuning", "init", self.init, ("normal", "zero"))
         for field in ("projection", "gate", "shift_positions"):
             one_of("PrefixTuning", field, getattr(self, field), (True, False))
         if self.hidden_size is not None:
-            whole("PrefixTuning", "hidden_size", self.hidden_size)
+            extent("PrefixTuning", "hidden_size", self.hidden_size)
             if not self.projection:
                 raise ValueError("PrefixTuning's hidden_size is of the projection; pass projection=True")
         blocks = chosen("PrefixTuning", self.blocks, ("attention", "cross_attention"))

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .. import seams
-from .._fields import is_list, names, one_of, whole
+from .._fields import extent, is_list, names, one_of, whole
 from .._method import Adapter, Method, Site, Start, Targets
 from .._scope import fold_path
 from ._virtual_tokens import INPUTS, Virtual, chosen, input_targets, padded, places, put_in_front, virtual
@@ -58,7 +58,7 @@ class PromptTuning(Method):
     modules_to_save: Any = None
 
     def __post_init__(self) -> None:
-        whole("PromptTuning", "num_tokens", self.num_tokens)
+        extent("PromptTuning", "num_tokens", self.num_tokens)
         one_of("PromptTuning", "init", self.init, STARTS)
         if not is_list(self.token_ids):
             raise ValueError(

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._fields import indices, names, one_of, rate, whole
+from .._fields import extent, indices, names, one_of, rate, whole
 from .._method import Method, Site, Start, Targets, wide
 from .._scope import fold_path
 from .._text import prompt_ends
@@ -55,7 +55,7 @@ class ReFT(Method):
         name = type(self).__name__
         object.__setattr__(self, "layers", indices(self.layers))
         object.__setattr__(self, "modules_to_save", names("modules_to_save", self.modules_to_save))
-        whole(name, "rank", self.rank)
+        extent(name, "rank", self.rank)
         whole(name, "first", self.first, least=0)
         whole(name, "last", self.last, least=0)
         rate(name, "dropout", self.dropout)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .. import _mersenne, seams
-from .._fields import rate, selection, whole
+from .._fields import extent, rate, selection, whole
 from .._method import Method, Site, Start, Targets, wide
 from .._stream import everywhere
 from ._default_targets import default_targets
@@ -64,7 +64,7 @@ class VeRA(Method):
 
     def __post_init__(self) -> None:
         selection(self)
-        whole("VeRA", "rank", self.rank)
+        extent("VeRA", "rank", self.rank)
         whole("VeRA", "projection_key", self.projection_key, least=0)
         rate("VeRA", "dropout", self.dropout)
         d = self.d_initial

@@ -26,6 +26,8 @@ from ..seams import EVERY_SEGMENT
 
 #: Query rows in a block: wide enough for a matrix product, narrow enough to skip most of what causality masks.
 BLOCK_ROWS = 64
+#: Blocks of one attention: each is a part of the program, which takes as long to compile as there are of them.
+MOST_BLOCKS = 64
 
 #: Added to the score of a key that is not visible: its exponential is 0, and a row of them is still finite.
 _HIDDEN = -1e30
@@ -81,12 +83,18 @@ def attention(
     known = window if isinstance(window, int) else None
     limits = _Limits(window if isinstance(window, jax.Array) else None, mask, segment_ids, seed, places, key_segments)
     spread = token_ways(q) > 1
-    rules = _Rules(q.shape[1], k.shape[1], causal, known, scale, dropout, cap, q.shape[1] if spread else BLOCK_ROWS)
+    rows = q.shape[1] if spread else block_rows(q.shape[1])
+    rules = _Rules(q.shape[1], k.shape[1], causal, known, scale, dropout, cap, rows)
     if spread:
         q, k, v = split_tokens(q), whole_tokens(k), whole_tokens(v)
     if _scope.platform() == "cpu" or seed is not None or cap is not None:
         return _blocked(q, k, v, bias, limits, rules)
     return _library(q, k, v, bias, limits, rules)
+
+
+def block_rows(seq: int) -> int:
+    """How many queries are computed at a time: `BLOCK_ROWS`, of long rows more, so that there are `MOST_BLOCKS`."""
+    return max(BLOCK_ROWS, -(-seq // MOST_BLOCKS))
 
 
 def _check(q: Any, k: Any, v: Any, causal: bool, window: Any, segment_ids: Any, key_segments: Any) -> None:

@@ -61,8 +61,11 @@ def truths(kind: Any, tree: Any, where: str = "") -> list[str]:
     if isinstance(tree, list | tuple):
         items = [inner for part in _parts(kind) for inner in typing.get_args(part) if inner is not Ellipsis]
         return [line for at, item in enumerate(tree) for line in truths(_either(items), item, f"{where}.{at}")]
-    found = []
-    for inner in _dataclasses(kind) if isinstance(tree, Mapping) else ():
+    if not isinstance(tree, Mapping):
+        return []
+    values = [typing.get_args(part)[1] for part in _parts(kind) if typing.get_origin(part) in (dict, Mapping)]
+    found = [line for inner in values for key, value in tree.items() for line in truths(inner, value, f"{where}.{key}")]
+    for inner in _dataclasses(kind):
         for field in dataclasses.fields(inner):
             if field.name in tree:
                 found += truths(field.type, tree[field.name], f"{where}.{field.name}".removeprefix("."))

@@ -48,6 +48,19 @@ def test_an_option_is_taken_or_refused_by_name(kind, field):
     assert refused >= 5
 
 
+@pytest.mark.parametrize(
+    "kind, field",
+    [
+        ("lora", "rank"), ("dora", "rank"), ("adalora", "init_rank"), ("loha", "rank"), ("lokr", "rank"),
+        ("vera", "rank"), ("loreft", "rank"), ("compacter", "rank"), ("prompt_tuning", "num_tokens"),
+        ("p_tuning", "num_tokens"), ("p_tuning", "hidden_size"), ("prefix_tuning", "num_tokens"),
+    ],
+)  # fmt: skip
+def test_an_array_that_no_layer_is_as_wide_as_is_refused(kind, field):
+    with pytest.raises(ValueError, match=rf"{field} must be at most 1,048,576, got 99999999"):
+        jpeft.METHODS[kind](**{**NEEDED.get(kind, {}), field: 99999999})
+
+
 FLAGS = [
     (kind, field.name)
     for kind, method in jpeft.METHODS.items()

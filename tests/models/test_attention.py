@@ -338,6 +338,22 @@ def test_dropout_does_not_depend_on_the_blocks(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, run())
 
 
+def test_long_rows_have_no_more_blocks_than_the_program_has_room_for(monkeypatch):
+    """Compile time would grow with the length; a block then has more rows, and computes the same."""
+    for seq in (1, 64, 4096, 4097, 10**8):
+        assert -(-seq // _attention.block_rows(seq)) <= _attention.MOST_BLOCKS
+    assert _attention.block_rows(4096) == _attention.BLOCK_ROWS
+    q, k, v, _ = inputs(100, 100, 4, 2)
+
+    def run():
+        return jax.jit(lambda *x: attention(*x, causal=True, scale=0.3, window=30))(q, k, v)
+
+    expected = run()
+    monkeypatch.setattr(_attention, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(_attention, "MOST_BLOCKS", 3)
+    np.testing.assert_allclose(run(), expected, atol=1e-5)
+
+
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 

@@ -91,6 +91,9 @@ def test_advice_fits_is_a_configuration_and_plans_what_fits(bert, tmp_path, caps
     with pytest.raises(SystemExit):
         cli.main([*arguments, "--out", str(tmp_path / "run.yaml")])
     assert "is there already" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--out", str(tmp_path / "nowhere" / "run.yaml")])
+    assert "there is no folder" in capsys.readouterr().err
 
     cli.main([*arguments, "--json"])
     said = json.loads(capsys.readouterr().out)

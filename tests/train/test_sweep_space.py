@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 
 from jpeft.train import config
-from jpeft.train.sweep import bayes, space
+from jpeft.train.sweep import bayes, opening, space
 
 
 @pytest.fixture(name="tree")
@@ -35,6 +35,7 @@ RANGE = {"low": 1e-4, "high": 1e-1, "log": True}
         ({"space": {"optimizer.lr": RANGE}}, "space.optimizer.lr is a range; search=grid takes values"),
         ({"space": {"optimizer.lr": RANGE | {"low": 1}}, "search": "random", "trials": 2}, "low=1 is not below"),
         ({"space": {"optimizer.lr": RANGE | {"low": 0}}, "search": "random", "trials": 2}, "begins above 0"),
+        ({"space": {"optimizer.lr": RANGE | {"low": True}}, "search": "random", "trials": 2}, "lr.low: a number is wa"),
         ({"search": "random"}, "search=random needs trials"),
         ({"search": "random", "trials": 3}, "trials=3, and the space has about 2 points"),
         ({"trials": 2}, "trials is for search=random and bayes"),
@@ -117,3 +118,23 @@ def test_what_tpe_proposes_lies_in_the_space_and_follows_the_scores(tree):
             known.append(bayes.Known(point, [(5, score - 0.1), (10, score)], (True, False, None)[at % 3]))
     last = sorted(point.values["optimizer.lr"] for point in known[-10:])
     assert 3e-4 < last[5] < 5e-3
+
+
+@pytest.mark.parametrize(
+    "changes, base, said",
+    [
+        ({}, {"data": {"eval": "nowhere.csv"}}, r"base.data.eval: .*nowhere.csv"),
+        ({"halving": {"rungs": 60}}, {"train": {"max_steps": 20, "epochs": None}}, "the budget is too small: a training of 20 updates"),
+        ({"halving": {"eta": 3, "rungs": 1}}, {}, "the budget is too small: halving keeps 1 of 3 points"),
+    ],
+)
+def test_what_a_sweep_lacks_is_said_before_its_first_trial(changes, base, said, tree):
+    space_of_four = {"space": {"optimizer.lr": [1e-3, 2e-3] if changes.get("halving", {}).get("eta") else [1, 2, 3, 4]}}
+    own = {key: {**tree["base"].get(key, {}), **values} for key, values in base.items()}
+    sweep = space.parse(tree | space_of_four | changes | {"base": {**tree["base"], **own}})
+    with pytest.raises(config.ConfigError, match=said):
+        opening.check(sweep)
+
+
+def test_a_sweep_that_lacks_nothing_is_let_through(tree):
+    opening.check(space.parse(tree | {"halving": {"eta": 2, "rungs": 1}}))

@@ -44,6 +44,8 @@ def run(options: argparse.Namespace) -> None:
     needs = needs_of(options)
     if options.out and Path(options.out).exists():
         raise FileExistsError(f"{options.out} is there already; give --out a new name")
+    if options.out and not Path(options.out).parent.is_dir():
+        raise FileNotFoundError(f"--out {options.out}: there is no folder {Path(options.out).parent}; make it first")
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # advice runs nothing, and takes no accelerator from anyone

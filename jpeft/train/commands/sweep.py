@@ -17,11 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Makes the trials that are not made yet, and writes the table, the plots and best.yaml."""
-    from ..sweep import bayes, space
+    from ..sweep import bayes, opening, space
 
     what = space.load(options.config, options.overrides)
     if what.search == "bayes":
         bayes.check()
+    opening.check(what)
     if options.dry_run:
         print(_described(what))
         return

@@ -22,7 +22,7 @@ from ..._partition import combine, partition
 from ..._quantized import QuantizedKernel
 from ..._scope import scope
 from ..._summary import summary
-from ...models._attention import BLOCK_ROWS
+from ...models._attention import block_rows
 from .._head import CHUNK_LOGITS
 from ..sections import Optimizer
 from ..step import make_step
@@ -231,7 +231,7 @@ def _scores(found: Subject) -> int:
     arrays = 3 if request.remat == "none" or ways == 1 else 2
     pairs = (request.seq // ways) * request.seq
     if ways == 1 and request.task == "CAUSAL_LM":
-        blocks = -(-request.seq // BLOCK_ROWS)
+        blocks = -(-request.seq // block_rows(request.seq))
         pairs = pairs * (blocks + 1) // (2 * blocks)
     return arrays * 4 * (request.batch // found.ways) * heads * pairs
 

@@ -2,6 +2,7 @@
 """`jpeft sweep`: many configurations of one training, those whose step is the same trained in one compiled step.
 
 space.py    what is tried: a base configuration, what varies, and the points that this comes to
+opening.py  what is looked at before the first trial
 bayes.py    points that optuna proposes, given the scores of earlier ones
 halving.py  when configurations are compared on the way, and which go on
 groups.py   which trials are trained together
