@@ -88,8 +88,9 @@ def shardings(leaves: Any, mesh: Mesh | AbstractMesh, rules: Rules = SHARDING_RU
     """`{path: where the leaf lives}` for a model, or for a flat dict of its arrays or shapes, adapters included.
 
     An adapter's leaf derives its place from the base kernel beside it, whatever rule gave that: `A` has the kernel's
-    input axis, `B` its output axis, the rank is whole; a saved copy lies as the leaf that it is of; anything else is
-    replicated. An axis of a leaf that the mesh does not divide is kept whole, and a warning names it.
+    input axis, `B` its output axis, the rank is whole; a saved copy lies as the leaf that it is of. What of a matrix of
+    an adapter is not split over `fsdp` by that is split so along its longest axis that the mesh divides; vectors are
+    replicated. An axis of a base's leaf that the mesh does not divide is kept whole, and a warning names it.
 
     Args:
       leaves: a model, or `{**trainable, **frozen}`: an adapter needs its base's kernel.
@@ -115,7 +116,11 @@ def shardings(leaves: Any, mesh: Mesh | AbstractMesh, rules: Rules = SHARDING_RU
             f"no rule shards any of the {len(base)} leaves, such as {next(iter(base), None)}, so each device of the "
             f"mesh {written(mesh.shape)} would hold the whole model; pass rules= for it"
         )
-    specs |= {path: _derived(path, leaf, leaves, specs) for path, leaf in leaves.items() if path not in base}
+    firsts = _firsts(base)
+    for path, leaf in leaves.items():
+        if path not in base:
+            spec, lead = _derived(path, leaf, leaves, specs), _lead(path, leaf, firsts)
+            specs[path] = spec if "saved" in path.split("/") else _spread(spec, leaf.shape, lead, mesh)
     return _fit(specs, leaves, mesh)
 
 
@@ -249,6 +254,40 @@ def _derived(path: str, leaf: Any, leaves: Mapping[str, Any], specs: Mapping[str
     sizes = zip(sides, leaf.shape[lead:], strict=True)
     front = next((specs[p][:lead] for p in like), (None,) * lead)
     return (*front, *(_side(side, size, kernels) for side, size in sizes))
+
+
+def _spread(spec: Spec, shape: tuple[int, ...], lead: int, mesh: Mesh | AbstractMesh) -> Spec:
+    """`spec` with `fsdp` on the longest axis behind the `lead` first ones, of two or more, that the mesh divides."""
+    taken = [name for names in spec for name in (names if isinstance(names, tuple) else (names,))]
+    if mesh.shape.get("fsdp", 1) == 1 or "fsdp" in taken or len(shape) - lead < 2:
+        return spec
+    for axis in sorted(range(lead, len(shape)), key=lambda axis: (-shape[axis], -axis)):
+        there = () if spec[axis] is None else spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
+        if shape[axis] % _ways("", (*there, "fsdp"), mesh) == 0:
+            return (*spec[:axis], (*there, "fsdp") if there else "fsdp", *spec[axis + 1 :])
+    return spec
+
+
+def _firsts(base: Mapping[str, Any]) -> dict[tuple[str, ...], set[int]]:
+    """By module's path, with how many entries its leaves and those of its modules begin."""
+    found: dict[tuple[str, ...], set[int]] = {}
+    for path, leaf in base.items():
+        parts = tuple(path.split("/"))
+        for depth in range(1, len(parts)):
+            found.setdefault(parts[:depth], set()).add(leaf.shape[0] if leaf.ndim else 1)
+    return found
+
+
+def _lead(path: str, leaf: Any, firsts: Mapping[tuple[str, ...], set[int]]) -> int:
+    """How many axes of an adapter's leaf stand in front of its own: those of layers, and of experts.
+
+    A leaf that is no factor has a layer axis if all that one of the modules around it holds begins with as many.
+    """
+    *parts, name = path.split("/")
+    if name in _SIDES:
+        return leaf.ndim - len(_SIDES[name])
+    around = (tuple(parts[:depth]) for depth in range(1, parts.index(ADAPTERS) + 1))
+    return int(any(firsts.get(module) == {leaf.shape[0]} for module in around)) if leaf.ndim else 0
 
 
 def _side(side: str | None, size: int, kernels: Sequence[tuple[tuple[int, ...], Spec]]) -> Any:

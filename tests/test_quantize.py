@@ -325,7 +325,7 @@ def test_codes_lie_as_their_kernel_does():
     assert at[f"{down}/kernel/codes"] == at[f"{down}/kernel/scales"] == P(None, "tensor", "fsdp")
     assert at[f"{up}/kernel/scale_largest"] == P(None, None)
     assert at[f"{up}/adapters/lora/A"] == P(None, "fsdp", None)
-    assert at[f"{up}/adapters/lora/B"] == P(None, None, "tensor")
+    assert at[f"{up}/adapters/lora/B"] == P(None, None, ("tensor", "fsdp"))
     placed = jpeft.shard(model, mesh)
     assert subjects.error(placed(IDS), model(IDS)) < subjects.FLOAT32
 

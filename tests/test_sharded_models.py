@@ -131,9 +131,9 @@ def test_weights_lie_as_the_rules_say(family):
     shapes = {p: leaf.addressable_shards[0].data.shape for p, leaf in {**trainable, **frozen}.items()}
     assert shapes[f"{column}/kernel"] == (2, 32, 32)
     assert shapes[f"{column}/adapters/lora/A"] == (2, 32, 4)
-    assert shapes[f"{column}/adapters/lora/B"] == (2, 4, 32)
+    assert shapes[f"{column}/adapters/lora/B"] == (2, 4, 16)
     assert shapes[f"{row}/kernel"] == (2, 64, 32)
-    assert shapes[f"{row}/adapters/lora/A"] == (2, 64, 4)
+    assert shapes[f"{row}/adapters/lora/A"] == (2, 32, 4)
     assert shapes[f"{table}/embedding"] == (48, 32)
     # Of the projections and the tables nothing is left whole but what no rule names.
     kept = {p for p, leaf in frozen.items() if p.endswith("kernel") and leaf.sharding.is_fully_replicated}

@@ -156,21 +156,40 @@ def test_places_of_base_and_adapters():
         ("layers/down_proj", (None,), ("tensor", "fsdp")),
         ("embed_tokens", (), ("tensor", "fsdp")),
     ):
-        assert found[f"{module}/adapters/lora/A"] == P(*lead, d_in, None)
-        assert found[f"{module}/adapters/lora/B"] == P(*lead, None, d_out)
+        within = {"fsdp": "fsdp", "tensor": ("tensor", "fsdp")}  # what `tensor` splits, `fsdp` splits further
+        assert found[f"{module}/adapters/lora/A"] == P(*lead, within[d_in], None)
+        assert found[f"{module}/adapters/lora/B"] == P(*lead, None, within[d_out])
     assert found["layers/up_proj/adapters/lora/saved/bias"] == P(None, "tensor")
     assert found["norm/adapters/lora/saved/scale"] == P(None)
 
 
-def test_constants_of_an_adapter_follow_it_and_the_rest_is_replicated():
+def test_constants_of_an_adapter_follow_it():
     base = Toy(rngs=nnx.Rngs(0))
     model = jpeft.adapt(base, jpeft.LoRA(rank=4, targets=TARGETS, init="pissa"), key=jax.random.key(1))
     found = specs(model, jpeft.mesh("fsdp=2,tensor=4"))
-    assert found["layers/down_proj/adapters/lora/A0"] == P(None, "tensor", None)
+    assert found["layers/down_proj/adapters/lora/A0"] == P(None, ("tensor", "fsdp"), None)
     assert found["layers/down_proj/adapters/lora/B0"] == P(None, None, "fsdp")
-    leaves = {"w/kernel": jnp.ones((16, 8)), "w/adapters/x/gate": jnp.ones((3, 5))}
-    rules = [("w/kernel", P("fsdp", "tensor"))]
-    assert specs(leaves, jpeft.mesh("fsdp=2,tensor=4"), rules=rules)["w/adapters/x/gate"] == P(None, None)
+
+
+def test_matrices_that_no_rule_names_are_split_along_their_longest_axis():
+    """What layers and vectors are is seen by the base's leaves; an axis that does not divide is passed over."""
+    leaves = {
+        "layers/w/kernel": (2, 16, 8), "layers/norm/scale": (2, 16), "norm/scale": (16,), "odd/kernel": (4, 4),
+        "layers/residual/adapters/x/down": (2, 16, 3), "layers/residual/adapters/x/up": (2, 3, 16),
+        "layers/residual/adapters/x/bias": (2, 16), "adapters/y/prompt": (5, 16), "adapters/y/bias": (16,),
+        "layers/w/adapters/x/gate": (2, 7, 5), "layers/w/adapters/x/square": (2, 6, 6),
+        "layers/w/adapters/x/second": (2, 7, 6),
+    }  # fmt: skip
+    rules = [("layers/w/kernel", P("fsdp", "tensor")), ("odd/kernel", P())]
+    found = specs({k: jnp.ones(v) for k, v in leaves.items()}, jpeft.mesh("fsdp=2,tensor=4"), rules=rules)
+    own = {path.partition("adapters/")[2]: spec for path, spec in found.items() if "adapters" in path}
+    assert own == {
+        "x/down": P(None, "fsdp", None), "x/up": P(None, None, "fsdp"), "x/bias": P(None, None),
+        "y/prompt": P(None, "fsdp"), "y/bias": P(None), "x/gate": P(None, None, None),
+        "x/square": P(None, None, "fsdp"), "x/second": P(None, None, "fsdp"),
+    }  # fmt: skip
+    without = specs({k: jnp.ones(v) for k, v in leaves.items()}, jpeft.mesh("data=2,tensor=4"), rules=rules)
+    assert not [path for path, spec in without.items() if "adapters" in path and any(spec)]
 
 
 def test_kernels_of_more_axes():
@@ -182,18 +201,19 @@ def test_kernels_of_more_axes():
     rules = [("query/kernel", P("fsdp", "tensor", None)), ("out/kernel", P("tensor", None, "fsdp"))]
     found = specs(model, mesh, rules=rules)
     assert found["query/adapters/lora/A"] == P("fsdp", None)
-    assert found["query/adapters/lora/B"] == P(None, "tensor")
-    assert found["out/adapters/lora/A"] == P("tensor", None)
+    assert found["query/adapters/lora/B"] == P(None, ("tensor", "fsdp"))
+    assert found["out/adapters/lora/A"] == P(("tensor", "fsdp"), None)
     assert found["out/adapters/lora/B"] == P(None, "fsdp")
     within = specs(model, mesh, rules=[("query/kernel", P("fsdp", None, "tensor"))])
-    assert within["query/adapters/lora/B"] == P(None, None)
+    assert within["query/adapters/lora/B"] == P(None, "fsdp")
 
 
 def test_own_rules_come_first():
     rules = [("layers/up_proj/*", P()), *jpeft.SHARDING_RULES]
     found = specs(adapted(), jpeft.mesh("fsdp=8"), rules=rules)
-    assert found["layers/up_proj/adapters/lora/A"] == P(None, None, None)
-    assert found["layers/down_proj/adapters/lora/A"] == P(None, "tensor", None)
+    assert found["layers/up_proj/kernel"] == P(None, None, None)
+    assert found["layers/up_proj/adapters/lora/A"] == P(None, "fsdp", None)
+    assert found["layers/down_proj/adapters/lora/A"] == P(None, ("tensor", "fsdp"), None)
 
 
 def test_an_axis_that_does_not_divide_is_whole_and_named(caplog):
@@ -251,7 +271,7 @@ def test_shard_places_every_slice():
         np.testing.assert_array_equal(leaf, before[path])
     assert frozen["layers/up_proj/kernel"].addressable_shards[0].data.shape == (2, 8, 16)
     assert trainable["layers/up_proj/adapters/lora/A"].addressable_shards[0].data.shape == (2, 8, 4)
-    assert trainable["layers/down_proj/adapters/lora/A"].addressable_shards[0].data.shape == (2, 16, 4)
+    assert trainable["layers/down_proj/adapters/lora/A"].addressable_shards[0].data.shape == (2, 8, 4)
 
 
 def test_shard_leaves_what_was_given_and_what_is_in_place():

@@ -124,7 +124,11 @@ def test_what_tpe_proposes_lies_in_the_space_and_follows_the_scores(tree):
     "changes, base, said",
     [
         ({}, {"data": {"eval": "nowhere.csv"}}, r"base.data.eval: .*nowhere.csv"),
-        ({"halving": {"rungs": 60}}, {"train": {"max_steps": 20, "epochs": None}}, "the budget is too small: a training of 20 updates"),
+        (
+            {"halving": {"rungs": 60}},
+            {"train": {"max_steps": 20, "epochs": None}},
+            "the budget is too small: a training of 20 updates",
+        ),
         ({"halving": {"eta": 3, "rungs": 1}}, {}, "the budget is too small: halving keeps 1 of 3 points"),
     ],
 )
