@@ -85,7 +85,9 @@ def run(folder: Path, attacks: list[Attack]) -> dict[str, dict]:
     box = Sandbox(seconds=3.0)
     found = {"layers": box.layers()}
     before = {attack.name: make_canary(folder / f"c{i}") for i, attack in enumerate(attacks)}
-    left = set(Path(tempfile.gettempdir()).glob("jpeft-sandbox-*"))
+    own, shared = folder / "temporary", tempfile.tempdir
+    own.mkdir()
+    tempfile.tempdir = str(own)  # where no other sandbox on this machine works
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         port = server.getsockname()[1]
@@ -97,7 +99,8 @@ def run(folder: Path, attacks: list[Attack]) -> dict[str, dict]:
         for i, attack in enumerate(attacks):
             found[attack.name]["touched"] = state(folder / f"c{i}") != before[attack.name]
         found["connected"] = _accepted(server)
-    found["left"] = [str(path) for path in set(Path(tempfile.gettempdir()).glob("jpeft-sandbox-*")) - left]
+    tempfile.tempdir = shared
+    found["left"] = [str(path) for path in own.iterdir()]
     found["processes"] = _running()
     return found
 
