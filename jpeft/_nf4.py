@@ -54,6 +54,13 @@ def _between(start: np.float32, end: np.float32, count: int) -> np.ndarray:
 CODE_BOOK = _dynamic_map()
 
 
+#: The last of the places that magnitudes' codes are found by, and the first place of every code but 0.
+_PLACES = np.float32(65535)
+_FIRST_PLACES = np.searchsorted(
+    (np.arange(65536) / 32767.5 - 1).astype(np.float32), (CODE_BOOK[:-1] + CODE_BOOK[1:]) / np.float32(2), side="right"
+).astype(np.int32)
+
+
 def quantize(weights: jax.Array, table: np.ndarray = NF4) -> tuple[jax.Array, jax.Array]:
     """`[*lead, n]` as packed codes `[*lead, ceil(n / 2)]`, the first of two in the high half, and magnitudes.
 
@@ -116,10 +123,23 @@ def pairs(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def quantize_scales(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`[*lead, blocks]` as 8-bit codes of the same shape, magnitudes `[*lead, ceil(blocks / 256)]`, mean `[*lead]`."""
-    count = absmax.shape[-1]
-    mean = _sum(absmax) / count
-    largest, scaled = _scaled(_blocks(absmax - mean[..., None], SCALE_BLOCK), short=False)
-    return _nearest(scaled, CODE_BOOK).reshape(*absmax.shape[:-1], -1)[..., :count], largest, mean
+    mean = _sum(absmax) / absmax.shape[-1]
+    # No mean lies outside, so the clip changes nothing, but it has the mean rounded before it is taken away.
+    mean = jnp.clip(mean, absmax.min(-1), absmax.max(-1))
+    return *quantize_rest(absmax - mean[..., None]), mean
+
+
+def quantize_rest(rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Magnitudes less their mean as the codes and magnitudes of `quantize_scales`.
+
+    As bitsandbytes' CPU build finds them: a number is rounded to one of 65,536 places between -1 and 1, and has the
+    code nearest to that place; in a block of zeros all codes are 0.
+    """
+    largest, scaled = _scaled(_blocks(rest, SCALE_BLOCK), short=False)
+    place = jnp.clip((scaled + 1) * np.float32(0.5) * _PLACES, 0, _PLACES) + np.float32(0.5)
+    codes = jnp.searchsorted(jnp.asarray(_FIRST_PLACES), place.astype(jnp.int32), side="right").astype(jnp.uint8)
+    codes = jnp.where(largest[..., None] > 0, codes, np.uint8(0))
+    return codes.reshape(*rest.shape[:-1], -1)[..., : rest.shape[-1]], largest
 
 
 def dequantize_scales(codes: jax.Array, largest: jax.Array, mean: jax.Array) -> jax.Array:
@@ -146,13 +166,16 @@ def _sum(flat: jax.Array) -> jax.Array:
 def _scaled(blocks: jax.Array, short: bool) -> tuple[jax.Array, jax.Array]:
     """Every block's largest magnitude, and the block over it; zeros stay zeros.
 
-    bitsandbytes multiplies by the inverse, but divides a `short` last block of 4-bit codes, which can round apart.
+    bitsandbytes multiplies by the inverse, but divides a `short` last block of 4-bit codes, which can round apart, and
+    gives it a magnitude above zero.
     """
     absmax = jnp.abs(blocks).max(-1)
     safe = jnp.where(absmax > 0, absmax, 1)[..., None]
     scaled = blocks * (1 / safe)
     if short:
         scaled = scaled.at[..., -1, :].set(blocks[..., -1, :] / safe[..., -1, :])
+        last = absmax[..., -1]
+        absmax = absmax.at[..., -1].set(jnp.where(last > 0, last, np.float32(1e-38)))
     return absmax, jnp.clip(scaled, -1, 1)
 
 
@@ -168,9 +191,3 @@ def _code_of(scaled: jax.Array, table: np.ndarray) -> jax.Array:
         return jnp.where(scaled > bounds[half - 1], among(half, last), among(first, half))
 
     return among(0, len(order))
-
-
-def _nearest(scaled: jax.Array, table: np.ndarray) -> jax.Array:
-    """The place of the nearest value of a sorted table, of two as near the lower."""
-    bounds = (table[:-1] + table[1:]) / np.float32(2)
-    return jnp.searchsorted(jnp.asarray(bounds), scaled).astype(jnp.uint8)

@@ -57,10 +57,13 @@ INT8_STEP = np.float32(1 / 127)
 
 
 def _to_int8(matrix: jax.Array) -> Leaves:
-    """Every column over its largest magnitude, times 127, rounded (Dettmers et al. 2022, without outliers)."""
+    """Every column over its largest magnitude, times 127, rounded (Dettmers et al. 2022, without outliers).
+
+    By 127 times the inverse, as torch divides a number by a tensor: a weight between two codes can be rounded apart.
+    """
     matrix = matrix.astype(jnp.float32)
     largest = jnp.abs(matrix).max(-2, keepdims=True)
-    codes = jnp.round(matrix * (127 / jnp.where(largest > 0, largest, 1)))
+    codes = jnp.round(matrix * (1 / jnp.where(largest > 0, largest, 1) * 127))
     return {"codes": codes.astype(jnp.int8), "scales": largest * INT8_STEP}
 
 

@@ -188,7 +188,7 @@ def dropout(x: jax.Array, rate: float, path: str, layer: jax.Array | None = None
       layer: index inside a stack; by default the one that the running scan gives.
     """
     seed = dropout_seed(rate, path, layer)
-    return x if seed is None else drop(x, seed, rate)
+    return x if seed is None else drop(made_again(x), seed, rate)
 
 
 def dropout_seed(rate: float, path: str, layer: jax.Array | None = None) -> UInt32[Array, "2"] | None:

@@ -61,8 +61,8 @@ def gptq_folder(
     values = tensors(folder)
     for name in [name for name in values if "_proj" in name]:
         d_out, d_in = values.pop(name).shape
-        groups, start = -(-d_in // size), name.removesuffix("weight")
-        rows = np.arange(d_in) // size
+        groups, start = 1 if size == -1 else -(-d_in // size), name.removesuffix("weight")
+        rows = np.arange(d_in) // (d_in if size == -1 else size)
         rows = rng.permutation(rows) if act and "down" in name else rows
         codes, zeros = rng.integers(0, 2**bits, (d_in, d_out)), rng.integers(0, 2**bits, (groups, d_out))
         scales = rng.uniform(0.001, 0.01, (groups, d_out)).astype(np.float16)

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 import subjects
-from contracts.models import BERT, LLAMA
+from contracts.lines import METHODS
+from contracts.models import BERT, LLAMA, MODELS
 
 import jpeft
 from jpeft.train.losses import lm_loss
@@ -55,18 +56,60 @@ def test_a_layer_below_the_first_adapted_one_costs_no_backward_pass(remat):
     assert abs((every - half) / (2 * a_layer) - 1) < 0.02  # two layers more, twice as much
 
 
-@pytest.mark.parametrize("scheme", [None, "nf4"])
-@pytest.mark.parametrize("config", [LLAMA, BERT], ids=["llama", "bert"])
-def test_what_is_named_is_kept_once(config, scheme):
-    """Of a layer's two named arrays that the backward pass reads, one copy each, however many products read them."""
-    model = jpeft.models.build(config | {"hidden_size": 64}, key=KEY, remat="names")
-    model = jpeft.quantize(model, scheme) if scheme else model
-    graphdef, trainable, frozen = jpeft.partition(jpeft.adapt(model, jpeft.LoRA(rank=2, targets="all-linear"), key=KEY))
-    forward = lambda trainable: jax.tree.leaves(jpeft.combine(graphdef, trainable, frozen)(IDS))[0]  # noqa: E731
+def kept_by_a_layer(model: str, method: jpeft.Method, scheme: str | None = None) -> list[Any]:
+    """What the backward pass is given of every layer, `[layers, batch, tokens, ...]`, under `names`."""
+    config, layers = {"llama": LLAMA, "bert": BERT}[model] | {"hidden_size": 64, "intermediate_size": 96}, 2
+    built = jpeft.models.build(config, TASKS[model], key=KEY, remat="names")
+    built = jpeft.quantize(built, scheme) if scheme else built
+    graphdef, trainable, frozen = jpeft.partition(jpeft.adapt(built, method, key=KEY))
+
+    def forward(trainable: Any) -> jax.Array:
+        with jpeft.dropout_key(KEY):
+            return jpeft.combine(graphdef, trainable, frozen)(FEW)
+
     kept = jax.tree.leaves(jax.eval_shape(lambda trainable: jax.vjp(forward, trainable)[1], trainable))
-    layers = config["num_hidden_layers"]
-    assert [leaf.shape for leaf in kept].count((layers, *IDS.shape, 64)) == 2
-    assert sum(leaf.size for leaf in kept if leaf.shape[:3] == (layers, *IDS.shape)) == 2 * layers * IDS.size * 64
+    return [leaf for leaf in kept if leaf.ndim > 3 and leaf.shape[:2] == (layers, len(FEW))]
+
+
+TASKS, FEW = {"llama": "CAUSAL_LM", "bert": "TOKEN_CLS"}, np.arange(15).reshape(3, 5) % 11
+
+
+@pytest.mark.parametrize("scheme", [None, "nf4"])
+@pytest.mark.parametrize("model", TASKS)
+def test_what_is_named_is_kept_once(model, scheme):
+    """Of a layer's two named arrays that the backward pass reads, one copy each, however many products read them."""
+    kept = kept_by_a_layer(model, jpeft.LoRA(rank=2, targets="all-linear"), scheme)
+    assert [leaf.shape for leaf in kept] == 2 * [(2, *FEW.shape, 64)]
+
+
+#: Methods that compute something of a layer's stream again for themselves, alone or in what they put around a norm.
+AGAIN = (
+    "lora of several ranks, with biases and dropout", "dora of several ranks from the kernel, with biases and dropout",
+    "vera with dropout", "oft exact, shared, bounded, with dropout", "loha", "fourierft", "houlsby with dropout",
+    "pfeiffer of several widths, with norms and a coupling", "adapter fusion", "loreft", "noreft", "direft",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("loreft", "fourierft") else pytest.mark.slow) for name in AGAIN]
+)
+def test_what_is_named_is_kept_once_by_every_method(name):
+    line = METHODS[name]
+    for model in TASKS.keys() & line.on:
+        kept = kept_by_a_layer(model, line.make(MODELS[model].targets))
+        assert [leaf.shape for leaf in kept] == 2 * [(2, *FEW.shape, 64)], model
+
+
+@pytest.mark.parametrize("method", [jpeft.LoRA(rank=2, targets="all-linear"), jpeft.LoReFT(modules_to_save=())])
+def test_what_is_offloaded_lies_on_the_host_and_nowhere_else(method):
+    """Of what the layers keep for the backward pass, which the forward pass's scan gives out."""
+    model = jpeft.models.build(LLAMA | {"hidden_size": 64}, key=KEY, remat="offload")
+    graphdef, trainable, frozen = jpeft.partition(jpeft.adapt(model, method, key=KEY))
+    loss = lambda trainable: jpeft.combine(graphdef, trainable, frozen)(FEW).sum()  # noqa: E731
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(trainable)
+    forward = next(equation for equation in jaxpr.eqns if equation.primitive.name == "scan")
+    kept = [str(out.aval) for out in forward.outvars if out.aval.shape[:3] == (2, *FEW.shape)]
+    assert kept == 2 * ["float32<host>[2,3,5,64]"]
 
 
 def test_the_last_layers_trained_whole_cost_no_backward_pass_below():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the compiled train step holds and computes, read off its text: no logits of all tokens, no frozen gradient."""
 
+import functools
 import math
 import re
 
@@ -13,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jpeft
-from jpeft.train._head import CHUNK_LOGITS
+from jpeft.train._head import CHUNK_LOGITS, PLAIN, Terms
 from jpeft.train.losses import SUMS
 from jpeft.train.step import begin_shapes, make_step
 
@@ -33,7 +34,7 @@ CONFIG = {
 MIXED, LONG = "data=2,fsdp=2,tensor=2", "data=2,sequence=4"
 
 
-def compiled(axes: str, method: jpeft.Method, **changes):
+def compiled(axes: str, method: jpeft.Method, terms: Terms = PLAIN, **changes):
     """The text of a step's program and its frozen leaves; nothing is allocated."""
 
     def build():
@@ -54,7 +55,8 @@ def compiled(axes: str, method: jpeft.Method, **changes):
     rows = NamedSharding(mesh, P(None, ("data", "fsdp")))
     tokens = jax.ShapeDtypeStruct((1, ROWS, SEQ), jnp.int32, sharding=rows)
     batch = dict.fromkeys(("input_ids", "attention_mask", "labels"), tokens)
-    update = make_step(graphdef, SUMS["CAUSAL_LM"], tx, groups=groups)
+    sums = functools.partial(SUMS["CAUSAL_LM"], terms=terms)
+    update = make_step(graphdef, sums, tx, groups=groups)
     return update.lower(begin_shapes(tx, trainable), frozen, batch, None).compile(), frozen, mesh
 
 
@@ -63,10 +65,26 @@ def arrays(text: str) -> set[tuple[int, ...]]:
     return {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", text)}
 
 
-@pytest.mark.parametrize("axes", [MIXED, *(pytest.param(a, marks=pytest.mark.slow) for a in ("", LONG))])
-def test_no_program_holds_the_logits_of_all_tokens(axes):
-    program, frozen, mesh = compiled(axes, jpeft.LoRA(rank=4, targets=["q_proj"]))
+#: Label smoothing and z-loss, whose slopes are of the logits' size as the loss's own is.
+BOTH = Terms(smoothing=0.1, z=1e-4)
+#: A vocabulary of which chunks hold a number of positions that does not divide all.
+UNEVEN = VOCAB + 64
+
+
+@pytest.mark.parametrize(
+    "axes, vocab, terms",
+    [
+        (MIXED, VOCAB, BOTH),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+            ("", VOCAB, PLAIN), ("", UNEVEN, BOTH), (LONG, VOCAB, BOTH), (MIXED, VOCAB, PLAIN), (MIXED, UNEVEN, BOTH),
+        )),
+    ],
+)  # fmt: skip
+def test_no_program_holds_the_logits_of_all_tokens(axes, vocab, terms):
+    program, frozen, mesh = compiled(axes, jpeft.LoRA(rank=4, targets=["q_proj"]), terms, vocab_size=vocab)
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["sequence"]
+    if mesh.shape["tensor"] > 1:
+        assert frozen["lm_head/kernel"].sharding.spec[-1] == "tensor"
     assert ROWS * SEQ * VOCAB >= 16 * CHUNK_LOGITS
     largest = max(map(math.prod, arrays(program.as_text())))
     assert largest <= max(CHUNK_LOGITS // ways, *(leaf.size for leaf in frozen.values()))

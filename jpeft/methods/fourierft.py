@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from .. import _mersenne, seams
 from .._fields import one_of, positive, selection, whole
 from .._method import Method, Site, Start, Targets, wide
-from .._scope import fold_path
+from .._scope import fold_path, made_again
 from ._default_targets import default_targets
 
 
@@ -88,8 +88,16 @@ class FourierFT(Method):
             x = x.astype(wide(x.dtype))
         c = adapter.c[...] if all(site.active) else jnp.where(jnp.array(site.active)[adapter.layer], adapter.c[...], 0)
         product = jax.checkpoint(lambda x, c, at: projection.contract(base, x, _change(c, at, site)))
-        delta = product(x, c * self._factor(adapter), adapter.places[...])  # [..., d_out]
+        delta = product(made_again(x), c * self._factor(adapter), adapter.places[...])  # [..., d_out]
         return (y + projection.emit(base, delta)).astype(y.dtype)
+
+    def attend(self, adapter: Any, base: Any, y: jax.Array, query: jax.Array) -> Float[Array, "..."]:
+        """By transforms of each query and of its logits: a change of the whole table is never made."""
+        site, places = adapter.site, adapter.places[...]
+        waves = _inverse(jnp.asarray(query, wide(query.dtype)))[..., places % site.d_out]
+        waves = waves * (adapter.c[...] * self._factor(adapter)).reshape((1,) * (query.ndim - 1) + (-1,))
+        spectrum = jnp.zeros((*query.shape[:-1], site.d_in), waves.dtype).at[..., places // site.d_out].add(waves)
+        return (y + _inverse(spectrum).real).astype(y.dtype)
 
     def merge(self, adapter: Any, base: Any) -> Mapping[str, jax.Array]:
         projection, site = seams.projection(base), adapter.site
@@ -128,6 +136,11 @@ def _change(c: jax.Array, places: jax.Array, site: Site) -> jax.Array:
     spread = jnp.vectorize(lambda c, at: jnp.zeros(size, c.dtype).at[at].add(c), signature="(n),(n)->(s)")
     spectrum = spread(c, places).reshape(*c.shape[:-1], site.d_in, site.d_out)
     return _as_it_lies(jnp.fft.ifft2(_as_it_lies(spectrum + 0j))).real.astype(c.dtype)
+
+
+def _inverse(x: jax.Array) -> jax.Array:
+    """IFFT along the last axis."""
+    return jnp.fft.ifft(_as_it_lies(x + 0j))
 
 
 def _as_it_lies(x: jax.Array) -> jax.Array:

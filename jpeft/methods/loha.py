@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from .. import seams
 from .._fields import Frozen
 from .._method import Method, Site, Start, Targets, wide
+from .._scope import made_again
 from ._lycoris import Ranks, check, draw, dropped, padded, ranks, select
 
 
@@ -82,17 +83,23 @@ class LoHa(Method):
         projection, x = seams.projection(base), jnp.asarray(inputs[0])
         if not isinstance(projection, seams.Lookup):
             x = x.astype(wide(x.dtype))
-        a1, b1, a2, b2 = self._factors(adapter, *self.ranks(adapter.site).running(adapter, adapter.A1.dtype))
-        size = a1.shape[-1] ** 2
-        if size * (adapter.site.d_in + adapter.site.d_out) < adapter.site.d_in * adapter.site.d_out:
-            a = (a1[:, :, None] * a2[:, None]).reshape(-1, size)
-            b = (b1[:, None] * b2[None]).reshape(size, -1)
+        a1, b1, a2, b2 = self._running(adapter)
+        if _thin(a1, b1):
+            a, b = _flat(a1, b1, a2, b2)
             delta = seams.rows_times(projection.contract(base, x, a), b)
         else:
             product = jax.checkpoint(lambda x, *factors: projection.contract(base, x, _product(*factors)))
-            delta = product(x, a1, b1, a2, b2)  # [..., d_out]
+            delta = product(made_again(x), a1, b1, a2, b2)  # [..., d_out]
         delta = dropped(self, adapter, delta, rescale=True)
         return (y + projection.emit(base, delta)).astype(y.dtype)
+
+    def attend(self, adapter: Any, base: Any, y: jax.Array, query: jax.Array) -> Float[Array, "..."]:
+        factors, query = self._running(adapter), query.astype(wide(query.dtype))
+        if _thin(*factors[:2]):
+            a, b = _flat(*factors)
+            return (y + (query @ b.T) @ a.T).astype(y.dtype)
+        product = jax.checkpoint(lambda query, *factors: query @ _product(*factors).T)
+        return (y + product(query, *factors)).astype(y.dtype)
 
     def merge(self, adapter: Any, base: Any) -> Mapping[str, jax.Array]:
         projection = seams.projection(base)
@@ -114,6 +121,10 @@ class LoHa(Method):
         """Rank and factor of every layer."""
         return ranks(self, site)
 
+    def _running(self, adapter: Any) -> tuple[jax.Array, ...]:
+        """`_factors` of the running layer."""
+        return self._factors(adapter, *self.ranks(adapter.site).running(adapter, adapter.A1.dtype))
+
     def _factors(self, adapter: Any, scale: Any, columns: Any) -> tuple[jax.Array, ...]:
         """A1, B1, A2, B2, with the factor in them, and without the padding."""
         return adapter.A1[...] * (scale * columns), adapter.B1[...], adapter.A2[...] * columns, adapter.B2[...]
@@ -121,3 +132,15 @@ class LoHa(Method):
 
 def _product(a1: jax.Array, b1: jax.Array, a2: jax.Array, b2: jax.Array, precision: Any = None) -> jax.Array:
     return jnp.matmul(a1, b1, precision=precision) * jnp.matmul(a2, b2, precision=precision)
+
+
+def _thin(a1: jax.Array, b1: jax.Array) -> bool:
+    """Whether the rank² products of the factors' columns and rows hold less than the product itself."""
+    (d_in, rank), d_out = a1.shape, b1.shape[-1]
+    return rank**2 * (d_in + d_out) < d_in * d_out
+
+
+def _flat(a1: jax.Array, b1: jax.Array, a2: jax.Array, b2: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`[d_in, rank²]` and `[rank², d_out]`, whose matrix product is the Hadamard product."""
+    size = a1.shape[-1] ** 2
+    return (a1[:, :, None] * a2[:, None]).reshape(-1, size), (b1[:, None] * b2[None]).reshape(size, -1)

@@ -115,6 +115,13 @@ class LoKr(Method):
         delta = dropped(self, adapter, delta.reshape(*delta.shape[:-2], -1), self.rank_dropout_scale)
         return (y + projection.emit(base, delta)).astype(y.dtype)
 
+    def attend(self, adapter: Any, base: Any, y: jax.Array, query: jax.Array) -> Float[Array, "..."]:
+        w1, w2 = self._factors(adapter, *self.ranks(adapter.site).running(adapter, wide(y.dtype)))
+        query, k = query.astype(wide(query.dtype)), w2[-1].shape[-1]
+        query = query.reshape(*query.shape[:-1], -1, k)
+        delta = jnp.einsum(f"...lk,{_FIRST[len(w1)]},{_SECOND[len(w2)]}->...mn", query, *w1, *w2)
+        return (y + delta.reshape(y.shape)).astype(y.dtype)
+
     def merge(self, adapter: Any, base: Any) -> Mapping[str, jax.Array]:
         projection, site = seams.projection(base), adapter.site
         kernel = projection.read(base)

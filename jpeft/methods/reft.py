@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._fields import extent, indices, names, one_of, rate, whole
 from .._method import Method, Site, Start, Targets, wide
-from .._scope import fold_path
+from .._scope import fold_path, made_again
 from .._text import prompt_ends
 from ._orthonormal import orthonormal
 
@@ -99,7 +99,7 @@ class ReFT(Method):
             at = at & jnp.array(adapter.site.active)[adapter.layer]
         r, w = adapter.R[...], adapter.W[...]
         r = orthonormal(r) if self.constrained else r
-        edited = _edit(y, at, r, w - r if self.subtracts else w, adapter.b[...])
+        edited = _edit(made_again(y), at, r, w - r if self.subtracts else w, adapter.b[...])
         edited = adapter.dropout(edited, self.dropout).astype(y.dtype)
         return jnp.where(at.any(-1, keepdims=True), edited, y)
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from .._given import Given
 from .._rows import against_table, scale_rows
+from .._scope import made_again
 from .._wide import widened
 from ..seams import held
 
@@ -68,7 +69,7 @@ class RMSNorm(nnx.Module):
             scale = widened(scale) + self.offset if self.offset else scale
             return scale_rows(y, scale).astype(x.dtype)
 
-        return norm(x, self.scale[...])
+        return norm(made_again(x), self.scale[...])
 
 
 def gated(activation: str, gate: Float[Array, "*batch d_ff"], up: Float[Array, "*batch d_ff"]) -> Any:

@@ -168,6 +168,7 @@ MODELS = {
         ("q_proj", "down_proj", "lm_head"),
         ("q_proj",),
         caches=True,
+        packs=True,
     ),
     "tied llama": Model(_zoo(TIED, "CAUSAL_LM"), ("v_proj", "gate_proj", "embed_tokens"), ("v_proj",), caches=True),
 }

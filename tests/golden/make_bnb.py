@@ -6,11 +6,10 @@ It needs an environment of its own:
   python3.11 -m venv env && env/bin/pip install torch==2.13.0 && env/bin/pip install bitsandbytes==0.50.2 numpy
   env/bin/python tests/golden/make_bnb.py
 
-The file holds the code book of the scales (`map`) and for every case the weight `[d_out, d_in]` (bfloat16 ones as
-float32), the packed codes, the largest magnitude of every block and the dequantized weight; under `double/` the codes
-of these magnitudes, their own blocks' magnitudes, their mean and the weight that results; under `fp4/` what
-FP4 makes of it; under `int8/` the codes and
-the largest magnitude of every row.
+The file holds the code book of the scales (`map`), some numbers as these codes (`rest`), and for every case the weight
+`[d_out, d_in]` (those of 16 bits as float32), the packed codes, the largest magnitude of every block and the
+dequantized weight; under `double/` the codes of these magnitudes, their own blocks' magnitudes, their mean and the
+weight that results; under `fp4/` what FP4 makes of it; under `int8/` the codes and the largest magnitude of every row.
 """
 
 import importlib
@@ -21,23 +20,47 @@ import torch
 
 bnb = importlib.import_module("bitsandbytes.functional")
 
-#: Whole blocks in a row; blocks across rows, the last one short; an odd number of weights; more than 256 blocks.
+#: Whole blocks in a row; blocks across rows, the last one short; an odd number of weights; more than 256 blocks; and
+#: weights of which a block, or what is left of the magnitudes without their mean, is zero.
 CASES = {
     "rows": ((6, 128), torch.float32),
     "across": ((10, 24), torch.float32),
     "odd": ((5, 13), torch.float32),
     "many": ((270, 64), torch.float32),
     "half": ((6, 128), torch.bfloat16),
+    "float16": ((7, 192), torch.float16),
+    "zeros": ((8, 32), torch.float32),
+    "tail": ((5, 13), torch.float32),
+    "one": ((1, 1), torch.float32),
+    "constant": ((9, 128), torch.float32),
+}
+
+#: What is made of the numbers drawn for a case: all of them zero, those of the short last block, all the same.
+SPECIAL = {
+    "zeros": np.zeros_like,
+    "tail": lambda weight: np.where(np.arange(weight.size).reshape(weight.shape) < 64, weight, np.float32(0)),
+    "constant": lambda weight: np.full_like(weight, 0.375),
 }
 
 
 def main() -> None:
     saved = {"map": bnb.create_dynamic_map().numpy()}
     for seed, (name, (shape, dtype)) in enumerate(CASES.items()):
-        weight = torch.tensor(draw(seed, shape)).to(dtype)
+        weight = torch.tensor(SPECIAL.get(name, lambda weight: weight)(draw(seed, shape))).to(dtype)
         saved[f"{name}/weight"] = weight.float().numpy()
         saved |= {f"{name}/{key}": value for key, value in results(weight).items()}
-    np.savez_compressed(Path(__file__).with_name("bnb.npz"), **saved)
+    np.savez_compressed(Path(__file__).with_name("bnb.npz"), **saved | rest())
+
+
+def rest() -> dict[str, np.ndarray]:
+    """Numbers of every size, beside the edges between two codes among them, in blocks of 256 whose largest is 1."""
+    rng = np.random.default_rng(0)
+    edges = (np.arange(65535) + 0.5) / 32767.5 - 1
+    rest = np.concatenate([edges[::9] + rng.uniform(-1e-6, 1e-6, len(edges[::9])), rng.uniform(-1, 1, 4000) ** 5])
+    rest[::256], rest[-100:] = 1, 0
+    rest = np.concatenate([rest, np.zeros(-len(rest) % 256 + 256)]).astype(np.float32)  # a whole block of zeros
+    codes, state = bnb.quantize_blockwise(torch.tensor(rest), blocksize=256)
+    return {"rest": rest, "rest/codes": codes.numpy(), "rest/absmax": state.absmax.numpy()}
 
 
 def draw(seed: int, shape: tuple[int, int]) -> np.ndarray:

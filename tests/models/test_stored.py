@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import subjects
 from flax import nnx
-from stored_folders import CONFIG, GOLDEN, HERE, IDS, KEY, gptq_folder, tensors, write
+from stored_folders import CONFIG, GOLDEN, HERE, IDS, KEY, gptq_folder, packed, tensors, write
 
 import jpeft
 from jpeft.models import CheckpointError, _safetensors
@@ -121,8 +121,9 @@ def test_what_autoawq_unpacks_and_repacks():
 
 @pytest.mark.parametrize(
     "bits, form, act, size",
-    [(4, "gptq", False, 32), (4, "gptq_v2", True, 32), (8, "gptq", True, 32), (8, "gptq_v2", False, 96)],
-)
+    [(4, "gptq", False, 32), (4, "gptq_v2", True, 32), (8, "gptq", True, 32), (8, "gptq_v2", False, 96),
+     (4, "gptq", False, -1)],
+)  # fmt: skip
 def test_gptq_is_its_formula(bits, form, act, size, tmp_path):
     folder, expected = gptq_folder(tmp_path / "model", bits, form, act, size)
     model = jpeft.models.load(folder, dtype=jnp.float32)
@@ -134,6 +135,30 @@ def test_gptq_is_its_formula(bits, form, act, size, tmp_path):
     assert ("layers/mlp/down_proj/kernel/rows" in jpeft.partition(model)[2]) == act
     adapted = subjects.fill(jpeft.adapt(model, jpeft.LoRA(rank=2, targets="all-linear"), key=KEY))
     assert subjects.error(jpeft.merge(adapted)(IDS), adapted(IDS)) < 1e-4
+
+
+@pytest.mark.parametrize("size", [32, -1])
+def test_awq_is_its_formula(size, tmp_path):
+    """A whole folder: codes and zeros as they are, without GPTQ's one less, of eight columns in AWQ's order."""
+    jpeft.models.save(jpeft.models.build(CONFIG, key=KEY), tmp_path / "model")
+    values, rng, expected = tensors(tmp_path / "model"), np.random.default_rng(0), {}
+    for name in [name for name in values if "_proj" in name]:
+        d_out, d_in = values.pop(name).shape
+        rows, start = np.arange(d_in) // (d_in if size == -1 else size), name.removesuffix("weight")
+        codes, zeros = rng.integers(0, 16, (d_in, d_out)), rng.integers(0, 16, (rows[-1] + 1, d_out))
+        scales = rng.uniform(0.001, 0.01, zeros.shape).astype(np.float16)
+        expected[name] = ((codes - zeros[rows]) * scales.astype(np.float64)[rows]).T
+        for last, numbers in (("qweight", codes), ("qzeros", zeros)):
+            eights = numbers.reshape(len(numbers), -1, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+            values[start + last] = packed(eights.reshape(numbers.shape), 4)
+        values[f"{start}scales"] = scales
+    said = {"quant_method": "awq", "bits": 4, "group_size": size, "version": "gemm", "zero_point": True}
+    folder = write(tmp_path / "model", values, quantization_config=said)
+    plain = jpeft.partition(jpeft.dequantize(jpeft.models.load(folder, dtype=jnp.float32)))[2]
+    for name, value in expected.items():
+        i, rest = name.removeprefix("model.layers.").split(".", 1)
+        path = f"layers/{rest.removesuffix('.weight').replace('.', '/')}/kernel"
+        assert subjects.error(plain[path][int(i)].T, value) < subjects.FLOAT32, name
 
 
 # Refusals.
