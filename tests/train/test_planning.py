@@ -372,10 +372,10 @@ def test_a_classifier_of_images_is_planned_by_what_its_model_makes_of_an_image(t
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (
-            ["--task", "IMAGE_CLS", "--seq", "9"],
-            "--seq is of texts; what a model for IMAGE_CLS reads has the size of its",
-        ),
+        (["--task", "IMAGE_CLS", "--seq", "9"], "--seq is of texts; what a model for IMAGE_CLS reads has the size of"),
+        (["--mesh", ""], "mesh is empty; give axes such as fsdp=4,tensor=2"),
+        (["--model", ""], "model is empty; give a preset's name"),
+        (["--rank", "99999999"], "LoRA's rank must be at most 1,048,576, got 99999999"),
         (["--topology", "v5e-8", "--devices", "4"], "--topology says how many devices there are"),
         (["--topology", ""], "a topology is a family and a grid, as v5e:2x4"),
         (["--batch", "100000000000000"], "100000000000000 rows of 512 tokens are 51200000000000000 in one micro-batch"),

@@ -59,6 +59,10 @@ class Request:
     sums: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("model is empty; give a preset's name, a Hugging Face folder or a config.json")
+        if self.mesh == "":
+            raise ValueError("mesh is empty; give axes such as fsdp=4,tensor=2, or leave it out")
         for name in ("batch", "seq", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
