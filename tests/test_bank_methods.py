@@ -26,6 +26,9 @@ METHODS = {
     "dora": lambda targets: [jpeft.DoRA(rank=r, alpha=a, targets=targets) for r, a in ((2, 3), (5, 4))],
     "loha": lambda targets: [jpeft.LoHa(rank=r, alpha=a, targets=targets) for r, a in ((1, 2), (3, 4))],
     "lokr": lambda targets: [jpeft.LoKr(rank=1, alpha=a, targets=targets) for a in (2, 3)],
+    "fourierft": lambda targets: [
+        jpeft.FourierFT(n_frequency=n, scaling=s, targets=targets) for n, s in ((9, 5), (4, 7))
+    ],
     "prompt tuning": lambda _: [jpeft.PromptTuning(num_tokens=n) for n in (1, 4)],
     "p-tuning": lambda _: [jpeft.PTuning(num_tokens=n, hidden_size=6) for n in (3, 2)],
     "prefix tuning": lambda _: [jpeft.PrefixTuning(num_tokens=n, shift_positions=True) for n in (1, 4)],
@@ -40,7 +43,8 @@ RUNS = [
     for i, name in enumerate(METHODS)
     for kind in ("bert", "llama")
 ]
-RUNS += [("loha", "tied"), ("lokr", "tied"), pytest.param("dora", "tied", marks=pytest.mark.slow)]
+RUNS += [("loha", "tied"), ("lokr", "tied")]
+RUNS += [pytest.param(name, "tied", marks=pytest.mark.slow) for name in ("dora", "fourierft")]
 
 
 @pytest.mark.parametrize("name, kind", RUNS)

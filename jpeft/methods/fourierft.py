@@ -106,9 +106,11 @@ class FourierFT(Method):
         return {projection.kernel: projection.unmatrix(base, kernel.astype(wide(kernel.dtype)) + delta)}
 
     def padded(self, adapter: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Method, Mapping[str, Any]]:
-        """As many numbers for all: those that are padded are zero, and add nothing to the place that they name."""
-        factor = jnp.broadcast_to(jnp.asarray(self._factor(adapter), jnp.float32), (*adapter.site.lead, 1))
-        return dataclasses.replace(self, n_frequency=shapes["c"][-1], scaling=1.0, location_key=0), {"factor": factor}
+        """As many numbers for all, each with its factor: those that are padded have 0, and so learn nothing."""
+        lead, most = adapter.site.lead, shapes["c"][-1]
+        factor = jnp.broadcast_to(jnp.asarray(self._factor(adapter), jnp.float32), (*lead, self.n_frequency))
+        factor = jnp.pad(factor, [(0, 0)] * len(lead) + [(0, most - self.n_frequency)])
+        return dataclasses.replace(self, n_frequency=most, scaling=1.0, location_key=0), {"factor": factor}
 
     def depends_on_layer(self, site: Site) -> bool:
         return not all(site.active)
@@ -126,7 +128,7 @@ class FourierFT(Method):
         return drawn % site.d_in * site.d_out + drawn // site.d_in
 
     def _factor(self, adapter: Any) -> Any:
-        """The scaling; in a slot of a bank a leaf `[*lead, 1]`."""
+        """The scaling; in a slot of a bank a leaf `[*lead, n]`."""
         return adapter.factor[...] if hasattr(adapter, "factor") else self.scaling
 
 
