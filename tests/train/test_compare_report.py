@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a report shows of figures that are known: collapses, groups, classes, and every plot."""
 
+import csv
 from types import SimpleNamespace
 
 import pytest
@@ -61,6 +62,20 @@ def test_classes_and_groups(table):
     assert [cells[0] for cells in rows] == ["good", "half", "stuck"]
     assert rows[0][1:] == ["0.5000 [0.4000, 0.6000]", "0.7500 [0.7000, 0.8000]"]
     assert rows[2][1:] == ["collapsed", "collapsed"]
+
+
+def test_the_spreadsheet_has_every_figure(table):
+    lines = list(csv.DictReader(report.spreadsheet([table]).splitlines()))
+    assert [line["method"] for line in lines] == ["majority", "stuck", "half", "good"]
+    good = lines[-1]
+    known = {
+        "optimizer.lr": 5e-4, "accuracy": 0.75, "accuracy low": 0.7, "difference": 0.1, "difference low": 0.0,
+        "difference high": 0.2, "p adjusted": 0.04, "says yes": 0.75, "finds no": 0.5, "accuracy on far": 0.5,
+        "accuracy on near high": 0.8, **MEASURED,
+    }  # fmt: skip
+    assert {name: float(good[name]) for name in known} == pytest.approx(known)
+    assert lines[0]["accuracy on far"] == lines[0]["peak MB"] == lines[0]["optimizer.lr"] == ""
+    assert {*COSTS} < {*good}
 
 
 def test_every_plot_is_drawn_and_read_back(table, tmp_path):

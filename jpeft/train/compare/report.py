@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...models._files import write_text
 from . import digest as digests
@@ -72,38 +73,35 @@ def marked(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def spreadsheet(found: Sequence[Table]) -> str:
-    """One line for every method of every table; what was not measured is empty."""
-    names = list(dict.fromkeys(name for t in found for row in t.rows for name in row.scores))
+    """All figures of every table, one line for each method; what was not measured is empty."""
+    lines = [_line(table, row) for table in found for row in table.rows]
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    bounds = [f"{name}{end}" for name in names for end in ("", " low", " high")]
-    writer.writerow(
-        [
-            "task",
-            "model",
-            "rows",
-            "method",
-            "seeds",
-            "diverged",
-            "collapsed",
-            *bounds,
-            "difference",
-            "p adjusted",
-            *COSTS,
-        ]
-    )
-    for table in found:
-        for row in table.rows:
-            figures_ = [x for name in names for x in row.scores.get(name, ("", "", ""))]
-            apart = ("", "") if row.apart is None else (row.apart.interval.mean, row.apart.p)
-            measured = ["" if value is None else value for value in row.costs.values()]
-            writer.writerow(
-                [
-                    *(table.task, table.model, table.size or "all", row.method, row.seeds, row.diverged, row.collapsed),
-                    *(*figures_, *apart, *measured),
-                ]
-            )
+    writer = csv.DictWriter(stream, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return stream.getvalue()
+
+
+def _line(table: Table, row: Row) -> dict[str, Any]:
+    """A method's figures by column."""
+    line: dict[str, Any] = {
+        "task": table.task, "model": table.model, "rows": table.size or "all", "method": row.method, **row.chosen,
+        "seeds": row.seeds, "diverged": row.diverged, "collapsed": row.collapsed,
+    }  # fmt: skip
+    for name, interval in row.scores.items():
+        line |= _bounds(name, interval)
+    if row.apart is not None:
+        line |= _bounds("difference", row.apart.interval) | {"p adjusted": row.apart.p}
+    for name, (said, recall) in row.classes.items():
+        line |= {f"says {name}": said, f"finds {name}": recall}
+    for name, interval in row.groups.items():
+        line |= _bounds(f"{table.main} on {name}", interval)
+    return {**line, **row.costs}
+
+
+def _bounds(name: str, interval: tuple[float, float, float]) -> dict[str, float]:
+    """A figure and its interval, a column each."""
+    return dict(zip((name, f"{name} low", f"{name} high"), interval, strict=True))
 
 
 def page(digest: Digest, plots: Mapping[int, Mapping[str, Path]]) -> str:
