@@ -15,6 +15,8 @@ from .table import Row, Table
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 MARKERS = "osD^vP*X<>hpd"  # 13, and 8 colours: no pair comes twice among 104 methods
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
+#: Curves of more methods than this have no bands, which would lie over one another.
+_MOST_BANDS = 8
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "++", "ooo", "**")
 
 _STYLE: dict[Any, Any] = {
@@ -317,8 +319,10 @@ def _curves(axes: Any, table: Table) -> bool:
         colour = _of(COLOURS, at)
         marks = {"marker": _of(MARKERS, at), "markevery": max(1, len(updates) // 8), "ms": 5}
         axes.plot(updates, seeds.mean(1), ls=_of(DASHES, at), color=colour, label=row.method, **marks)
-        axes.fill_between(updates, seeds.min(1), seeds.max(1), color=colour, alpha=0.12, lw=0)
-    axes.set_xlabel("updates (line: mean over seeds; band: from the lowest to the highest)")
+        if len(rows) <= _MOST_BANDS:
+            axes.fill_between(updates, seeds.min(1), seeds.max(1), color=colour, alpha=0.12, lw=0)
+    band = "; band: from the lowest to the highest" if len(rows) <= _MOST_BANDS else ""
+    axes.set_xlabel(f"updates (line: mean over seeds{band})")
     _scaled(axes.yaxis, table)
     axes.set_ylabel(f"{table.main} on the validation split")
     _legend(axes)
