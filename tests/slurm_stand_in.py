@@ -34,11 +34,12 @@ def install(folder: Path, batch: Path) -> Path:
 
 
 def main() -> None:
-    """Runs the command in every task; with `--kill-on-bad-exit=1` the first that fails ends the others."""
+    """Runs the command in every task; the first that ends leaves the others as long as `--wait` says."""
     folder, tasks, _, *words = sys.argv[1:]
     options = {word for word in words if word.startswith(("--kill", "--wait"))}
     command = [word for word in words if word not in options]
-    assert "--kill-on-bad-exit=1" in options, "a lost task would leave the others waiting"
+    assert "--kill-on-bad-exit=0" in options, "the first to be interrupted would have the others killed"
+    (wait,) = (float(word.partition("=")[2]) for word in options if word.startswith("--wait="))
     shared = {
         "SLURM_STEP_NODELIST": "localhost",
         "SLURM_STEP_NUM_NODES": "1",
@@ -48,14 +49,15 @@ def main() -> None:
     running = [
         subprocess.Popen(command, env={**os.environ, **shared, "SLURM_PROCID": str(task)}) for task in range(int(tasks))
     ]
-    told, end = False, Path(folder) / "time-is-up"
+    told, end, first = False, Path(folder) / "time-is-up", None
     while any(task.poll() is None for task in running):
         if end.exists() and not told:
             told = True
             for task in running:
                 task.send_signal(signal.SIGTERM)
-        if any(task.poll() for task in running) and not told:
-            time.sleep(5)  # of the 60 that --wait gives them
+        if first is None and any(task.poll() is not None for task in running):
+            first = time.monotonic()
+        if first is not None and time.monotonic() > first + wait:
             for task in running:
                 task.kill()
         time.sleep(0.1)

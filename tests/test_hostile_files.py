@@ -252,10 +252,18 @@ def test_configs_of_no_model_are_refused_before_anything_is_made(folder):
             models.load(folder)
 
 
+#: Modules enough for an adapter of the highest rank to be of another order than its file.
+WIDE = ("query", "key", "value", "dense")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"r": 2**31 - 1}, r"asks for an adapter of [\d,]+ numbers, and adapter_model.safetensors holds"),
+        ({"r": 2**31 - 1}, "LoRA's rank must be at most 1,048,576, got 2147483647"),
+        (
+            {"r": 2**20, "target_modules": [*WIDE]},
+            r"asks for an adapter of [\d,]+ numbers, and adapter_model",
+        ),
         ({"r": "2"}, "r must be a whole number, got '2'"),
         ({"target_modules": "("}, "target_modules has the regular expression"),
         ({"target_modules": "(a+)+$"}, "repeats what is repeated, and could take for ever"),

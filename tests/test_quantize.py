@@ -263,8 +263,8 @@ def test_flat_codes_are_replicated_and_rules_of_ones_own_reach_codes():
     at = jpeft.shardings(model, mesh)
     assert at["layers/mlp/up_proj/kernel/flat_codes"].spec == P(None, None)
     adapted = subjects.fill(jpeft.adapt(model, jpeft.LoRA(rank=2, targets="all-linear"), key=KEY))
-    placed = jpeft.shard(adapted, mesh)  # what adapts them has no axis to follow
-    assert jpeft.shardings(adapted, mesh)["layers/mlp/up_proj/adapters/lora/A"].spec == P(None, None, None)
+    placed = jpeft.shard(adapted, mesh)  # what adapts them has no axis to follow, and goes along its longest
+    assert jpeft.shardings(adapted, mesh)["layers/mlp/up_proj/adapters/lora/A"].spec == P(None, "fsdp", None)
     assert subjects.error(placed(IDS), adapted(IDS)) < subjects.FLOAT32
     own = jpeft.shardings(jpeft.quantize(wide_llama(), "int8"), mesh, [("**/up_proj/kernel", P(None, "fsdp"))])
     assert own["layers/mlp/up_proj/kernel/codes"].spec == P(None, None, "fsdp")

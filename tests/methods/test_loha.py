@@ -134,7 +134,7 @@ def test_counts_and_places():
     assert tuple(places[f"{query}/kernel"]) == (None, "fsdp", "tensor")
     for name in "12":
         assert tuple(places[f"{query}/adapters/loha/A{name}"]) == (None, "fsdp", None)
-        assert tuple(places[f"{query}/adapters/loha/B{name}"]) == (None, None, "tensor")
+        assert tuple(places[f"{query}/adapters/loha/B{name}"]) == (None, None, ("tensor", "fsdp"))
     pattern = jpeft.LoHa(rank=2, targets=["up"], rank_pattern={"blocks.1.up": 5}, layers=[1, 2])
     assert jpeft.summary(jpeft.adapt(stacked(), pattern, key=jax.random.key(0))).trainable == 2 * (5 + 2) * 18
 
