@@ -120,7 +120,7 @@ def shardings(leaves: Any, mesh: Mesh | AbstractMesh, rules: Rules = SHARDING_RU
     for path, leaf in leaves.items():
         if path not in base:
             spec, lead = _derived(path, leaf, leaves, specs), _lead(path, leaf, firsts)
-            specs[path] = spec if "saved" in path.split("/") else _spread(spec, leaf.shape, lead, mesh)
+            specs[path] = spec if "saved" in path.split("/") else _spread(path, spec, leaf.shape, lead, mesh)
     return _fit(specs, leaves, mesh)
 
 
@@ -256,14 +256,14 @@ def _derived(path: str, leaf: Any, leaves: Mapping[str, Any], specs: Mapping[str
     return (*front, *(_side(side, size, kernels) for side, size in sizes))
 
 
-def _spread(spec: Spec, shape: tuple[int, ...], lead: int, mesh: Mesh | AbstractMesh) -> Spec:
+def _spread(path: str, spec: Spec, shape: tuple[int, ...], lead: int, mesh: Mesh | AbstractMesh) -> Spec:
     """`spec` with `fsdp` on the longest axis behind the `lead` first ones, of two or more, that the mesh divides."""
     taken = [name for names in spec for name in (names if isinstance(names, tuple) else (names,))]
     if mesh.shape.get("fsdp", 1) == 1 or "fsdp" in taken or len(shape) - lead < 2:
         return spec
     for axis in sorted(range(lead, len(shape)), key=lambda axis: (-shape[axis], -axis)):
         there = () if spec[axis] is None else spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
-        if shape[axis] % _ways("", (*there, "fsdp"), mesh) == 0:
+        if shape[axis] % _ways(path, (*there, "fsdp"), mesh) == 0:
             return (*spec[:axis], (*there, "fsdp") if there else "fsdp", *spec[axis + 1 :])
     return spec
 

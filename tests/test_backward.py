@@ -105,7 +105,10 @@ def test_what_is_offloaded_lies_on_the_host_and_nowhere_else(method):
     """Of what the layers keep for the backward pass, which the forward pass's scan gives out."""
     model = jpeft.models.build(LLAMA | {"hidden_size": 64}, key=KEY, remat="offload")
     graphdef, trainable, frozen = jpeft.partition(jpeft.adapt(model, method, key=KEY))
-    loss = lambda trainable: jpeft.combine(graphdef, trainable, frozen)(FEW).sum()  # noqa: E731
+
+    def loss(trainable: Any) -> jax.Array:
+        return jpeft.combine(graphdef, trainable, frozen)(FEW).sum()
+
     jaxpr = jax.make_jaxpr(jax.grad(loss))(trainable)
     forward = next(equation for equation in jaxpr.eqns if equation.primitive.name == "scan")
     kept = [str(out.aval) for out in forward.outvars if out.aval.shape[:3] == (2, *FEW.shape)]

@@ -46,19 +46,12 @@ def test_the_code_books_are_those_of_bitsandbytes():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_nf4_is_that_of_bitsandbytes_bit_for_bit(case):
-    kernel = quantized(case, "nf4")
-    np.testing.assert_array_equal(in_torchs_order(kernel.leaves, "codes"), GOLDEN[f"{case}/packed"][:, 0])
-    np.testing.assert_array_equal(in_torchs_order(kernel.leaves, "scales"), GOLDEN[f"{case}/absmax"])
-    np.testing.assert_array_equal(kernel[...].T.astype(jnp.float32), GOLDEN[f"{case}/dequantized"])
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_fp4_is_that_of_bitsandbytes_bit_for_bit(case):
-    kernel = quantized(case, "fp4")
-    np.testing.assert_array_equal(in_torchs_order(kernel.leaves, "codes"), GOLDEN[f"{case}/fp4/packed"][:, 0])
-    np.testing.assert_array_equal(in_torchs_order(kernel.leaves, "scales"), GOLDEN[f"{case}/fp4/absmax"])
-    np.testing.assert_array_equal(kernel[...].T.astype(jnp.float32), GOLDEN[f"{case}/fp4/dequantized"])
+@pytest.mark.parametrize("scheme, folder", [("nf4", ""), ("fp4", "fp4/")])
+def test_codes_of_four_bits_are_those_of_bitsandbytes_bit_for_bit(scheme, folder, case):
+    kernel, golden = quantized(case, scheme), f"{case}/{folder}"
+    np.testing.assert_array_equal(in_torchs_order(kernel.leaves, "codes"), GOLDEN[f"{golden}packed"][:, 0])
+    np.testing.assert_array_equal(in_torchs_order(kernel.leaves, "scales"), GOLDEN[f"{golden}absmax"])
+    np.testing.assert_array_equal(kernel[...].T.astype(jnp.float32), GOLDEN[f"{golden}dequantized"])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -21,8 +21,6 @@ SECONDS = 240
 #: Of a machine with one CPU device for each process.
 CPU = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(TEMPLATES.parents[1])}
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(name="alone")
 def _alone(tmp_path):
@@ -50,6 +48,7 @@ def check(run, expected, said):
     np.testing.assert_allclose(evaluated, expected[1], rtol=0, atol=SAME)
 
 
+@pytest.mark.slow
 def test_a_slurm_job_goes_on_after_its_time(tmp_path, alone):
     config, expected = alone
     batch, folder, run = TEMPLATES / "slurm.sbatch", tmp_path / "slurm", tmp_path / "run"
@@ -71,6 +70,21 @@ def test_a_slurm_job_goes_on_after_its_time(tmp_path, alone):
     check(run, expected, again.stdout + again.stderr)
 
 
+@pytest.mark.parametrize("status, requeued", [(0, False), (1, False), (69, True), (75, True), (137, False)])
+def test_a_slurm_job_is_begun_again_where_it_can_go_on(tmp_path, status, requeued):
+    """75 is interrupted, 69 that another process was lost; the job ends with what `srun` ended with."""
+    programs = slurm.install(tmp_path / "slurm", TEMPLATES / "slurm.sbatch")
+    (programs / "srun").write_text(f"#!/bin/sh\nexit {status}\n")
+    environment = {
+        **os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "JPEFT_VENV": str(tmp_path / "slurm"),
+        "SLURM_JOB_ID": "4713",
+    }  # fmt: skip
+    done = subprocess.run(["bash", str(TEMPLATES / "slurm.sbatch"), "config.yaml"], env=environment, check=False)
+    assert done.returncode == status
+    assert (tmp_path / "slurm" / "scontrol.log").exists() == requeued
+
+
+@pytest.mark.slow
 def test_a_slurm_job_that_fails_is_not_begun_again(tmp_path):
     batch, folder = TEMPLATES / "slurm.sbatch", tmp_path / "slurm"
     programs = slurm.install(folder, batch)
@@ -86,6 +100,7 @@ def test_a_slurm_job_that_fails_is_not_begun_again(tmp_path):
     assert not (folder / "scontrol.log").exists()
 
 
+@pytest.mark.slow
 def test_a_skypilot_job_goes_on_on_other_machines(tmp_path, alone):
     config, expected = alone
     template, run = yaml.safe_load((TEMPLATES / "skypilot.yaml").read_text()), tmp_path / "run"

@@ -208,6 +208,12 @@ def test_kernels_of_more_axes():
     assert within["query/adapters/lora/B"] == P(None, "fsdp")
 
 
+def test_an_adapter_beside_a_rule_with_an_unknown_axis_is_named():
+    rules = [("layers/up_proj/kernel", P(None, "model")), *jpeft.SHARDING_RULES]
+    with pytest.raises(ValueError, match="the rule for layers/up_proj/adapters/lora/B names the axis 'model'"):
+        jpeft.shardings(adapted(), jpeft.mesh("fsdp=8"), rules)
+
+
 def test_own_rules_come_first():
     rules = [("layers/up_proj/*", P()), *jpeft.SHARDING_RULES]
     found = specs(adapted(), jpeft.mesh("fsdp=8"), rules=rules)

@@ -73,7 +73,10 @@ def test_logits_and_their_gradients_are_the_formula(name):
     assert subjects.error(model.attend(x), np.float64(x) @ whole.T) < 5 * subjects.FLOAT32
     assert subjects.error(model.attend(x[0, 0]), np.float64(x[0, 0]) @ whole.T) < 5 * subjects.FLOAT32
     graphdef, trainable, frozen = jpeft.partition(model)
-    loss = lambda t, x: (jpeft.combine(graphdef, t, frozen).attend(x) ** 2).sum() / 2  # noqa: E731
+
+    def loss(t: Any, x: Any) -> jax.Array:
+        return (jpeft.combine(graphdef, t, frozen).attend(x) ** 2).sum() / 2
+
     slopes, into = jax.jit(jax.grad(loss, (0, 1)))(trainable, x)
     assert subjects.error(into, np.float64(x) @ whole.T @ whole) < 10 * subjects.FLOAT32
 
@@ -105,7 +108,10 @@ def test_a_small_change_is_not_lost_in_a_large_table(name):
 @pytest.mark.parametrize("name", [name for name in CASES if "many" not in name])
 def test_no_matrix_of_the_tables_size_is_made(name):
     graphdef, trainable, frozen = jpeft.partition(adapted(CASES[name][0])[0])
-    loss = lambda t, x: jpeft.combine(graphdef, t, frozen).attend(x).sum()  # noqa: E731
+
+    def loss(t: Any, x: Any) -> jax.Array:
+        return jpeft.combine(graphdef, t, frozen).attend(x).sum()
+
     jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(trainable, jnp.ones((2, WIDTH)))
     made = [out.aval for out in outputs(jaxpr.jaxpr) if math.prod(out.aval.shape) >= VOCAB * WIDTH]
     assert {equation.shape for equation in made} <= {(WIDTH, VOCAB), (VOCAB, WIDTH)}

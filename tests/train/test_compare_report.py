@@ -2,9 +2,11 @@
 """What a report shows of figures that are known: collapses, groups, classes, and every plot."""
 
 import csv
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 
 from jpeft.train.compare import figures, latency, report
 from jpeft.train.compare.digest import Digest, dumped, read
@@ -94,6 +96,15 @@ def test_every_plot_is_drawn_and_read_back(table, tmp_path):
     assert (tmp_path / "images" / "one.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="no plot 'rader' of this table; there are scores, groups"):
         figures.draw_one(table, "rader", tmp_path / "no.png")
+
+
+@pytest.mark.parametrize("methods, bands", [(8, True), (9, False)])
+def test_curves_of_many_methods_have_no_bands(methods, bands, table):
+    many = dataclasses.replace(table, rows=[row(f"m{i}", 0.6) for i in range(methods)])
+    axes = Figure().subplots()
+    assert figures._curves(axes, many)
+    assert bool(axes.collections) == bands
+    assert ("band:" in axes.get_xlabel()) == bands
 
 
 def test_the_curve_of_few_examples_ends_with_all_rows(tmp_path, monkeypatch):
