@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ _LOG = logging.getLogger("jpeft")
 
 Rules = Sequence[tuple[str, P]]
 Spec = tuple[Any, ...]
+#: What becomes of a base's axis that the mesh does not divide.
+Uneven = Literal["refuse", "whole"]
 
 #: Projections out of the residual stream: what they give is split over `tensor`, and so is all that follows.
 _COLUMN = (
@@ -79,28 +81,40 @@ _SIDES: Mapping[str, tuple[str | None, ...]] = {
 _AS_KERNEL = ("codes", "scales")
 
 
-def placement(mesh: Mesh, rules: Rules = SHARDING_RULES) -> Callable[[str, Any], NamedSharding]:
-    """(path, leaf or its shape) -> where a base model's leaf lives: what `jpeft.models.load(..., sharding=)` takes."""
-    return lambda path, leaf: _fit({path: _ruled(path, leaf, rules)}, {path: leaf}, mesh)[path]
+def placement(
+    mesh: Mesh, rules: Rules = SHARDING_RULES, *, uneven: Uneven = "refuse"
+) -> Callable[[str, Any], NamedSharding]:
+    """(path, leaf or its shape) -> where a base model's leaf lives: what `jpeft.models.load(..., sharding=)` takes.
+
+    It raises as `shardings`.
+    """
+    return lambda path, leaf: NamedSharding(
+        mesh, P(*_fit({path: _ruled(path, leaf, rules)}, {path: leaf}, mesh, uneven)[path])
+    )
 
 
-def shardings(leaves: Any, mesh: Mesh | AbstractMesh, rules: Rules = SHARDING_RULES) -> dict[str, NamedSharding]:
+def shardings(
+    leaves: Any, mesh: Mesh | AbstractMesh, rules: Rules = SHARDING_RULES, *, uneven: Uneven = "refuse"
+) -> dict[str, NamedSharding]:
     """`{path: where the leaf lives}` for a model, or for a flat dict of its arrays or shapes, adapters included.
 
     An adapter's leaf derives its place from the base kernel beside it, whatever rule gave that: `A` has the kernel's
     input axis, `B` its output axis, the rank is whole; a saved copy lies as the leaf that it is of. What of a matrix of
     an adapter is not split over `fsdp` by that is split so along its longest axis that the mesh divides; vectors are
-    replicated. An axis of a base's leaf that the mesh does not divide is kept whole, and a warning names it.
+    replicated.
 
     Args:
       leaves: a model, or `{**trainable, **frozen}`: an adapter needs its base's kernel.
       mesh: as of `jpeft.mesh`; or one without devices, for places by shape.
       rules: (path pattern, PartitionSpec of the last axes), first match counts. For a model of your own put yours
         before the zoo's: `[("**/w1", P("fsdp", "tensor")), *jpeft.SHARDING_RULES]`.
+      uneven: an axis of a base's leaf that the mesh does not divide is refused, or `"whole"` on every device. Scales of
+        codes are few, and whole then without a word.
 
     Raises:
-      ValueError: a rule of your own that matches nothing; rules that shard nothing on a mesh with `fsdp` or `tensor`;
-        a spec with more axes than its leaf, or with one that the mesh lacks; an adapter without its base.
+      ValueError: an axis that the mesh does not divide; a rule of your own that matches nothing; nothing that is split
+        on a mesh with `fsdp` or `tensor`; a spec with more axes than its leaf, or with one that the mesh lacks; an
+        adapter without its base; another word for `uneven`.
 
     Example:
       >>> shapes = nnx.eval_shape(lambda: jpeft.models.build(config, key=jax.random.key(0)))
@@ -110,10 +124,11 @@ def shardings(leaves: Any, mesh: Mesh | AbstractMesh, rules: Rules = SHARDING_RU
     base = {path: leaf for path, leaf in leaves.items() if ADAPTERS not in path.split("/")}
     for pattern, _ in (rule for rule in rules if rule not in SHARDING_RULES):
         mask({**base, **{_kernel_of(path): leaf for path, leaf in base.items()}}, pattern)  # an error if it has none
-    specs = {path: _ruled(path, leaf, rules) for path, leaf in base.items()}
-    if mesh.size > mesh.shape.get("data", 1) and not any(map(any, specs.values())):
+    specs = _fit({path: _ruled(path, leaf, rules) for path, leaf in base.items()}, base, mesh, uneven)
+    divides = math.prod(mesh.shape.get(name, 1) for name in ("fsdp", "tensor")) > 1
+    if divides and not any(_ways(path, names, mesh) > 1 for path, spec in specs.items() for names in spec):
         raise ValueError(
-            f"no rule shards any of the {len(base)} leaves, such as {next(iter(base), None)}, so each device of the "
+            f"nothing splits any of the {len(base)} leaves, such as {next(iter(base), None)}, so each device of the "
             f"mesh {written(mesh.shape)} would hold the whole model; pass rules= for it"
         )
     firsts = _firsts(base)
@@ -121,10 +136,10 @@ def shardings(leaves: Any, mesh: Mesh | AbstractMesh, rules: Rules = SHARDING_RU
         if path not in base:
             spec, lead = _derived(path, leaf, leaves, specs), _lead(path, leaf, firsts)
             specs[path] = spec if "saved" in path.split("/") else _spread(path, spec, leaf.shape, lead, mesh)
-    return _fit(specs, leaves, mesh)
+    return {path: NamedSharding(mesh, P(*specs[path])) for path in leaves}
 
 
-def shard(leaves: Any, mesh: Mesh, rules: Rules = SHARDING_RULES) -> Any:
+def shard(leaves: Any, mesh: Mesh, rules: Rules = SHARDING_RULES, *, uneven: Uneven = "refuse") -> Any:
     """A model, a flat dict of its arrays, or a `Bank`, with every leaf in its place; one that is there is not copied.
 
     With several processes each holds the same values, and keeps its own devices' slices of them. The adapters of a bank
@@ -135,18 +150,19 @@ def shard(leaves: Any, mesh: Mesh, rules: Rules = SHARDING_RULES) -> Any:
     """
     if isinstance(leaves, nnx.Module):
         graphdef, trainable, frozen = partition(leaves)
-        placed = shard({**trainable, **frozen}, mesh, rules)
+        placed = shard({**trainable, **frozen}, mesh, rules, uneven=uneven)
         return combine(graphdef, {p: placed[p] for p in trainable}, {p: placed[p] for p in frozen})
     if isinstance(leaves, Bank):
-        return _bank_in_place(leaves, mesh, rules)
-    return {path: _put(leaves[path], place) for path, place in shardings(leaves, mesh, rules).items()}
+        return _bank_in_place(leaves, mesh, rules, uneven)
+    places = shardings(leaves, mesh, rules, uneven=uneven)
+    return {path: _put(leaf, places[path]) for path, leaf in leaves.items()}
 
 
-def _bank_in_place(bank: Bank, mesh: Mesh, rules: Rules) -> Bank:
+def _bank_in_place(bank: Bank, mesh: Mesh, rules: Rules, uneven: Uneven) -> Bank:
     """A bank's base where it belongs, and every leaf of its adapters as one slot's, behind an axis of slots."""
     slots = {**bank.trainable, **bank.constants}
     one = {path: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for path, leaf in slots.items()}
-    places = shardings({**bank.frozen, **one}, mesh, rules)
+    places = shardings({**bank.frozen, **one}, mesh, rules, uneven=uneven)
     behind = {path: NamedSharding(mesh, P(None, *places[path].spec)) for path in slots}
     base = {path: _put(leaf, places[path]) for path, leaf in bank.frozen.items()}
     trainable, constants = (
@@ -303,18 +319,30 @@ def _side(side: str | None, size: int, kernels: Sequence[tuple[tuple[int, ...], 
     return None
 
 
-def _fit(specs: Mapping[str, Spec], leaves: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
-    """Shardings of the specs, whole along every axis that the mesh does not divide."""
-    places, whole = {}, []
+def _fit(
+    specs: Mapping[str, Spec], base: Mapping[str, Any], mesh: Mesh | AbstractMesh, uneven: Uneven
+) -> dict[str, Spec]:
+    """The specs of a base's leaves, whole along every axis that the mesh does not divide, if that may be."""
+    if uneven not in get_args(Uneven):
+        raise ValueError(f"uneven is one of {', '.join(get_args(Uneven))}; got {uneven!r}")
+    fitting, odd = {}, []
     for path, spec in specs.items():
-        ways = [_ways(path, names, mesh) for names in spec]
-        fits = [size % n == 0 for size, n in zip(leaves[path].shape, ways, strict=True)]
-        whole += [f"{path} axis {i} of {leaves[path].shape[i]} over {spec[i]}" for i, ok in enumerate(fits) if not ok]
-        places[path] = NamedSharding(mesh, P(*(n if ok else None for n, ok in zip(spec, fits, strict=True))))
-    if whole:
-        more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
-        _LOG.warning("the mesh %s does not divide %s%s: whole", written(mesh.shape), "; ".join(whole[:3]), more)
-    return places
+        shape = base[path].shape
+        fits = [size % _ways(path, names, mesh) == 0 for size, names in zip(shape, spec, strict=True)]
+        fitting[path] = tuple(names if ok else None for names, ok in zip(spec, fits, strict=True))
+        if path.rpartition("/")[2] != "scales":
+            odd += [f"{path} axis {i} of {shape[i]} over {_named(spec[i])}" for i, ok in enumerate(fits) if not ok]
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        what = f"the mesh {written(mesh.shape)} does not divide {'; '.join(odd[:3])}{more}"
+        if uneven == "refuse":
+            raise ValueError(f"{what}: take sizes that do, or keep such axes whole on every device with uneven=whole")
+        _LOG.info("%s: whole on every device", what)
+    return fitting
+
+
+def _named(names: Any) -> str:
+    return names if isinstance(names, str) else " and ".join(names)
 
 
 def _ways(path: str, names: Any, mesh: Mesh | AbstractMesh) -> int:

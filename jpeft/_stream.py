@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,6 +24,9 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 
 #: The axes that the rows of a batch are split over.
 BATCH_AXES = ("data", "fsdp")
+
+#: The axes over which an array in a program may be split unevenly: those of tokens and of heads.
+_PADDED = ("sequence", "tensor")
 
 
 def split_rows(x: jax.Array) -> jax.Array:
@@ -56,6 +60,24 @@ def whole_tokens(x: jax.Array) -> jax.Array:
     return _laid(x, BATCH_AXES, None, P.UNCONSTRAINED, P.UNCONSTRAINED)
 
 
+def split_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries `[batch, seq, heads, d_head]`, keys and values `[batch, keys, kv_heads, d_head]`, of whole heads each.
+
+    Where `tensor` divides the key heads they lie so already. Else its cuts go through heads, and every score would be a
+    sum over devices. So keys and values are gathered and repeated until `tensor` divides them, or else until there are
+    as many as queries, of which the compiler pads the last devices' share.
+    """
+    mesh, heads, kv_heads = _mesh_of(q), q.shape[2], k.shape[2]
+    if mesh is None or kv_heads % mesh.shape["tensor"] == 0:
+        return q, k, v
+    shares = range(1, heads // kv_heads)
+    even = (n for n in shares if heads % (kv_heads * n) == 0 and kv_heads * n % mesh.shape["tensor"] == 0)
+    times = next(even, heads // kv_heads)
+    k, v = (jnp.repeat(_laid(x, BATCH_AXES, P.UNCONSTRAINED, None, None), times, axis=2) for x in (k, v))
+    q, k, v = (_laid(x, BATCH_AXES, P.UNCONSTRAINED, "tensor", None) for x in (q, k, v))
+    return q, k, v
+
+
 def everywhere(x: jax.Array) -> jax.Array:
     """`x` whole on every device: what modules share, and each reads a part of.
 
@@ -79,15 +101,15 @@ def split_cache(x: jax.Array) -> jax.Array:
 def _laid(x: jax.Array, *spec: Any) -> jax.Array:
     """`x` with its axes split as the spec says, where rows and vectors divide.
 
-    Tokens need not: the compiler pads those, if there are as many as devices; fewer are whole.
+    Tokens and heads need not: the compiler pads those, if there are as many as devices; fewer are whole.
     """
     mesh = _mesh_of(x)
     if mesh is None:
         return x
-    own = [None if name == "sequence" and size < mesh.shape[name] else name for size, name in _pairs(x, spec)]
+    own = [None if name in _PADDED and size < mesh.shape[name] else name for size, name in _pairs(x, spec)]
     for size, names in _pairs(x, own):
         axes = names if isinstance(names, tuple) else (names,) if isinstance(names, str) else ()
-        if axes != ("sequence",) and size % math.prod(mesh.shape[name] for name in axes):
+        if names not in _PADDED and size % math.prod(mesh.shape[name] for name in axes):
             return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*own)))
 

@@ -2,6 +2,7 @@
 """The zoo on meshes of 8 fake devices: losses, gradients, training, merging, saving and loading as on one device."""
 
 import functools
+import math
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jpeft
 from jpeft.models import _safetensors
 from jpeft.train.losses import SUMS
+from jpeft.train.planning.compiling import said
 from jpeft.train.step import begin, make_step
 
 #: Loss and gradients in float32 against one device: sums of the same terms in another order.
@@ -115,6 +117,43 @@ def check_traffic(program: str, axes: str, frozen):
     if axes == "fsdp=8":
         assert [op for op, _ in floats if op == "all-gather"]
         assert not [dims for op, dims in floats if op != "all-to-all" and dims[:2] == (BATCH, SEQ)]
+
+
+@pytest.mark.parametrize(
+    "family, heads, kv_heads, axes",
+    [
+        ("llama", 8, 2, "data=2,tensor=4"),
+        ("llama", 8, 1, "fsdp=2,tensor=4"),
+        ("llama", 12, 3, "tensor=8"),
+        ("llama", 8, 2, "sequence=2,tensor=4"),
+        ("bert", 12, 12, "tensor=8"),
+        ("bert", 4, 4, "tensor=8"),
+    ],
+)
+def test_heads_that_tensor_does_not_divide_stay_whole(family, heads, kv_heads, axes):
+    """Fewer key heads than devices are repeated, query heads padded: no score is a sum over devices."""
+    counts = {"num_attention_heads": heads, "hidden_size": 8 * heads}
+    if family == "llama":
+        counts["num_key_value_heads"] = kv_heads
+    model = jpeft.models.build(CONFIGS[family] | counts, key=jax.random.key(0))
+    model = jpeft.adapt(model, jpeft.PrefixTuning(num_tokens=3), key=jax.random.key(1))
+    seq, mesh = 64, jpeft.mesh(axes)
+    mask = (np.arange(seq) < np.random.default_rng(0).integers(30, seq + 1, (8, 1))).astype(np.int32)
+    ids = np.random.default_rng(1).integers(1, 96, (8, seq)).astype(np.int32) * mask
+    labels = np.where(mask, ids, -100) if family == "llama" else np.arange(8, dtype=np.int32) % 2
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    graphdef, trainable, frozen = jpeft.partition(model)
+    want_loss, want = jax.jit(make_loss(graphdef, family))(trainable, frozen, batch)
+    graphdef, trainable, frozen = jpeft.partition(jpeft.shard(model, mesh))
+    batch = jpeft.shard_batch(batch, mesh)
+    program = jax.jit(make_loss(graphdef, family)).lower(trainable, frozen, batch).compile()
+    loss, grads = program(trainable, frozen, batch)
+    assert abs(float(loss) - float(want_loss)) < SAME
+    for path, grad in grads.items():
+        assert np.linalg.norm(grad - np.asarray(want[path])) < SAME * np.linalg.norm(want[path]), path
+    told = [dims for _, arrays in said(program.as_text()) for dtype, dims in arrays if dtype == "f32"]
+    own, padded = 8 // (mesh.shape["data"] * mesh.shape["fsdp"]), -(-heads // mesh.shape["tensor"])
+    assert max(map(math.prod, told)) <= own * (seq + 3) * max(8 * padded * mesh.shape["tensor"], 96)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from .. import _scope
 from .._dropout import keeps
 from .._given import Given
-from .._stream import split_tokens, token_ways, whole_tokens
+from .._stream import split_heads, split_tokens, token_ways, whole_tokens
 from .._wide import wide, widened
 from ..seams import EVERY_SEGMENT
 
@@ -87,6 +87,7 @@ def attention(
     rules = _Rules(q.shape[1], k.shape[1], causal, known, scale, dropout, cap, rows)
     if spread:
         q, k, v = split_tokens(q), whole_tokens(k), whole_tokens(v)
+    q, k, v = split_heads(q, k, v)
     if _scope.platform() == "cpu" or seed is not None or cap is not None:
         return _blocked(q, k, v, bias, limits, rules)
     return _library(q, k, v, bias, limits, rules)

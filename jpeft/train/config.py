@@ -12,7 +12,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from . import _yaml, mistakes
 from .sections import Data, Logging, Model, Optimizer, Preference, Train
@@ -45,6 +45,7 @@ class Config:
       method: `kind`, one of `jpeft.METHODS`, and that method's own options; or a list of them, for a hybrid.
       out: the run's folder, which must not hold a run yet.
       mesh: `"data=2,fsdp=2,tensor=2"`; None is one device.
+      uneven: of weights with an axis that the mesh does not divide: `refuse`, or `whole` on every device.
       compilation_cache: folder that keeps compiled programs for later runs; `auto` is the user's, None keeps none.
       compilation_cache_mb: its largest size in megabytes, beyond which the programs that were not used for longest are
         removed; None is no bound.
@@ -60,6 +61,7 @@ class Config:
     preference: Preference = dataclasses.field(default_factory=Preference)
     logging: Logging = dataclasses.field(default_factory=Logging)
     mesh: str | None = None
+    uneven: Literal["refuse", "whole"] = "refuse"
     compilation_cache: str | None = "auto"
     compilation_cache_mb: int | None = 2048
 

@@ -27,7 +27,7 @@ FREE = ("out", "compilation_cache", "data.cache", "logging.", "train.save_every"
 _PLACE = "path of "
 #: May differ, and is said: on other machines results are equal up to rounding, not bit for bit; and where the base, the
 #: data and the template lie, which are known by their digests.
-STATED = ("mesh", "processes", "device", "version.", "train.on_nan", "train.max_skips", _PLACE)
+STATED = ("mesh", "uneven", "processes", "device", "version.", "train.on_nan", "train.max_skips", _PLACE)
 _VERSIONS = ("jpeft", "jax", "jaxlib", "flax", "optax")
 _ABSENT = "(nothing)"
 

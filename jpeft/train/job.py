@@ -194,7 +194,7 @@ def build(config: Config, label_names: tuple[str, ...] | None, mesh: Mesh | None
     method = configuration.method(config.method)
     model = adapt(load_base(config, label_names, mesh), method, key=start_key(config))
     counts, reason = summary(model), no_form_in_peft(model)
-    return Parts(*partition(model if mesh is None else shard(model, mesh)), counts, reason)
+    return Parts(*partition(model if mesh is None else shard(model, mesh, uneven=config.uneven)), counts, reason)
 
 
 def load_base(config: Config, label_names: tuple[str, ...] | None, mesh: Mesh | None = None) -> Any:
@@ -206,7 +206,7 @@ def load_base(config: Config, label_names: tuple[str, ...] | None, mesh: Mesh | 
         key=jax.random.fold_in(jax.random.key(config.train.seed), 0),
         num_labels=None if label_names is None else len(label_names),
         remat=config.model.remat,
-        sharding=None if mesh is None else placement(mesh),
+        sharding=None if mesh is None else placement(mesh, uneven=config.uneven),
         quantize=config.model.quantize,
     )
 

@@ -69,6 +69,7 @@ def _subject(config: Config, dataset: job.Dataset, mesh: Mesh | None) -> Subject
         method=config.method,
         machine=_machine(config),
         mesh=config.mesh or "fsdp=1",
+        uneven=config.uneven,
         task=config.model.task,
         batch=config.train.batch_size,
         seq=max(dataset.train.buckets.widths),

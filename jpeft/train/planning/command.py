@@ -40,6 +40,9 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     )
     plan.add_argument("--quantize", choices=get_args(Scheme), help="of the base's linear layers")
     plan.add_argument("--mesh", metavar="AXES", help="such as fsdp=4,tensor=2 (fsdp over all devices)")
+    plan.add_argument(
+        "--uneven", default="refuse", choices=("refuse", "whole"), help="weights that the mesh does not divide (refuse)"
+    )
     where = plan.add_mutually_exclusive_group()
     where.add_argument("--topology", metavar="SLICE", help="TPUs: v5e:2x4, or v5e-8 as Google names it")
     where.add_argument("--device", default="cpu", metavar="KIND", help=f"{', '.join(devices.CHIPS)} (cpu)")
@@ -107,6 +110,7 @@ def request_of(options: argparse.Namespace) -> Request:
         method=_method(options),
         machine=machine,
         mesh=options.mesh,
+        uneven=options.uneven,
         task=options.task,
         batch=machine.count if options.batch is None else options.batch,
         seq=512 if options.seq is None else options.seq,

@@ -3,7 +3,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ..sections import Optimizer
 from .devices import Machine
@@ -21,6 +21,7 @@ class Request:
       method: `{"kind": ..., **its options}`, as in a run's configuration; or several, for a hybrid.
       machine: the devices.
       mesh: such as `"fsdp=4,tensor=2"`; None is `fsdp` over all of them, within each slice.
+      uneven: of weights with an axis that the mesh does not divide: `refuse`, or `whole` on every device.
       task: `CAUSAL_LM`, `SEQ_CLS` or `IMAGE_CLS`, or any other where `arrays` says what a batch holds.
       batch: rows of one micro-batch, over all devices.
       seq: tokens of a row; of an image those that its model makes of it (`subject.of_images`).
@@ -42,6 +43,7 @@ class Request:
     method: Mapping[str, Any] | Sequence[Mapping[str, Any]]
     machine: Machine
     mesh: str | None = None
+    uneven: Literal["refuse", "whole"] = "refuse"
     task: str = "CAUSAL_LM"
     batch: int = 1
     seq: int = 512

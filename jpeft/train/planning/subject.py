@@ -81,7 +81,7 @@ def subject(request: Request, devices: Any = None, updates: int = 1000) -> Subje
     if not trainable:
         raise ValueError(f"method {request.method} trains nothing of {request.model}")
     grid = devices if isinstance(devices, Mesh) else make_mesh(request, devices)
-    places = shardings({**trainable, **frozen}, grid)
+    places = shardings({**trainable, **frozen}, grid, uneven=request.uneven)
     trainable, frozen = _placed(trainable, places), _placed(frozen, places)
     tx = optimizer(make_optimizer(request.optimizer, updates), model=graphdef)
     state = begin_shapes(tx, trainable, average=request.ema, offload=request.optimizer.offload)
