@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxprs import equations
 
 import jpeft
 from jpeft.train._head import CHUNK_LOGITS, PLAIN, Terms
@@ -102,6 +103,28 @@ def test_no_frozen_kernel_has_a_gradients_product_on_a_mesh(axes):
     found, full = (gradient_products(p.as_text(), frozen, mesh) for p in (program, everything))
     assert not found
     assert len(full) >= 7, "the same search finds those of a full fine-tuning"
+
+
+@pytest.mark.parametrize("method", [jpeft.LoRA(rank=5, targets="all-linear"), jpeft.Houlsby(reduction_factor=16)])
+def test_gradients_are_float32_before_devices_sum_them(method):
+    """Beside a base in bfloat16 the product that gives a gradient gives float32, and so is what devices then sum."""
+    base = jpeft.models.build(CONFIG | {"vocab_size": 176}, key=jax.random.key(0), dtype=jnp.bfloat16)
+    model = jpeft.adapt(base, method, key=jax.random.key(1))
+    graphdef, trainable, frozen = jpeft.partition(model)
+    tokens = jnp.ones((2, 3), jnp.int32)
+    batch = dict.fromkeys(("input_ids", "attention_mask", "labels"), tokens)
+
+    def loss(trainable):
+        return SUMS["CAUSAL_LM"](jpeft.combine(graphdef, trainable, frozen), batch)[0]
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(trainable)
+    assert {value.aval.dtype for value in jaxpr.jaxpr.outvars} == {jnp.dtype("float32")}
+    own = {leaf.shape[1:] for leaf in trainable.values() if leaf.ndim >= 3}
+    sums = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in ("dot_general", "reduce_sum")]
+    shapes = [(tuple(n for n in out.aval.shape if n != 1), out.aval.dtype) for e in sums for out in e.outvars]
+    found = [dtype for shape, dtype in shapes if shape in own or shape[::-1] in own]
+    assert len(found) >= len(own)
+    assert {*found} == {jnp.dtype("float32")}
 
 
 def gradient_products(text: str, frozen, mesh) -> list[str]:

@@ -50,22 +50,17 @@ VIRTUAL, WIDEST = 5, 64
 IDS = np.random.default_rng(0).integers(0, VOCAB, (ROWS, SEQ)).astype(np.int32)
 
 
-def _subjects(meshes=lambda number: MESHES):
-    """Every line of the table on one model, on `meshes` of its number."""
+def _subjects():
+    """Every line of the table on one model, on every mesh."""
     for number, (name, line) in enumerate(METHODS.items()):
         models = [model for model in MODELS if model.removeprefix("wide ") in line.on]
         case = Case(name, models[number % len(models)])
-        for mesh in meshes(number):
+        for mesh in MESHES:
             marks = () if (name, mesh) in FAST else pytest.mark.slow
             yield pytest.param(case, mesh, id=f"{name} on {case.model}, {mesh}", marks=marks)
 
 
 each = pytest.mark.parametrize("subject, mesh", [*_subjects()])
-#: Each line on one mesh, in turn.
-in_turn = pytest.mark.parametrize(
-    "subject, mesh",
-    [*_subjects(lambda number: [[*MESHES][number % len(MESHES)], *(m for n, m in FAST if n == [*METHODS][number])])],
-)
 
 
 @functools.cache
@@ -112,7 +107,7 @@ def batch_ways(mesh):
 
 
 def check_places(leaves, mesh):
-    """A device holds its share of the base, and of every leaf that a rule names."""
+    """A device holds its share of the base, and of every matrix of an adapter with an axis that `fsdp` divides."""
     base = {path: leaf for path, leaf in leaves.items() if "adapters" not in path.split("/")}
     kernels = [leaf for path, leaf in base.items() if leaf.ndim >= 2 and min(leaf.shape[-2:]) >= 16]
     split = mesh.shape["fsdp"] * mesh.shape["tensor"]
@@ -120,6 +115,10 @@ def check_places(leaves, mesh):
     small = sum(leaf.nbytes for leaf in kernels if leaf.sharding.is_fully_replicated)
     assert small <= 0.2 * sum(leaf.nbytes for leaf in kernels)
     assert held - small <= sum(leaf.nbytes for leaf in kernels) / split
+    for path, leaf in leaves.items():
+        own, ways = _of_a_layer(path, leaf).shape, mesh.shape["fsdp"]
+        if path not in base and "saved" not in path.split("/") and len(own) >= 2 and any(n % ways == 0 for n in own):
+            assert leaf.addressable_shards[0].data.nbytes <= leaf.nbytes / ways, path
     for path, place in jpeft.shardings(leaves, mesh).items():
         assert leaves[path].sharding == place
 
@@ -166,7 +165,7 @@ def test_what_it_leaves_is_one_devices(subject, mesh):
         assert subjects.error(leaf, want[path]) < subjects.FLOAT32, path
 
 
-@in_turn
+@each
 def test_it_writes_what_one_device_writes(subject, mesh):
     if not subject.row.caches:
         return

@@ -2,7 +2,6 @@
 """DoRA against the real peft and a float64 formula, its norm without the product of its factors, its neighbours."""
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import jax
@@ -15,6 +14,7 @@ import pytest
 import subjects
 import torch
 from flax import nnx
+from jaxprs import sizes
 
 import jpeft
 from jpeft._method import Targets
@@ -214,16 +214,6 @@ def test_every_kind_of_module_and_its_merge(kind):
 # The norm.
 
 
-def shapes_in(jaxpr):
-    """Sizes of everything that a program computes, inner programs included."""
-    for eqn in jaxpr.eqns:
-        inner = [value for value in eqn.params.values() if hasattr(value, "eqns") or hasattr(value, "jaxpr")]
-        for value in inner:
-            yield from shapes_in(getattr(value, "jaxpr", value))
-        if not inner:
-            yield from (math.prod(out.aval.shape) for out in eqn.outvars)
-
-
 @pytest.mark.parametrize("init", ["default", "pissa"])
 def test_no_matrix_of_the_kernels_size_is_made(init):
     """Neither in the forward nor in the backward pass: the largest intermediate is [d_out, rank]-sized."""
@@ -236,7 +226,7 @@ def test_no_matrix_of_the_kernels_size_is_made(init):
         return (jpeft.combine(graphdef, trainable, frozen)(x) ** 2).sum()
 
     for program in (loss, jax.grad(loss)):
-        largest = max(shapes_in(jax.make_jaxpr(program)(trainable, x).jaxpr))
+        largest = max(sizes(jax.make_jaxpr(program)(trainable, x).jaxpr))
         assert largest <= 60 * 2 * 2, largest
     used = jax.jit(loss).lower(trainable, x).compile().memory_analysis()
     assert used is not None

@@ -12,6 +12,7 @@ import pytest
 import subjects
 from blocks_oracle import against_numpy, against_peft, against_transformers, listed, stacked
 from flax import nnx
+from jaxprs import sizes
 from peft.tuners.lokr.layer import factorization as pefts_factorization
 
 import jpeft
@@ -137,19 +138,9 @@ def test_the_kronecker_product_is_never_made(options):
     def step(trainable):
         return jax.value_and_grad(lambda t: jpeft.combine(graphdef, t, frozen)(x).sum())(trainable)
 
-    sizes = _sizes(jax.make_jaxpr(step)(trainable).jaxpr)
-    assert max(sizes) < 64 * 96
-    assert len(sizes) > 10
-
-
-def _sizes(jaxpr):
-    """Of everything that is computed."""
-    found = [int(np.prod(v.aval.shape)) for equation in jaxpr.eqns for v in equation.outvars]
-    for equation in jaxpr.eqns:
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            found += _sizes(inner) if hasattr(inner, "eqns") else []
-    return found
+    found = [*sizes(jax.make_jaxpr(step)(trainable).jaxpr)]
+    assert max(found) < 64 * 96
+    assert len(found) > 10
 
 
 @pytest.mark.parametrize("init, zero", [("default", {"w1", "w1_out"}), ("lycoris", {"w2", "w2_in"})])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import subjects
 from flax import nnx
+from jaxprs import equations
 
 import jpeft
 
@@ -113,17 +114,11 @@ def test_no_matrix_of_the_tables_size_is_made(name):
         return jpeft.combine(graphdef, t, frozen).attend(x).sum()
 
     jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(trainable, jnp.ones((2, WIDTH)))
-    made = [out.aval for out in outputs(jaxpr.jaxpr) if math.prod(out.aval.shape) >= VOCAB * WIDTH]
-    assert {equation.shape for equation in made} <= {(WIDTH, VOCAB), (VOCAB, WIDTH)}
+    shapes = [out.aval.shape for equation in equations(jaxpr.jaxpr) for out in equation.outvars]
+    made = [shape for shape in shapes if math.prod(shape) >= VOCAB * WIDTH]
+    assert {*made} <= {(WIDTH, VOCAB), (VOCAB, WIDTH)}
     assert len(made) <= 1 + TURNED  # the table itself, turned for the product
 
 
 #: The table turned for the product, and once more for its gradient.
 TURNED = 1
-
-
-def outputs(jaxpr: Any) -> list[Any]:
-    """What every equation gives, those inside of others included."""
-    inner = [value for equation in jaxpr.eqns for value in jax.tree.leaves(list(equation.params.values()))]
-    nested = [getattr(value, "jaxpr", value) for value in inner if hasattr(value, "eqns") or hasattr(value, "jaxpr")]
-    return [out for equation in jaxpr.eqns for out in equation.outvars] + [o for one in nested for o in outputs(one)]

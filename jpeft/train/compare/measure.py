@@ -18,6 +18,7 @@ and, where texts are written, FOLDER/texts.json: the record of `jpeft eval`, wit
 import dataclasses
 import importlib.metadata
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ import numpy as np
 
 from ...models._files import read_json, write_text
 from .. import config as configuration
-from .. import data, devices, folder, job, loop, saved, tasks, utilization
+from .. import data, devices, job, loop, saved, tasks, utilization
 from ..config import Config
 from ..feed import Feed
 from ..sections import Data
@@ -97,9 +98,10 @@ def measured(plan: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _configured(plan: Mapping[str, Any], path: Path) -> Config:
-    """A run's configuration, its folder cleared."""
+    """A run's configuration; what an end in the middle left in its folder is removed."""
     out = path / "train"
-    folder.remove_run(out)
+    if out.exists():
+        shutil.rmtree(out)
     config = configuration.parse({**plan["config"], "out": str(out)})
     return config if plan["size"] is None else fewer.fewer(config, plan["size"], path / "rows.jsonl")
 
