@@ -25,6 +25,7 @@ from flax import nnx
 from .._partition import partition
 from .._stack import lowest_trained
 from .._walk import Seam, sites
+from ..models._sizes import query_width
 from .step import CPU_OPTIONS
 
 #: Peak rates of dense bfloat16 products as their makers publish them, FLOP/s of one device, by a part of the device
@@ -71,7 +72,7 @@ def flops_per_token(model: Any, task: str, keys: float = 0.0) -> float:
     if not keys:
         return total
     layers = {path: math.prod(site.lead) for path in parts for site in sites(model) if _attends(site, path)}
-    return total + sum(n * 4 * keys * _query_width(model) * (1 + 2 * parts[path]) for path, n in layers.items())
+    return total + sum(n * 4 * keys * query_width(model.config) * (1 + 2 * parts[path]) for path, n in layers.items())
 
 
 def matmul_weights(model: Any, task: str) -> int:
@@ -122,14 +123,6 @@ def _whole(path: str, trained: set[str]) -> bool:
 
 def _attends(site: Seam, stack: str) -> bool:
     return bool(stack) and site.kind == "keys_values" and site.path.startswith(stack + "/")
-
-
-def _query_width(model: Any) -> int:
-    """Heads times the size of each."""
-    sizes = model.config
-    heads = getattr(sizes, "num_attention_heads", None) or getattr(sizes, "num_heads", 1)
-    each = getattr(sizes, "head_dim", None) or getattr(sizes, "d_kv", None) or sizes.hidden_size // heads
-    return heads * each
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:

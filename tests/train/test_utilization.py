@@ -74,6 +74,20 @@ def test_the_convention_is_the_compiled_steps_count(subject, method, optimised):
     assert abs((ours + recomputed) / found["flops"] - 1) < COMPILED, (ours, recomputed, found["flops"])
 
 
+@pytest.mark.parametrize(
+    "config, task",
+    [
+        ({"model_type": "gpt2", "n_embd": 24, "n_head": 3, "n_layer": 2, "vocab_size": 11}, "CAUSAL_LM"),
+        ({"model_type": "distilbert", "dim": 24, "n_heads": 3, "n_layers": 2, "vocab_size": 11}, "SEQ_CLS"),
+    ],
+)
+def test_keys_cost_what_a_familys_queries_have_numbers(config, task):
+    """By hand: of each layer, 4 operations a key and number of a query, forward, and twice that backward."""
+    model = jpeft.models.build(config, task, key=KEY, num_labels=2 if task == "SEQ_CLS" else None)
+    model = jpeft.adapt(model, jpeft.METHODS["full"](), key=KEY)
+    assert flops_per_token(model, task, keys=7) - flops_per_token(model, task) == 2 * 4 * 7 * 24 * 3
+
+
 def test_each_part_has_its_share():
     """By hand: a layer's kernels, and the head."""
     config, task, _ = SUBJECTS["llama"]

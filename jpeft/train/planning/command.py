@@ -12,7 +12,7 @@ from ..sections import Optimizer
 from ..sections.model import SEEING, Scheme
 from ..sections.optimizer import RULES
 from . import devices
-from .request import Request
+from .request import TASKS, Request
 
 _EXAMPLES = """
 examples:
@@ -30,9 +30,10 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--rank", type=int, metavar="R", help="of the method")
     plan.add_argument("--targets", metavar="NAMES", help="of the method: all-linear, or names with commas")
     plan.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="another option of the method")
-    plan.add_argument("--task", default="CAUSAL_LM", choices=("CAUSAL_LM", "SEQ_CLS", *SEEING), help="(CAUSAL_LM)")
+    plan.add_argument("--task", default="CAUSAL_LM", choices=TASKS, help="(CAUSAL_LM)")
     plan.add_argument("--batch", type=int, default=None, metavar="ROWS", help="over all devices (one each)")
     plan.add_argument("--seq", type=int, metavar="TOKENS", help="of a row of text (512)")
+    plan.add_argument("--target-seq", type=int, metavar="TOKENS", help="of a row's target, for SEQ_2_SEQ_LM (as --seq)")
     plan.add_argument("--accumulation", type=int, default=1, metavar="N", help="micro-batches an update (1)")
     plan.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="(bfloat16)")
     plan.add_argument(
@@ -114,6 +115,7 @@ def request_of(options: argparse.Namespace) -> Request:
         task=options.task,
         batch=machine.count if options.batch is None else options.batch,
         seq=512 if options.seq is None else options.seq,
+        target_seq=options.target_seq,
         accumulation=options.accumulation,
         dtype=options.dtype,
         remat=options.remat,

@@ -12,8 +12,9 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..._graft import ADAPTERS
@@ -23,6 +24,7 @@ from ..._quantized import QuantizedKernel
 from ..._scope import scope
 from ..._summary import summary
 from ...models._attention import block_rows
+from ...models._sizes import query_heads, stream_width
 from .._head import CHUNK_LOGITS
 from ..sections import Optimizer
 from ..step import make_step
@@ -133,7 +135,19 @@ def estimate(request: Request, found: Subject | None = None) -> Estimate:
 
 
 def memory(found: Subject) -> Memory:
-    """The parts of a step's memory on one device."""
+    """The parts of a step's memory on one device.
+
+    A CPU computes bfloat16 in float32: it keeps and works as a step in float32 does, beside a copy of the base.
+    """
+    request, own = found.request, _memory(found)
+    if request.machine.chip.platform != "cpu" or request.dtype != "bfloat16":
+        return own
+    wide = _memory(subject(request.but(dtype="float32"), found.mesh if isinstance(found.mesh, Mesh) else None))
+    copies = 2 * sum(device_bytes(leaf) for leaf in found.frozen.values() if leaf.dtype == jnp.dtype(request.dtype))
+    return dataclasses.replace(own, activations=wide.activations, working=wide.working + copies)
+
+
+def _memory(found: Subject) -> Memory:
     request = found.request
     trainable, state = device_bytes(found.state.trainable), device_bytes(found.state.optimizer)
     own_memory = request.machine.chip.platform != "cpu"  # whose memory is the host's
@@ -209,10 +223,10 @@ def _decoded(found: Subject) -> int:
 def _head(found: Subject) -> int:
     """Logits of a chunk in float32 with their derivative, the same in the base's dtype, and the head's own weights."""
     request, vocab = found.request, getattr(found.model.config, "vocab_size", 0)
-    if request.task != "CAUSAL_LM":
+    if request.task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         return 0
     tokens = found.mesh.shape["sequence"]
-    rows = request.batch // found.ways * request.seq // tokens
+    rows = request.batch // found.ways * batch(request)["labels"].shape[-1] // tokens
     logits = min(rows * vocab, CHUNK_LOGITS // (found.ways * tokens))
     return logits * 10 // found.mesh.shape["tensor"]
 
@@ -227,7 +241,7 @@ def _scores(found: Subject) -> int:
     request, ways = found.request, found.mesh.shape["sequence"]
     if request.machine.chip.platform != "cpu":
         return 0
-    heads = getattr(found.model.config, "num_attention_heads", 1) // found.mesh.shape["tensor"]
+    heads = -(-query_heads(found.model.config) // found.mesh.shape["tensor"])
     arrays = 3 if request.remat == "none" or ways == 1 else 2
     pairs = (request.seq // ways) * request.seq
     if ways == 1 and request.task == "CAUSAL_LM":
@@ -243,7 +257,7 @@ def _kept(found: Subject, request: Request) -> tuple[list[jax.ShapeDtypeStruct],
     rows, tokens = request.batch // found.ways, found.mesh.shape["sequence"]
     own = tuple((name, (shape[0] // found.ways, *shape[1:]), dtype) for name, shape, dtype in request.arrays)
     alone = request.but(machine=one, mesh=None, batch=rows, arrays=own, generate=0, share=1.0, optimizer=Optimizer())
-    tensor, d_model = found.mesh.shape["tensor"], getattr(found.model.config, "hidden_size", 0)
+    tensor, d_model = found.mesh.shape["tensor"], stream_width(found.model.config)
     weights = {leaf.shape: leaf.sharding.shard_shape(leaf.shape) for leaf in _leaves(found).values() if leaf.ndim > 1}
 
     def own_part(x: Kept) -> jax.ShapeDtypeStruct:
@@ -320,8 +334,8 @@ def _cache(found: Subject) -> int:
     if not request.generate:
         return 0
     made = nnx.eval_shape(lambda model: model.cache(request.batch // found.ways, request.generate), found.model)
-    heads = getattr(found.model.config, "num_key_value_heads", 1)
-    return _bytes(jax.tree.leaves(made.kv)) // (tensor if heads % tensor == 0 else 1)
+    keys = jax.tree.leaves(made.kv)  # [layers, rows, kv_heads, slots, d_head]
+    return _bytes(keys) // (tensor if keys[0].shape[2] % tensor == 0 else 1)
 
 
 def _bytes(arrays: Any) -> int:

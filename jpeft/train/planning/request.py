@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from ..sections import Optimizer
+from ..sections.model import SEEING
 from .devices import Machine
 
 #: Tokens of a micro-batch that the program's 32-bit indices can tell apart.
 MAX_TOKENS = 2**31 - 1
+#: Tasks of which it is known what a batch holds.
+TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", *SEEING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +25,10 @@ class Request:
       machine: the devices.
       mesh: such as `"fsdp=4,tensor=2"`; None is `fsdp` over all of them, within each slice.
       uneven: of weights with an axis that the mesh does not divide: `refuse`, or `whole` on every device.
-      task: `CAUSAL_LM`, `SEQ_CLS` or `IMAGE_CLS`, or any other where `arrays` says what a batch holds.
+      task: one of `TASKS`, or any other where `arrays` says what a batch holds.
       batch: rows of one micro-batch, over all devices.
       seq: tokens of a row; of an image those that its model makes of it (`subject.of_images`).
+      target_seq: tokens of a row's target, for `SEQ_2_SEQ_LM`; None is as many as of the row.
       accumulation: micro-batches of an update.
       dtype: of the base.
       remat: what a layer keeps for the backward pass.
@@ -47,6 +51,7 @@ class Request:
     task: str = "CAUSAL_LM"
     batch: int = 1
     seq: int = 512
+    target_seq: int | None = None
     accumulation: int = 1
     dtype: str = "bfloat16"
     remat: str = "none"
@@ -68,6 +73,12 @@ class Request:
         for name in ("batch", "seq", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.target_seq is not None and (self.task != "SEQ_2_SEQ_LM" or self.target_seq < 1):
+            raise ValueError(
+                f"target_seq is 1 or more, and of SEQ_2_SEQ_LM; got {self.target_seq} for the task {self.task}"
+            )
+        if self.task not in TASKS and not self.arrays:
+            raise ValueError(f"a plan knows the tasks {', '.join(TASKS)}; got {self.task!r}")
         if self.batch * self.seq > MAX_TOKENS:
             raise ValueError(
                 f"{self.batch} rows of {self.seq} tokens are {self.batch * self.seq} in one micro-batch; indices of "

@@ -167,8 +167,14 @@ def _usual(request: Request) -> tuple[tuple[str, tuple[int, ...], str], ...]:
         pixels = request.batch, *adapted(request).input_shape
         return ("pixel_values", pixels, "float32"), ("labels", pixels[:1], "int32")
     shape = (request.batch, request.seq)
-    labels = shape if request.task == "CAUSAL_LM" else shape[:1]
-    return ("input_ids", shape, "int32"), ("attention_mask", shape, "int32"), ("labels", labels, "int32")
+    labels = {
+        "CAUSAL_LM": shape,
+        "SEQ_2_SEQ_LM": (request.batch, request.target_seq or request.seq),
+        "SEQ_CLS": shape[:1],
+        "TOKEN_CLS": shape,
+        "QUESTION_ANS": (request.batch, 2),
+    }
+    return ("input_ids", shape, "int32"), ("attention_mask", shape, "int32"), ("labels", labels[request.task], "int32")
 
 
 def of_images(request: Request) -> Request:
