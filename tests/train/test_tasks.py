@@ -276,6 +276,17 @@ def test_what_cannot_be_is_said(capsys, llama, classifier, sums, tmp_path, argum
     assert said in found
 
 
+def test_data_of_the_hub_that_is_not_here_can_be_a_file(capsys, llama, monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("the hub cannot be reached")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    code, found = run(capsys, "--task", "gsm8k", "--model", llama)
+    assert code != 0
+    assert "openai/gsm8k, split 'test', cannot be loaded: the hub cannot be reached. The task's own data" in found
+    assert "--data names a file with such rows" in found
+
+
 def test_every_task_can_be_found():
     for name in tasks.TASKS:
         assert tasks.find(name).published is not None

@@ -33,6 +33,8 @@ from .request import Request
 from .subject import Subject, adapted, batch, device_bytes, subject, sums, width
 from .trace import Kept, kept, product_flops
 
+#: Tasks of models with an output head of as many logits as words.
+WRITING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 #: Arrays of a kernel's size in float32 that unpacking NF4 takes on a CPU, in the compiled programs of two models.
 UNPACKING = 8
 #: (number of layers, what they keep) of every stack.
@@ -137,13 +139,16 @@ def estimate(request: Request, found: Subject | None = None) -> Estimate:
 def memory(found: Subject) -> Memory:
     """The parts of a step's memory on one device.
 
-    A CPU computes bfloat16 in float32: it keeps and works as a step in float32 does, beside a copy of the base.
+    A CPU computes bfloat16 in float32: it keeps and works as a step in float32 does, beside a copy of what
+    is multiplied of the base: of a table only where it is the output head as well.
     """
     request, own = found.request, _memory(found)
     if request.machine.chip.platform != "cpu" or request.dtype != "bfloat16":
         return own
     wide = _memory(subject(request.but(dtype="float32"), found.mesh if isinstance(found.mesh, Mesh) else None))
-    copies = 2 * sum(device_bytes(leaf) for leaf in found.frozen.values() if leaf.dtype == jnp.dtype(request.dtype))
+    tied = request.task in WRITING and not hasattr(found.model, "lm_head")
+    multiplied = (leaf for path, leaf in found.frozen.items() if tied or not path.endswith("/embedding"))
+    copies = 2 * sum(device_bytes(leaf) for leaf in multiplied if leaf.dtype == jnp.dtype(request.dtype))
     return dataclasses.replace(own, activations=wide.activations, working=wide.working + copies)
 
 
@@ -223,7 +228,7 @@ def _decoded(found: Subject) -> int:
 def _head(found: Subject) -> int:
     """Logits of a chunk in float32 with their derivative, the same in the base's dtype, and the head's own weights."""
     request, vocab = found.request, getattr(found.model.config, "vocab_size", 0)
-    if request.task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+    if request.task not in WRITING:
         return 0
     tokens = found.mesh.shape["sequence"]
     rows = request.batch // found.ways * batch(request)["labels"].shape[-1] // tokens

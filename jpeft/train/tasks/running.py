@@ -195,7 +195,12 @@ def _opened(source: Source | None, file: str | None, limit: int | None, *, image
                 "would be of few classes; leave it out, or name a table of images"
             )
         chosen = dataclasses.replace(chosen, split=f"{chosen.split}[:{limit}]")
-    return open_source(chosen, images=images)
+    try:
+        return open_source(chosen, images=images)
+    except DataError as error:
+        if file is not None:
+            raise
+        raise DataError(f"{error}. The task's own data is not here: --data names a file with such rows") from error
 
 
 def _good(rows: Rows) -> Iterator[Any]:
