@@ -10,6 +10,8 @@ _IGNORED = [re.compile(pattern) for pattern in (",", r"\$", r"(?s).*#### ", r"\.
 _SAID = re.compile(
     r"(?:final answer|answer)\s*(?:is|:|=)\s*:?\s*(.+?)(?:\s*\. I hope it is correct|\.\s|\.?$|\n)", re.IGNORECASE
 )
+#: Markdown's bold type, which is no power: `2**3` has no space before it.
+_BOLD = re.compile(r"(?<!\S)\*\*(?=\S)(.+?)(?<=\S)\*\*(?!\w)")
 
 
 def boxed(text: str) -> str | None:
@@ -53,7 +55,7 @@ def final_answer(text: str) -> str | None:
     if "####" in text:
         lines = text.rpartition("####")[2].strip().splitlines()
         return lines[0].strip() if lines else None
-    said = list(_SAID.finditer(text))
+    said = list(_SAID.finditer(_BOLD.sub(r"\1", text)))
     return said[-1].group(1).strip() if said else None
 
 

@@ -4,11 +4,12 @@
 import re
 
 _SIGNS = {
-    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "°": "",
+    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "°": r"^{\circ}",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "∅": r"\emptyset ",
     "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "²": "^{2}", "³": "^{3}", "\u00a0": " ",
     "\u202f": " ", "€": "", "£": "", "ℝ": r"\mathbb{R}", "θ": r"\theta ",
 }  # fmt: skip
+_DEGREES = r"(?:\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degrees?(?![a-zA-Z]))"
 _SPELLED = [
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\(?:left|right|displaystyle|textstyle|limits|big|Big|bigg|Bigg)(?![a-zA-Z])\s*\.?", ""),
@@ -25,7 +26,11 @@ _SPELLED = [
     (r"\\(?:rbrace)(?![a-zA-Z])", r"\\}"),
     (r"\\(?:lbrack)(?![a-zA-Z])", "["),
     (r"\\(?:rbrack)(?![a-zA-Z])", "]"),
-    (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree|\\degrees", ""),
+    (
+        rf"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{{?\d\}}?)?\s*[({{]?\s*-?\s*)(\d+(?:\.\d+)?)\s*{_DEGREES}",
+        r"\1\\frac{\2\\pi}{180}",
+    ),
+    (_DEGREES, ""),
     (r"\{,\}", ","),
     (r"_\{(\w)\}", r"_\1"),
     (r"\\log_e(?![a-zA-Z])", r"\\ln"),
