@@ -4,12 +4,13 @@
 import re
 
 _SIGNS = {
-    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "°": r"^{\circ}",
+    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "∅": r"\emptyset ",
     "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "²": "^{2}", "³": "^{3}", "\u00a0": " ",
-    "\u202f": " ", "€": "", "£": "", "ℝ": r"\mathbb{R}", "θ": r"\theta ",
+    "\u202f": " ", "€": "", "£": "", "ℝ": r"\mathbb{R}", "θ": r"\theta ", "°": r"^{\circ}",
 }  # fmt: skip
 _DEGREES = r"(?:\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degrees?(?![a-zA-Z]))"
+_OF_ANGLES = r"\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{?\d\}?)?"
 _SPELLED = [
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\(?:left|right|displaystyle|textstyle|limits|big|Big|bigg|Bigg)(?![a-zA-Z])\s*\.?", ""),
@@ -27,7 +28,7 @@ _SPELLED = [
     (r"\\(?:lbrack)(?![a-zA-Z])", "["),
     (r"\\(?:rbrack)(?![a-zA-Z])", "]"),
     (
-        rf"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{{?\d\}}?)?\s*[({{]?\s*-?\s*)(\d+(?:\.\d+)?)\s*{_DEGREES}",
+        rf"({_OF_ANGLES}\s*[({{]?\s*-?\s*)(\d+(?:\.\d+)?)\s*{_DEGREES}",
         r"\1\\frac{\2\\pi}{180}",
     ),
     (_DEGREES, ""),
