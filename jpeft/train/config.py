@@ -224,6 +224,7 @@ def _conflicts(config: Config) -> list[str]:
     names, figures = data.label_names, METRICS["dpo" if train.objective == "dpo" else task]
     rules = {
         "data.train names no file": not paths(data.train),
+        "uneven=whole is of a mesh, and there is none; give mesh": config.mesh is None and config.uneven == "whole",
         "give one of train.epochs and train.max_steps, and leave the other null": (train.epochs is None)
         == (train.max_steps is None),
         "train.eval_every is set, and data.eval names no file": train.eval_every is not None and not paths(data.eval),

@@ -93,6 +93,8 @@ def test_environment_variables_in_paths(monkeypatch):
         ("train.seed=4294967296", r"train.seed must be in \[0, 2\*\*32\)"),
         ("train.seed=4294967295", None),
         ("train.samples=-1", "train.samples must not be negative, got -1"),
+        ("uneven=whole", "uneven=whole is of a mesh, and there is none"),
+        ("uneven=pad", "uneven"),
         ("train.sample_tokens=5", "train.sample_tokens is for train.samples, which wants none"),
         ("train.max_skips=5", "train.max_skips is for train.on_nan=skip, got stop"),
         ("data.max_bad_rows=5", "data.max_bad_rows is for data.on_bad_row=skip, got stop"),

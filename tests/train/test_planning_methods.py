@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from jpeft.train.cli import main
 from jpeft.train.planning import compiling, devices
 from jpeft.train.planning.estimate import memory
 from jpeft.train.planning.request import Request
@@ -77,3 +78,18 @@ def test_a_task_that_no_batch_is_known_of_is_refused():
     for wrong in ({"target_seq": 8}, {"target_seq": 0, "task": "SEQ_2_SEQ_LM"}):
         with pytest.raises(ValueError, match="target_seq is 1 or more, and of SEQ_2_SEQ_LM; got"):
             Request("t5-base", LORA, machine, **wrong)
+
+
+def test_weights_that_a_mesh_does_not_divide_are_refused_or_whole(capsys):
+    """BERT's 30,522 words over four devices along `tensor`."""
+    asked = ["plan", "--model", "bert-base-uncased", "--task", "SEQ_CLS", "--devices", "4", "--mesh", "tensor=4"]
+    asked += ["--no-compile", "--json"]
+    with pytest.raises(SystemExit):
+        main(asked)
+    said = "does not divide embeddings/word_embeddings/embedding axis 0 of 30522 over tensor: take sizes that do"
+    assert said in capsys.readouterr().err
+    main([*asked, "--uneven", "whole"])
+    assert json.loads(capsys.readouterr().out)["by_shape"]["weights"] > 30522 * 768 * 2
+    with pytest.raises(SystemExit):
+        main(["plan", "--model", "bert-base-uncased", "--uneven", "whole"])
+    assert "--uneven whole is of a mesh, and the machine is one device" in capsys.readouterr().err

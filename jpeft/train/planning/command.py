@@ -106,6 +106,8 @@ def request_of(options: argparse.Namespace) -> Request:
     else:
         machine = devices.machine(options.device, options.devices)
         machine = dataclasses.replace(machine, slices=options.slices)
+    if options.uneven == "whole" and machine.count == 1:
+        raise ConfigError("--uneven whole is of a mesh, and the machine is one device")
     return Request(
         model=options.model,
         method=_method(options),
