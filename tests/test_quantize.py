@@ -204,7 +204,7 @@ def test_loading_holds_a_layer_in_floats_where_a_leaf_is_large(tmp_path, scheme,
     monkeypatch.setattr(_weights, "_leaf", count)
     monkeypatch.setattr(_quantizing, "_AT_ONCE", 1)
     mesh = None if axes is None else jpeft.mesh(axes)
-    place = None if mesh is None else jpeft.placement(mesh)
+    place = None if mesh is None else jpeft.placement(mesh, uneven="whole")
     model = jpeft.models.load(tmp_path / "model", quantize=scheme, sharding=place)
     expected = subjects.leaves(jpeft.quantize(wide_llama(), scheme))
     assert all(layers[path] == [1, 1] for path in layers if path.endswith("_proj/kernel"))
@@ -245,7 +245,7 @@ def test_a_merge_is_of_the_dequantized_kernel():
 def test_codes_lie_as_their_kernel_does():
     model = jpeft.adapt(jpeft.quantize(wide_llama(), "nf4_double"), jpeft.LoRA(rank=4, targets="all-linear"), key=KEY)
     mesh = jpeft.mesh("fsdp=2,tensor=2,data=2")
-    at = {path: place.spec for path, place in jpeft.shardings(model, mesh).items()}
+    at = {path: place.spec for path, place in jpeft.shardings(model, mesh, uneven="whole").items()}
     up, down = "layers/mlp/up_proj", "layers/mlp/down_proj"
     assert at[f"{up}/kernel/codes"] == P(None, "fsdp", "tensor")
     assert at[f"{up}/kernel/scales"] == P(None, None, "tensor")  # one block per column: there is nothing to cut
@@ -253,18 +253,21 @@ def test_codes_lie_as_their_kernel_does():
     assert at[f"{up}/kernel/scale_largest"] == P(None, None)
     assert at[f"{up}/adapters/lora/A"] == P(None, "fsdp", None)
     assert at[f"{up}/adapters/lora/B"] == P(None, None, ("tensor", "fsdp"))
-    placed = jpeft.shard(model, mesh)
+    placed = jpeft.shard(model, mesh, uneven="whole")
     assert subjects.error(placed(IDS), model(IDS)) < subjects.FLOAT32
 
 
 def test_flat_codes_are_replicated_and_rules_of_ones_own_reach_codes():
     mesh = jpeft.mesh("fsdp=4,tensor=2")
     model = jpeft.quantize(MODELS["llama"].build())
-    at = jpeft.shardings(model, mesh)
+    at = jpeft.shardings(model, mesh, uneven="whole")
     assert at["layers/mlp/up_proj/kernel/flat_codes"].spec == P(None, None)
     adapted = subjects.fill(jpeft.adapt(model, jpeft.LoRA(rank=2, targets="all-linear"), key=KEY))
-    placed = jpeft.shard(adapted, mesh)  # what adapts them has no axis to follow, and goes along its longest
-    assert jpeft.shardings(adapted, mesh)["layers/mlp/up_proj/adapters/lora/A"].spec == P(None, "fsdp", None)
+    placed = jpeft.shard(adapted, mesh, uneven="whole")
+    at = jpeft.shardings(
+        adapted, mesh, uneven="whole"
+    )  # what adapts codes has no axis to follow: it goes along its longest
+    assert at["layers/mlp/up_proj/adapters/lora/A"].spec == P(None, "fsdp", None)
     assert subjects.error(placed(IDS), adapted(IDS)) < subjects.FLOAT32
     own = jpeft.shardings(jpeft.quantize(wide_llama(), "int8"), mesh, [("**/up_proj/kernel", P(None, "fsdp"))])
     assert own["layers/mlp/up_proj/kernel/codes"].spec == P(None, None, "fsdp")
@@ -274,7 +277,7 @@ def test_flat_codes_are_replicated_and_rules_of_ones_own_reach_codes():
 def test_loading_places_codes(tmp_path):
     jpeft.models.save(wide_llama(), tmp_path / "model")
     mesh = jpeft.mesh("fsdp=4,tensor=2")
-    model = jpeft.models.load(tmp_path / "model", quantize="nf4", sharding=jpeft.placement(mesh))
+    model = jpeft.models.load(tmp_path / "model", quantize="nf4", sharding=jpeft.placement(mesh, uneven="whole"))
     codes = jpeft.partition(model)[2]["layers/mlp/up_proj/kernel/codes"]
     assert codes.sharding.spec == P(None, "fsdp", "tensor")
 

@@ -129,7 +129,7 @@ def test_counts_and_places():
     assert (summary.trainable, summary.changed) == (24 * 2 * 8 * (768 + 768), 24 * 768 * 768)
     assert summary.trainable == sum(value.size for value in jpeft.partition(adapted)[1].values())
     mesh = jpeft.mesh("fsdp=2,tensor=4")
-    places = {path: place.spec for path, place in jpeft.shardings(adapted, mesh).items()}
+    places = {path: place.spec for path, place in jpeft.shardings(adapted, mesh, uneven="whole").items()}
     query = "layers/attention/self/query"
     assert tuple(places[f"{query}/kernel"]) == (None, "fsdp", "tensor")
     for name in "12":

@@ -142,7 +142,7 @@ def test_numbers_do_not_depend_on_where_experts_are(axes):
 def test_each_device_has_its_own_experts():
     """The axis of experts is split over `tensor`, of kernels and of what adapters have beside them."""
     _, trainable, frozen = adapted(build({**CONFIG, "num_local_experts": 4}, "CAUSAL_LM"))
-    placed = jpeft.shard({**trainable, **frozen}, jpeft.mesh("data=2,fsdp=2,tensor=2"))
+    placed = jpeft.shard({**trainable, **frozen}, jpeft.mesh("data=2,fsdp=2,tensor=2"), uneven="whole")
     for w, (d_in, d_out) in {"w1": (24, 20), "w2": (20, 24), "w3": (24, 20)}.items():
         at = f"layers/block_sparse_moe/experts/{w}"
         kernel, a, b = (placed[f"{at}/{leaf}"] for leaf in ("kernel", "adapters/lora/A", "adapters/lora/B"))
@@ -161,7 +161,7 @@ def test_quantized_experts(scheme, tmp_path):
     assert any("experts/w2/kernel/" in path for path in flat(loaded))
     model = jpeft.combine(*adapted(loaded))
     assert_close(outputs_of(model, **batch(MIXTRAL)), outputs_of(jpeft.merge(model), **batch(MIXTRAL)))
-    place = jpeft.placement(jpeft.mesh("tensor=2", devices=jax.devices()[:2]))
+    place = jpeft.placement(jpeft.mesh("tensor=2", devices=jax.devices()[:2]), uneven="whole")
     codes = {p: leaf for p, leaf in flat(loaded).items() if p.endswith("experts/w1/kernel/codes")}
     assert all(place(p, jnp.asarray(leaf)).spec[-3] == "tensor" or leaf.shape[1] % 2 for p, leaf in codes.items())
 

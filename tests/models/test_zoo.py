@@ -315,7 +315,7 @@ def test_every_kernel_and_table_has_a_place_on_a_mesh(name):
     """But for heads, poolers, positions, types of tokens, what is of distances, and routers, which are small."""
     config = next(preset for preset in module_of(name).PRESETS.values() if preset.model_type == name)
     model = nnx.eval_shape(lambda: models.build(config, by_token(SUBJECTS[name]), key=jax.random.key(0)))
-    place = jpeft.placement(jpeft.mesh("data=2,fsdp=2,tensor=2"))
+    place = jpeft.placement(jpeft.mesh("data=2,fsdp=2,tensor=2"), uneven="whole")
     leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
     whole = {path for path, leaf in leaves.items() if leaf.ndim > 1 and not any(place(path, leaf.get_value()).spec)}
     small = (

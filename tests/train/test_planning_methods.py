@@ -83,7 +83,7 @@ def test_a_task_that_no_batch_is_known_of_is_refused():
 def test_weights_that_a_mesh_does_not_divide_are_refused_or_whole(capsys):
     """BERT's 30,522 words over four devices along `tensor`."""
     asked = ["plan", "--model", "bert-base-uncased", "--task", "SEQ_CLS", "--devices", "4", "--mesh", "tensor=4"]
-    asked += ["--no-compile", "--json"]
+    asked += ["--device", "h100", "--no-compile", "--json"]
     with pytest.raises(SystemExit):
         main(asked)
     said = "does not divide embeddings/word_embeddings/embedding axis 0 of 30522 over tensor: take sizes that do"
