@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one function through which every model attends.
 
-On CPU, and wherever weights are dropped out or scores bounded, a blocked kernel (`_blocked`): queries go in blocks of
-rows, keys that a whole block may not see are not computed, and the backward pass recomputes the weights, so that
-nothing is kept but q, k and v. Elsewhere `jax.nn.dot_product_attention`, which has kernels of its own.
+Queries go in blocks of rows, keys that a whole block may not see are not computed, and the backward pass recomputes
+the weights, so that nothing is kept but q, k and v. A block begins when the one before it is done, so that an
+accelerator has the scores of one alone in memory; XLA's programs for a CPU do not heed this.
 
 Where a mesh splits a row's tokens, each device has its own queries in one block, and the keys and values of all.
 """
@@ -26,6 +26,8 @@ from ..seams import EVERY_SEGMENT
 
 #: Query rows in a block: wide enough for a matrix product, narrow enough to skip most of what causality masks.
 BLOCK_ROWS = 64
+#: The same on accelerators, whose products want more rows.
+WIDE_BLOCK_ROWS = 256
 #: Blocks of one attention: each is a part of the program, which takes as long to compile as there are of them.
 MOST_BLOCKS = 64
 
@@ -83,19 +85,16 @@ def attention(
     known = window if isinstance(window, int) else None
     limits = _Limits(window if isinstance(window, jax.Array) else None, mask, segment_ids, seed, places, key_segments)
     spread = token_ways(q) > 1
-    rows = q.shape[1] if spread else block_rows(q.shape[1])
+    rows = q.shape[1] if spread else block_rows(q.shape[1], _scope.platform())
     rules = _Rules(q.shape[1], k.shape[1], causal, known, scale, dropout, cap, rows)
     if spread:
         q, k, v = split_tokens(q), whole_tokens(k), whole_tokens(v)
-    q, k, v = split_heads(q, k, v)
-    if _scope.platform() == "cpu" or seed is not None or cap is not None:
-        return _blocked(q, k, v, bias, limits, rules)
-    return _library(q, k, v, bias, limits, rules)
+    return _blocked(*split_heads(q, k, v), bias, limits, rules)
 
 
-def block_rows(seq: int) -> int:
-    """How many queries are computed at a time: `BLOCK_ROWS`, of long rows more, so that there are `MOST_BLOCKS`."""
-    return max(BLOCK_ROWS, -(-seq // MOST_BLOCKS))
+def block_rows(seq: int, platform: str) -> int:
+    """How many queries are computed at a time: of long rows more, so that there are at most `MOST_BLOCKS`."""
+    return max(BLOCK_ROWS if platform == "cpu" else WIDE_BLOCK_ROWS, -(-seq // MOST_BLOCKS))
 
 
 def _check(q: Any, k: Any, v: Any, causal: bool, window: Any, segment_ids: Any, key_segments: Any) -> None:
@@ -211,7 +210,7 @@ def _cut(span: range, times: int = 1) -> slice:
     return slice(span.start * times, span.stop * times)
 
 
-# CPU ----------------------------------------------------------------------------------------------------------------
+# Blocks -------------------------------------------------------------------------------------------------------------
 #
 # Inside, queries are [batch kv_heads seq·group d_head]: the heads that share a key head are rows of one matrix product.
 
@@ -229,7 +228,10 @@ def _forward(
     k, v = _rows(k, kv_heads), _rows(v, kv_heads)
     qs, outs = [], []
     for queries, keys in rules.blocks():
-        qs.append(_rows(_scaled(q[:, _cut(queries)], rules), kv_heads))
+        block = q[:, _cut(queries)]
+        if outs:
+            block, outs[-1] = jax.lax.optimization_barrier((block, outs[-1]))
+        qs.append(_rows(_scaled(block, rules), kv_heads))
         p, share, _ = _softmax(qs[-1], k[:, :, _cut(keys)], bias, limits, rules, queries, keys)
         kept = _kept(limits, rules, p.shape, queries, keys)
         y = _product("bhqk,bhkd->bhqd", (p * kept).astype(v.dtype), v[:, :, _cut(keys)]) * share
@@ -247,6 +249,9 @@ def _backward(rules: _Rules, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
     dq, dk, dv, dbias = [], [], [], []
     for (queries, keys), q in zip(rules.blocks(), qs, strict=True):
         span = _cut(keys)
+        if dq:
+            q, dq[-1], *so_far = jax.lax.optimization_barrier((q, dq[-1], sum(dk), sum(dv)))
+            dk, dv = ([part] for part in so_far)
         p, share, slope = _softmax(q, k[:, :, span], bias, limits, rules, queries, keys)
         rows = (_rows(g[:, _cut(queries)], kv_heads) * share).astype(g.dtype)
         kept = _kept(limits, rules, p.shape, queries, keys)
@@ -347,15 +352,3 @@ def _unrows(x: jax.Array, heads: int) -> jax.Array:
     batch, kv_heads, _, d_head = x.shape
     x = x.reshape(batch, kv_heads, -1, heads // kv_heads, d_head).transpose(0, 2, 1, 3, 4)
     return x.reshape(batch, -1, heads, d_head)
-
-
-# GPU and TPU --------------------------------------------------------------------------------------------------------
-
-
-def _library(q: jax.Array, k: jax.Array, v: jax.Array, bias: Any, limits: _Limits, rules: _Rules) -> jax.Array:
-    """JAX's own attention; queries that see no key are set to 0, where it would average all values."""
-    visible = _visible(rules, limits, range(rules.seq), range(rules.keys))
-    if visible is None:
-        return jax.nn.dot_product_attention(q, k, v, bias, scale=rules.scale)
-    y = jax.nn.dot_product_attention(q, k, v, bias, mask=visible[:, None], scale=rules.scale)
-    return jnp.where(jnp.any(visible, -1)[..., None, None], y, 0)

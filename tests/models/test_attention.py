@@ -340,9 +340,10 @@ def test_dropout_does_not_depend_on_the_blocks(monkeypatch):
 
 def test_long_rows_have_no_more_blocks_than_the_program_has_room_for(monkeypatch):
     """Compile time would grow with the length; a block then has more rows, and computes the same."""
-    for seq in (1, 64, 4096, 4097, 10**8):
-        assert -(-seq // _attention.block_rows(seq)) <= _attention.MOST_BLOCKS
-    assert _attention.block_rows(4096) == _attention.BLOCK_ROWS
+    for platform, least in {"cpu": _attention.BLOCK_ROWS, "tpu": _attention.WIDE_BLOCK_ROWS}.items():
+        for seq in (1, 64, 4096, 4097, 10**8):
+            assert -(-seq // _attention.block_rows(seq, platform)) <= _attention.MOST_BLOCKS
+        assert _attention.block_rows(4096, platform) == least
     q, k, v, _ = inputs(100, 100, 4, 2)
 
     def run():
@@ -352,6 +353,18 @@ def test_long_rows_have_no_more_blocks_than_the_program_has_room_for(monkeypatch
     monkeypatch.setattr(_attention, "BLOCK_ROWS", 8)
     monkeypatch.setattr(_attention, "MOST_BLOCKS", 3)
     np.testing.assert_allclose(run(), expected, atol=1e-5)
+
+
+def test_a_block_waits_for_the_one_before_it():
+    """So that an accelerator's compiler has the scores of one block in memory, forward and backward."""
+    q = jax.ShapeDtypeStruct((1, 4 * _attention.WIDE_BLOCK_ROWS, 2, 8), jnp.float32)
+
+    def loss(q):
+        return attention(q, q, q, causal=True, scale=0.3).sum()
+
+    with _scope.scope(platform="tpu"):
+        forward, both = (jax.jit(f).trace(q).lower(lowering_platforms=("tpu",)) for f in (loss, jax.grad(loss)))
+    assert [program.as_text().count("optimization_barrier") for program in (forward, both)] == [3, 6]
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

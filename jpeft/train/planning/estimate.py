@@ -239,18 +239,19 @@ def _head(found: Subject) -> int:
 def _scores(found: Subject) -> int:
     """Scores of a device's own queries with all keys in float32, their exponentials and the gradients of these.
 
-    On a CPU, whose program holds those of all blocks of queries at once; where a text is read from the left, a block
-    has no scores with what comes after it. Elsewhere they are kept. Where a row's tokens are split and a layer is
-    computed anew, one of the three takes the place of its other arrays.
+    Of one block of queries; a program for a CPU holds those of all blocks at once, and where a text is read from the
+    left, a block has no scores with what comes after it. Where a row's tokens are split and a layer is computed anew,
+    one of the three takes the place of its other arrays.
     """
     request, ways = found.request, found.mesh.shape["sequence"]
-    if request.machine.chip.platform != "cpu":
-        return 0
+    platform = request.machine.chip.platform
     heads = -(-query_heads(found.model.config) // found.mesh.shape["tensor"])
     arrays = 3 if request.remat == "none" or ways == 1 else 2
-    pairs = (request.seq // ways) * request.seq
-    if ways == 1 and request.task == "CAUSAL_LM":
-        blocks = -(-request.seq // block_rows(request.seq))
+    own = request.seq // ways
+    in_block = own if ways > 1 else min(own, block_rows(own, platform))
+    pairs = (own if platform == "cpu" else in_block) * request.seq
+    if platform == "cpu" and ways == 1 and request.task == "CAUSAL_LM":
+        blocks = -(-own // in_block)
         pairs = pairs * (blocks + 1) // (2 * blocks)
     return arrays * 4 * (request.batch // found.ways) * heads * pairs
 
