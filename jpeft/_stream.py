@@ -60,6 +60,11 @@ def whole_tokens(x: jax.Array) -> jax.Array:
     return _laid(x, BATCH_AXES, None, P.UNCONSTRAINED, P.UNCONSTRAINED)
 
 
+def split_parts(x: jax.Array) -> jax.Array:
+    """`[batch·ways, ...]`, of examples that are the parts of rows: each device has the part with its own tokens."""
+    return _laid(x, (*BATCH_AXES, "sequence"), *(P.UNCONSTRAINED for _ in x.shape[1:]))
+
+
 def split_heads(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries `[batch, seq, heads, d_head]`, keys and values `[batch, keys, kv_heads, d_head]`, of whole heads each.
 

@@ -4,10 +4,14 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jpeft
+from jpeft import _scope
+from jpeft.models import _attention
+from jpeft.models._attention import attention
 from jpeft.train.losses import SUMS
 
 #: Loss and gradients in float32 against one device: sums of the same terms in another order.
@@ -85,3 +89,65 @@ def test_split_tokens_are_one_devices(name, window, seq, kind):
     whole = np.sqrt(sum(np.linalg.norm(value) ** 2 for value in want.values()))
     for path, value in want.items():
         assert np.linalg.norm(grads[path] - np.asarray(value)) < SAME * whole, path
+
+
+def attended(*, causal, window=None, mask=None, segments=None, keys=21, places=False, bias=None, dropout=0.0, cap=None):
+    """Output and gradients of one attention of 4 rows of 21 queries, 4 heads over 2, on a mesh or not."""
+    rng = np.random.default_rng(3)
+    q, g = (rng.standard_normal((ROWS, 21, 4, 6)).astype(np.float32) for _ in range(2))
+    k, v = (rng.standard_normal((ROWS, keys, 2, 6)).astype(np.float32) for _ in range(2))
+    b = None if bias is None else rng.standard_normal((bias, 4, 21, keys)).astype(np.float32)
+    told = {"causal": causal, "scale": 0.3, "window": window, "mask": mask, "segment_ids": segments, "cap": cap}
+    if places:
+        told["places"] = rng.integers(0, 9, (1, 21)).cumsum(1).astype(np.int32)
+    if segments is not None and not causal:
+        told["key_segments"] = np.sort(rng.integers(1, 4, (ROWS, keys))).astype(np.int32)
+
+    def run(mesh):
+        def loss(q, k, v, b):
+            with _scope.scope(key=jax.random.key(5)):
+                return jnp.sum(attention(q, k, v, bias=b, dropout=dropout, **told) * g)
+
+        here = (q, k, v, b) if mesh is None else (*jpeft.shard_batch((q, k, v), mesh), b)
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2) if b is None else (0, 1, 2, 3)))(*here)
+
+    return run
+
+
+DRAWN = np.random.default_rng(4).integers
+ATTENDED = {
+    "causal": {"causal": True},
+    "prefix": {"causal": True, "keys": 26},
+    "windows of places": {"causal": True, "window": 7, "places": True},
+    "window after a prefix": {"causal": True, "window": 4, "keys": 24},
+    "packed": {"causal": True, "segments": np.sort(DRAWN(0, 3, (ROWS, 21))).astype(np.int32)},
+    "both ways, padded": {"causal": False, "mask": DRAWN(0, 2, (ROWS, 21)).astype(np.int32)},
+    "a mask of each query": {"causal": False, "mask": DRAWN(0, 2, (ROWS, 21, 21)).astype(np.int32)},
+    "others' keys": {
+        "causal": False,
+        "keys": 9,
+        "segments": np.sort(DRAWN(1, 4, (ROWS, 21))).astype(np.int32),
+    },
+    "a bias of all": {"causal": False, "bias": 1},
+    "a bias of each, capped": {"causal": True, "bias": ROWS, "cap": 1.3},
+    "dropout": {"causal": True, "dropout": 0.4},
+}
+
+
+@pytest.mark.parametrize("name", ATTENDED)
+def test_every_limit_of_attention_is_one_devices(name, monkeypatch):
+    """In blocks of three queries: a device has six, and the last one's end is padding."""
+    cuts, in_parts = [], _attention.in_parts
+    monkeypatch.setattr(
+        _attention, "in_parts", lambda x, ways, *at, **axis: cuts.append(ways) or in_parts(x, ways, *at, **axis)
+    )
+    run = attended(**ATTENDED[name])
+    want_loss, want = run(None)
+    assert not cuts
+    monkeypatch.setattr(_attention, "BLOCK_ROWS", 3)
+    loss, found = run(jpeft.mesh(MESH))
+    assert {*cuts} == {4}
+    np.testing.assert_allclose(loss, want_loss, rtol=SAME)
+    for ours, theirs in zip(found, want, strict=True):
+        assert np.any(np.asarray(theirs))
+        np.testing.assert_allclose(ours, theirs, atol=SAME)

@@ -5,12 +5,11 @@ Queries go in blocks of rows, keys that a whole block may not see are not comput
 the weights, so that nothing is kept but q, k and v. A block begins when the one before it is done, so that an
 accelerator has the scores of one alone in memory; XLA's programs for a CPU do not heed this.
 
-Where a mesh splits a row's tokens, each device has its own queries in one block, and the keys and values of all.
+Where a mesh splits a row's tokens, the queries of each device are an example of their own, in blocks as any; the keys
+and values of all are on every device.
 """
 
-import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,9 +19,9 @@ from jaxtyping import Array, Float, Int, Shaped
 from .. import _scope
 from .._dropout import keeps
 from .._given import Given
-from .._stream import split_heads, split_tokens, token_ways, whole_tokens
+from .._stream import split_heads, split_parts, split_tokens, token_ways, whole_tokens
 from .._wide import wide, widened
-from ..seams import EVERY_SEGMENT
+from ._visibility import Limits, Rules, cut, in_parts, limits_of_parts, repeated, visible_keys
 
 #: Query rows in a block: wide enough for a matrix product, narrow enough to skip most of what causality masks.
 BLOCK_ROWS = 64
@@ -83,13 +82,18 @@ def attention(
     if window is not None and places is not None:
         window = jnp.asarray(window)
     known = window if isinstance(window, int) else None
-    limits = _Limits(window if isinstance(window, jax.Array) else None, mask, segment_ids, seed, places, key_segments)
-    spread = token_ways(q) > 1
-    rows = q.shape[1] if spread else block_rows(q.shape[1], _scope.platform())
-    rules = _Rules(q.shape[1], k.shape[1], causal, known, scale, dropout, cap, rows)
-    if spread:
-        q, k, v = split_tokens(q), whole_tokens(k), whole_tokens(v)
-    return _blocked(*split_heads(q, k, v), bias, limits, rules)
+    theirs = segment_ids if key_segments is None else key_segments
+    traced = None if known is not None else window
+    limits = Limits(traced, mask, segment_ids, theirs, places, places, seed)
+    ways, unseeing = token_ways(q), mask is not None or key_segments is not None
+    sizes = (q.shape[1], k.shape[1], ways, block_rows(-(-q.shape[1] // ways), _scope.platform()))
+    rules = Rules(*sizes, causal, known, scale, dropout, cap, unseeing)
+    if ways == 1:
+        return _blocked(*split_heads(q, k, v), bias, limits, rules)
+    q, k, v = split_heads(split_tokens(q), whole_tokens(k), whole_tokens(v))
+    bias = None if bias is None else in_parts(jnp.broadcast_to(bias, (q.shape[0], *bias.shape[1:])), ways, axis=2)
+    y = _blocked(in_parts(q, ways), k, v, bias, limits_of_parts(limits, rules, q.shape[0]), rules)
+    return split_tokens(y.reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]])
 
 
 def block_rows(seq: int, platform: str) -> int:
@@ -127,119 +131,36 @@ def _whole(q: Any, k: Any, bias: jax.Array) -> jax.Array:
     return jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (k.shape[1] - covered, 0)))
 
 
-# Visibility ---------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rules:
-    """What is known of visibility when the program is compiled."""
-
-    seq: int
-    keys: int
-    causal: bool
-    window: int | None
-    scale: float
-    dropout: float = 0.0
-    cap: float | None = None
-    rows: int = BLOCK_ROWS
-
-    @property
-    def offset(self) -> int:
-        """Query i stands at key i + offset."""
-        return self.keys - self.seq
-
-    def blocks(self) -> Iterator[tuple[range, range]]:
-        """Queries by `rows`, each block with the keys beyond which none of its queries sees."""
-        for start in range(0, self.seq, self.rows):
-            queries = range(start, min(start + self.rows, self.seq))
-            last = queries.stop + self.offset if self.causal else self.keys
-            first = 0 if self.window is None or self.offset else max(0, start - self.window + 1)
-            yield queries, range(first, last)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["window", "mask", "segment_ids", "seed", "places", "key_segments"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class _Limits:
-    """What is known of visibility when the program runs: arrays or None, and JAX's own stand-ins for these."""
-
-    window: Any
-    mask: Any
-    segment_ids: Any
-    seed: Any = None
-    places: Any = None
-    key_segments: Any = None
-
-
-def _visible(rules: _Rules, limits: _Limits, queries: range, keys: range) -> Given | None:
-    """Which of the keys each query sees, `[batch or 1, queries or 1, keys]`; None where all see all."""
-    here = jnp.arange(queries.start, queries.stop)[:, None] + rules.offset
-    there = jnp.arange(keys.start, keys.stop)[None]
-    conditions = []
-    if rules.causal and keys[-1] > queries[0] + rules.offset:
-        conditions.append((there <= here)[None])
-    if limits.window is not None:
-        near = (there > here - limits.window)[None] if limits.places is None else _near(rules, limits, queries, keys)
-        conditions.append(near | (there < rules.offset)[None])
-    if rules.window is not None and keys[0] <= queries[-1] + rules.offset - rules.window:
-        conditions.append(((there > here - rules.window) | (there < rules.offset))[None])
-    if limits.mask is not None:
-        own = limits.mask[:, None] if limits.mask.ndim == 2 else limits.mask[:, _cut(queries)]
-        conditions.append(own[..., _cut(keys)] != 0)
-    if limits.segment_ids is not None:
-        theirs = limits.segment_ids if limits.key_segments is None else limits.key_segments
-        every = ((0, 0), (rules.keys - theirs.shape[1], 0))
-        segments = jnp.pad(theirs, every, constant_values=EVERY_SEGMENT)[:, None, _cut(keys)]
-        same = limits.segment_ids[:, _cut(queries), None] == segments
-        conditions.append(same | (segments == EVERY_SEGMENT))
-    return functools.reduce(jnp.logical_and, conditions) if conditions else None
-
-
-def _near(rules: _Rules, limits: _Limits, queries: range, keys: range) -> jax.Array:
-    """Which of the keys are within the window of each query, by their places."""
-    assert limits.places is not None
-    assert limits.window is not None
-    there = jnp.pad(limits.places, ((0, 0), (rules.offset, 0)))[:, None, _cut(keys)]
-    return there > limits.places[:, _cut(queries), None] - limits.window
-
-
-def _cut(span: range, times: int = 1) -> slice:
-    return slice(span.start * times, span.stop * times)
-
-
 # Blocks -------------------------------------------------------------------------------------------------------------
 #
 # Inside, queries are [batch kv_heads seq·group d_head]: the heads that share a key head are rows of one matrix product.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, bias: Any, limits: _Limits, rules: _Rules) -> jax.Array:
+def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, bias: Any, limits: Limits, rules: Rules) -> jax.Array:
     return _forward(q, k, v, bias, limits, rules)[0]
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: Any, limits: _Limits, rules: _Rules
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: Any, limits: Limits, rules: Rules
 ) -> tuple[jax.Array, Any]:
     """The output, and what the backward pass needs: q · scale by blocks, k, v and the bias."""
     heads, kv_heads = q.shape[2], k.shape[2]
-    k, v = _rows(k, kv_heads), _rows(v, kv_heads)
+    k, v = (_rows(x if rules.ways == 1 else repeated(x, rules.ways), kv_heads) for x in (k, v))
     qs, outs = [], []
     for queries, keys in rules.blocks():
-        block = q[:, _cut(queries)]
+        block = q[:, cut(queries)]
         if outs:
             block, outs[-1] = jax.lax.optimization_barrier((block, outs[-1]))
-        qs.append(_rows(_scaled(block, rules), kv_heads))
-        p, share, _ = _softmax(qs[-1], k[:, :, _cut(keys)], bias, limits, rules, queries, keys)
+        qs.append(_in_place(_rows(_scaled(block, rules), kv_heads), rules))
+        p, share, _ = _softmax(qs[-1], k[:, :, cut(keys)], bias, limits, rules, queries, keys)
         kept = _kept(limits, rules, p.shape, queries, keys)
-        y = _product("bhqk,bhkd->bhqd", (p * kept).astype(v.dtype), v[:, :, _cut(keys)]) * share
+        y = _product("bhqk,bhkd->bhqd", (p * kept).astype(v.dtype), v[:, :, cut(keys)]) * share
         outs.append(_unrows(y.astype(q.dtype), heads))
     return jnp.concatenate(outs, 1), (qs, k, v, bias, limits)
 
 
-def _backward(rules: _Rules, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
+def _backward(rules: Rules, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
     """With weights w = p · share and dw = kept · g vᵀ: ds = w (dw - Σ w dw). `share` goes into g, which is small.
 
     The gradient of a bias is ds itself, summed over the examples that share it.
@@ -248,12 +169,12 @@ def _backward(rules: _Rules, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
     heads, kv_heads = g.shape[2], k.shape[1]
     dq, dk, dv, dbias = [], [], [], []
     for (queries, keys), q in zip(rules.blocks(), qs, strict=True):
-        span = _cut(keys)
+        span = cut(keys)
         if dq:
             q, dq[-1], *so_far = jax.lax.optimization_barrier((q, dq[-1], sum(dk), sum(dv)))
             dk, dv = ([part] for part in so_far)
         p, share, slope = _softmax(q, k[:, :, span], bias, limits, rules, queries, keys)
-        rows = (_rows(g[:, _cut(queries)], kv_heads) * share).astype(g.dtype)
+        rows = (_rows(g[:, cut(queries)], kv_heads) * share).astype(g.dtype)
         kept = _kept(limits, rules, p.shape, queries, keys)
         dw = _product("bhqd,bhkd->bhqk", rows, v[:, :, span]) * kept
         ds = p * (dw - share * jnp.sum(p * dw, -1, keepdims=True))
@@ -263,13 +184,19 @@ def _backward(rules: _Rules, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
         dq.append(_unrows(_scaled(_product("bhqk,bhkd->bhqd", ds, k[:, :, span]), rules).astype(q.dtype), heads))
         dk.append(_among(_product("bhqk,bhqd->bhkd", ds, q), keys, rules.keys))
         dv.append(_among(_product("bhqk,bhqd->bhkd", (p * kept).astype(g.dtype), rows), keys, rules.keys))
-    dk, dv = (_unrows(sum(parts).astype(k.dtype), kv_heads) for parts in (dk, dv))
+    of_rows = (sum(parts).reshape(-1, rules.ways, *k.shape[1:]).sum(1) for parts in (dk, dv))
+    dk, dv = (_unrows(x.astype(k.dtype), kv_heads) for x in of_rows)
     return jnp.concatenate(dq, 1), dk, dv, None if bias is None else jnp.concatenate(dbias, 2), None
+
+
+def _in_place(x: jax.Array, rules: Rules) -> jax.Array:
+    """A part of a row on its own device."""
+    return x if rules.ways == 1 else split_parts(x)
 
 
 def _bias_rows(bias: jax.Array, kv_heads: int, queries: range, keys: range) -> jax.Array:
     """A block of a bias, `[rows kv_heads queries·group keys]` as the block's scores are."""
-    block = bias[:, :, _cut(queries), _cut(keys)]
+    block = bias[:, :, cut(queries), cut(keys)]
     block = block.reshape(bias.shape[0], kv_heads, -1, len(queries), len(keys)).swapaxes(2, 3)
     return block.reshape(bias.shape[0], kv_heads, -1, len(keys))
 
@@ -290,7 +217,7 @@ def _among(x: jax.Array, span: range, keys: int) -> jax.Array:
 _blocked.defvjp(_forward, _backward)
 
 
-def _kept(limits: _Limits, rules: _Rules, shape: tuple[int, ...], queries: range, keys: range) -> jax.Array | float:
+def _kept(limits: Limits, rules: Rules, shape: tuple[int, ...], queries: range, keys: range) -> jax.Array | float:
     """1/(1-rate) for a weight that is kept and 0 for one that is dropped, `shape` as the block's weights.
 
     A weight's place is (example, head, query, key) in the whole attention, whatever block it is computed in.
@@ -301,12 +228,14 @@ def _kept(limits: _Limits, rules: _Rules, shape: tuple[int, ...], queries: range
     batch, kv_head, row, key = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(4))
     head = kv_head * group + row % group
     query = row // group + queries.start
+    if limits.starts is not None:
+        batch, query = batch // rules.ways, query + limits.starts.astype(jnp.uint32)[:, None, None, None]
     place = ((batch * (shape[1] * group) + head) * rules.seq + query) * rules.keys + key + keys.start
     return jnp.where(keeps(limits.seed, rules.dropout, place), 1 / (1 - rules.dropout), 0.0)
 
 
 def _softmax(
-    q: jax.Array, k: jax.Array, bias: Any, limits: _Limits, rules: _Rules, queries: range, keys: range
+    q: jax.Array, k: jax.Array, bias: Any, limits: Limits, rules: Rules, queries: range, keys: range
 ) -> tuple[jax.Array, jax.Array, Any]:
     """exp(s - max s) for each row's scores s = q kᵀ + bias, and one over its sum; 0 for a row that sees no key.
 
@@ -319,14 +248,14 @@ def _softmax(
         s, slope = rules.cap * bounded, 1 - jnp.square(bounded)
     if bias is not None:
         s = s + _bias_rows(bias, k.shape[1], queries, keys)
-    visible = _visible(rules, limits, queries, keys)
+    visible = visible_keys(rules, limits, queries, keys)
     if visible is not None:
         group = q.shape[2] // len(queries)
         visible = (visible if visible.shape[1] == 1 else jnp.repeat(visible, group, axis=1))[:, None]
         s = s + jnp.where(visible, 0, _HIDDEN)
     p = jnp.exp(s - jax.lax.stop_gradient(jnp.max(s, -1, keepdims=True)))
     share = 1 / jnp.sum(p, -1, keepdims=True)
-    if visible is not None and (limits.mask is not None or limits.key_segments is not None):
+    if visible is not None and rules.unseeing:
         share = jnp.where(jnp.any(visible, -1, keepdims=True), share, 0)
     return p, share, slope
 
@@ -335,7 +264,7 @@ def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a, b, preferred_element_type=wide(a.dtype))
 
 
-def _scaled(x: jax.Array, rules: _Rules) -> jax.Array:
+def _scaled(x: jax.Array, rules: Rules) -> jax.Array:
     """x · scale. Queries and their gradients are scaled, not scores, which are many more."""
     return (widened(x) * rules.scale).astype(x.dtype)
 

@@ -13,6 +13,7 @@ from jax import test_util
 from jpeft import _scope
 from jpeft.models import _attention
 from jpeft.models._attention import attention
+from jpeft.models._visibility import Rules
 
 #: float32 against float64: sums of up to 300 terms of unit size.
 ATOL = 5e-6
@@ -394,6 +395,6 @@ def test_blocks_cover_every_pair_that_is_visible():
     ]:
         seen = visible(seq, keys, causal, window)[0]
         covered = np.zeros((seq, keys), bool)
-        for queries, span in _attention._Rules(seq, keys, causal, window, 1.0, rows=64).blocks():
+        for queries, span in Rules(seq, keys, 1, 64, causal, window, 1.0, 0.0, None, False).blocks():
             covered[queries.start : queries.stop, span.start : span.stop] = True
         assert covered[seen].all()

@@ -237,23 +237,25 @@ def _head(found: Subject) -> int:
 
 
 def _scores(found: Subject) -> int:
-    """Scores of a device's own queries with all keys in float32, their exponentials and the gradients of these.
-
-    Of one block of queries; a program for a CPU holds those of all blocks at once, and where a text is read from the
-    left, a block has no scores with what comes after it. Where a row's tokens are split and a layer is computed anew,
-    one of the three takes the place of its other arrays.
-    """
+    """Scores of a block of a device's own queries with all keys in float32, their exponentials, and their gradients."""
     request, ways = found.request, found.mesh.shape["sequence"]
-    platform = request.machine.chip.platform
+    platform, own = request.machine.chip.platform, request.seq // ways
     heads = -(-query_heads(found.model.config) // found.mesh.shape["tensor"])
+    block = min(own, block_rows(own, platform))
+    pairs = _pairs_at_once(request, own, block, ways) if platform == "cpu" else 3 * block * request.seq
+    return 4 * (request.batch // found.ways) * heads * pairs
+
+
+def _pairs_at_once(request: Request, own: int, block: int, ways: int) -> int:
+    """Pairs of a query and a key whose numbers a program for a CPU holds, which has all blocks of queries at once.
+
+    Where a text is read from the left, a block has no scores with what comes after it. Where a row's tokens are split
+    and a layer is computed anew, one of the three arrays takes the place of its other ones.
+    """
+    blocks = -(-own // block)
     arrays = 3 if request.remat == "none" or ways == 1 else 2
-    own = request.seq // ways
-    in_block = own if ways > 1 else min(own, block_rows(own, platform))
-    pairs = (own if platform == "cpu" else in_block) * request.seq
-    if platform == "cpu" and ways == 1 and request.task == "CAUSAL_LM":
-        blocks = -(-own // in_block)
-        pairs = pairs * (blocks + 1) // (2 * blocks)
-    return arrays * 4 * (request.batch // found.ways) * heads * pairs
+    from_left = request.task == "CAUSAL_LM" and ways == 1
+    return arrays * own * request.seq * (blocks + 1) // (2 * blocks) if from_left else arrays * own * request.seq
 
 
 def _kept(found: Subject, request: Request) -> tuple[list[jax.ShapeDtypeStruct], list[jax.ShapeDtypeStruct]]:
@@ -280,6 +282,7 @@ def _of_tokens(x: Kept, seq: int, ways: int) -> jax.ShapeDtypeStruct:
     """What a device along `sequence` has of an array: its own tokens, unless attention needs those of all."""
     whole = jax.ShapeDtypeStruct(x.shape, x.dtype)
     axes = [axis for axis, size in enumerate(x.shape) if size >= seq] or ([0] if x.shape[:1] == (ways,) else [])
+    axes = [len(x.shape) - 4] if x.in_parts else axes
     if ways == 1 or x.gathered or not axes:
         return whole
     return jax.ShapeDtypeStruct((*x.shape[: axes[0]], -(-x.shape[axes[0]] // ways), *x.shape[axes[0] + 1 :]), x.dtype)
@@ -293,7 +296,7 @@ def _leaves(found: Subject) -> dict[str, Any]:
 def _traced(request: Request, ways: int) -> list[Kept]:
     """What is kept of a forward pass on one device, or on those along `sequence`; the same on every chip of a platform.
 
-    These devices have their queries in one block, so that the program is another one.
+    Of these each has the queries of its own part of a row, so that the program is another one.
     """
     graphdef, *leaves = partition(adapted(request))
     along = AbstractMesh((1, 1, ways, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -28,12 +28,14 @@ class Kept:
     Attributes:
       shape, dtype: its own.
       gathered: it is what attention has gathered along `sequence`: keys or values of all tokens.
+      in_parts: its examples are the parts of rows, a device along `sequence` has one of each: `[batch·ways, ...]`.
       on_host: it lies in the host's memory until the backward pass fetches it.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     gathered: bool
+    in_parts: bool
     on_host: bool = False
 
 
@@ -51,27 +53,30 @@ def kept(fn: Callable[..., Any], *arguments: Any) -> list[Kept]:
     given = {id(variable) for variable in (*jaxpr.invars, *jaxpr.constvars)}
     made = {id(out): (equation, i) for equation in jaxpr.eqns for i, out in enumerate(equation.outvars)}
     found = {_origin(v, made): v for v in jaxpr.outvars if not isinstance(v, core.Literal) and id(v) not in given}
-    return [Kept(v.aval.shape, v.aval.dtype, _gathered(v, made), _on_host(v.aval)) for v in found.values()]
+    specs = ((v.aval, _spec(v, made)) for v in found.values())
+    return [
+        Kept(x.shape, x.dtype, spec[1:2] == (None,), spec != () and "sequence" in (spec[0] or ()), _on_host(x))
+        for x, spec in specs
+    ]
 
 
 def _on_host(aval: Any) -> bool:
     return getattr(aval, "memory_space", None) == jax.memory.Space.Host
 
 
-def _gathered(variable: Any, made: dict[int, tuple[Any, int]]) -> bool:
-    """Whether a variable is, in another dtype or order, `[rows, tokens, heads, d_head]` held whole along `sequence`."""
+def _spec(variable: Any, made: dict[int, tuple[Any, int]]) -> tuple[Any, ...]:
+    """How a variable was told to lie that is, in another dtype or order, an array of four axes; () where it was not."""
     equation, index = made.get(id(variable), (None, 0))
     if equation is None or isinstance(variable, core.Literal):
-        return False
+        return ()
     if equation.primitive.name == "sharding_constraint":
-        spec = getattr(equation.params["sharding"], "spec", ())
-        return variable.aval.ndim == 4 and len(spec) > 1 and spec[1] is None
+        return tuple(getattr(equation.params["sharding"], "spec", ())) if variable.aval.ndim == 4 else ()
     if equation.primitive.name in (*_COPIES, "transpose"):
-        return _gathered(equation.invars[0], made)
+        return _spec(equation.invars[0], made)
     body = next(_inner(equation), None)
     if body is None or (equation.primitive.name == "scan" and index < equation.params["num_carry"]):
-        return False
-    return _gathered(
+        return ()
+    return _spec(
         body.outvars[index], {id(out): (inner, i) for inner in body.eqns for i, out in enumerate(inner.outvars)}
     )
 
