@@ -15,7 +15,7 @@ from .buckets import Batch
 from .config import Config
 from .devices import num_groups, whole
 from .objective import objective
-from .planning.compiling import Program, program, slices_of
+from .planning.compiling import Program, program
 from .planning.devices import Chip, Machine
 from .planning.estimate import memory
 from .planning.report import exchanged, table
@@ -99,7 +99,7 @@ def _machine(config: Config) -> Machine:
 def _compiled(config: Config, found: Subject, mesh: Mesh | None) -> Program:
     """The run's own step, compiled for its widest batch."""
     update, key = _update(config, found, mesh)
-    return program(update.lower(found.state, found.frozen, found.batch, key), slices_of(found))
+    return program(update.lower(found.state, found.frozen, found.batch, key), found)
 
 
 def _update(config: Config, found: Subject, mesh: Mesh | None) -> tuple[Compiled, Any]:

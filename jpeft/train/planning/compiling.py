@@ -8,8 +8,10 @@ is this machine's own.
 import dataclasses
 import os
 import re
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -43,7 +45,7 @@ class Program:
       over_dcn: those of them, by the same count, in which devices of several slices take part.
       seconds: spent on compiling.
       needed: what the compiler asked for where it refused; the other figures are then 0.
-      text: the optimised program, or "" where the compiler's text cannot be read back.
+      text: the optimised program, or "" where neither the compiler wrote it nor JAX can.
     """
 
     arguments: int = 0
@@ -82,23 +84,24 @@ def compiled(request: Request, *, effort: str | None = None, read: bool = True) 
     step = make_step(found.graphdef, sums(request), found.tx, groups=found.ways, ema=0.9 if request.ema else None)
     key = jax.eval_shape(lambda: jax.random.key(0)) if request.dropout else None
     lowered = step.lower(found.state, found.frozen, found.batch, key)
-    return program(lowered, slices_of(found), effort=effort, read=read)
+    return program(lowered, found, effort=effort, read=read)
 
 
-def program(
-    lowered: jax.stages.Lowered, slices: Sequence[int], *, effort: str | None = None, read: bool = True
-) -> Program:
-    """Compiles a step that is lowered; `slices` of `slices_of`, the rest as of `compiled`."""
-    start = time.perf_counter()
-    try:
-        made = _with_effort(lowered, effort)
-    except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
-        if needed is None:
-            raise
-        unit = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}[needed[2]]
-        return Program(needed=int(float(needed[1]) * unit), seconds=time.perf_counter() - start)
-    seconds, m, text = time.perf_counter() - start, made.memory_analysis(), _text(made) if read else ""
+def program(lowered: jax.stages.Lowered, found: Subject, *, effort: str | None = None, read: bool = True) -> Program:
+    """Compiles the step of `found`, which is lowered; the rest as of `compiled`."""
+    start, slices = time.perf_counter(), _slices(found)
+    apart = read and found.request.machine.chip.platform == "tpu"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            made = _with_effort(lowered, effort, _dumped(folder) if apart else {})
+        except jax.errors.JaxRuntimeError as error:
+            needed = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
+            if needed is None:
+                raise
+            unit = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}[needed[2]]
+            return Program(needed=int(float(needed[1]) * unit), seconds=time.perf_counter() - start)
+        seconds, m = time.perf_counter() - start, made.memory_analysis()
+        text = _text(made, Path(folder)) if read else ""
     return Program(
         m.argument_size_in_bytes,
         m.output_size_in_bytes,
@@ -113,7 +116,7 @@ def program(
     )
 
 
-def slices_of(found: Subject) -> list[int]:
+def _slices(found: Subject) -> list[int]:
     """The slice of every device, in the order in which a program numbers them."""
     return [slice_of(device, found.request) for device in np.asarray(found.mesh.devices).flat]
 
@@ -150,19 +153,27 @@ def _topology(name: str, slices: int) -> Any:
         ) from error
 
 
-def _with_effort(lowered: Any, effort: str | None) -> Any:
+def _with_effort(lowered: Any, effort: str | None, options: dict[str, Any]) -> Any:
     if effort is None:
-        return lowered.compile()
+        return lowered.compile(compiler_options=options)
     before = jax.config.values["jax_optimization_level"]
     jax.config.update("jax_optimization_level", effort)
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options=options)
     finally:
         jax.config.update("jax_optimization_level", before)
 
 
-def _text(program: Any) -> str:
-    """The program's text; libtpu writes some programs in a form that jaxlib of the same day cannot read."""
+def _dumped(folder: str) -> dict[str, Any]:
+    """Has the compiler write a program's text itself: libtpu makes some that jaxlib of the same day cannot read."""
+    return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+
+
+def _text(program: Any, folder: Path) -> str:
+    """The program's text, as the compiler wrote it into a folder or as JAX has it; "" where neither is there."""
+    written = next(folder.glob("*after_optimizations.txt"), None)
+    if written is not None:
+        return written.read_text(encoding="utf-8", errors="replace")
     try:
         return program.as_text()
     except jax.errors.JaxRuntimeError:

@@ -203,12 +203,14 @@ def _working(found: Subject, anew: int) -> int:
     """What a layer needs beside what it keeps, and the head: compilers lay no loop's memory over another's.
 
     A layer computes `anew` bytes in the backward pass. Of its weights the two largest are whole along `fsdp` at a time,
-    one in use and the next on its way; of quantized ones, one is there in float32.
+    one in use and the next on its way; of quantized ones, one is there in float32. The head's kernel is whole when no
+    layer's is.
     """
     leaves, split = _leaves(found), found.mesh.shape["fsdp"]
     kernels = [_along_fsdp(leaves[path]) // count for count, paths in _layers(found.model) for path in paths]
     gathered = sum(sorted(kernels)[-2:]) if split > 1 else 0
-    return anew + gathered + _decoded(found) + max(_head(found), _scores(found))
+    layer = anew + gathered + _decoded(found) + max(_head(found), _scores(found))
+    return max(layer, _whole_head(found) + _head(found))
 
 
 def _along_fsdp(leaf: Any) -> int:
@@ -234,6 +236,16 @@ def _head(found: Subject) -> int:
     rows = request.batch // found.ways * batch(request)["labels"].shape[-1] // tokens
     logits = min(rows * vocab, CHUNK_LOGITS // (found.ways * tokens))
     return logits * 10 // found.mesh.shape["tensor"]
+
+
+def _whole_head(found: Subject) -> int:
+    """The head's kernel, or the table that is tied to it, as it is gathered along `fsdp`, in the base's dtype."""
+    request, vocab = found.request, getattr(found.model.config, "vocab_size", 0)
+    if request.task not in WRITING or found.mesh.shape["fsdp"] == 1:
+        return 0
+    tables = (leaf for leaf in _leaves(found).values() if leaf.ndim == 2 and vocab in leaf.shape)
+    words = max((_along_fsdp(leaf) // leaf.dtype.itemsize for leaf in tables), default=0)
+    return words * jnp.dtype(request.dtype).itemsize
 
 
 def _scores(found: Subject) -> int:
