@@ -203,13 +203,15 @@ def _working(found: Subject, anew: int) -> int:
     """What a layer needs beside what it keeps, and the head: compilers lay no loop's memory over another's.
 
     A layer computes `anew` bytes in the backward pass. Of its weights the two largest are whole along `fsdp` at a time,
-    one in use and the next on its way; of quantized ones, one is there in float32. The head's kernel is whole when no
-    layer's is.
+    one in use and the next on its way; of quantized ones, one is there in float32, on accelerators when no scores are.
+    The head's kernel is whole when no layer's is.
     """
     leaves, split = _leaves(found), found.mesh.shape["fsdp"]
     kernels = [_along_fsdp(leaves[path]) // count for count, paths in _layers(found.model) for path in paths]
     gathered = sum(sorted(kernels)[-2:]) if split > 1 else 0
-    layer = anew + gathered + _decoded(found) + max(_head(found), _scores(found))
+    decoded, beside = _decoded(found), max(_head(found), _scores(found))
+    cpu = found.request.machine.chip.platform == "cpu"
+    layer = anew + gathered + (decoded + beside if cpu else max(decoded, beside))
     return max(layer, _whole_head(found) + _head(found))
 
 
