@@ -92,7 +92,7 @@ def attention(
         return _blocked(*split_heads(q, k, v), bias, limits, rules)
     q, k, v = split_heads(split_tokens(q), whole_tokens(k), whole_tokens(v))
     bias = None if bias is None else in_parts(jnp.broadcast_to(bias, (q.shape[0], *bias.shape[1:])), ways, axis=2)
-    y = _blocked(in_parts(q, ways), k, v, bias, limits_of_parts(limits, rules, q.shape[0]), rules)
+    y: Any = _blocked(in_parts(q, ways), k, v, bias, limits_of_parts(limits, rules, q.shape[0]), rules)
     return split_tokens(y.reshape(q.shape[0], -1, *q.shape[2:])[:, : q.shape[1]])
 
 
@@ -184,9 +184,14 @@ def _backward(rules: Rules, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
         dq.append(_unrows(_scaled(_product("bhqk,bhkd->bhqd", ds, k[:, :, span]), rules).astype(q.dtype), heads))
         dk.append(_among(_product("bhqk,bhqd->bhkd", ds, q), keys, rules.keys))
         dv.append(_among(_product("bhqk,bhqd->bhkd", (p * kept).astype(g.dtype), rows), keys, rules.keys))
-    of_rows = (sum(parts).reshape(-1, rules.ways, *k.shape[1:]).sum(1) for parts in (dk, dv))
-    dk, dv = (_unrows(x.astype(k.dtype), kv_heads) for x in of_rows)
+    dk, dv = (_unrows(_of_rows(blocks, rules).astype(k.dtype), kv_heads) for blocks in (dk, dv))
     return jnp.concatenate(dq, 1), dk, dv, None if bias is None else jnp.concatenate(dbias, 2), None
+
+
+def _of_rows(blocks: list[Any], rules: Rules) -> jax.Array:
+    """What all blocks of queries, in all parts of a row, add to a gradient: of `[batch·ways ...]`, `[batch ...]`."""
+    total = jnp.asarray(sum(blocks))
+    return total.reshape(-1, rules.ways, *total.shape[1:]).sum(1)
 
 
 def _in_place(x: jax.Array, rules: Rules) -> jax.Array:

@@ -6,7 +6,7 @@ Where a mesh splits a row's tokens over `ways` devices, the queries are in as ma
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -87,14 +87,19 @@ def limits_of_parts(limits: Limits, rules: Rules, batch: int) -> Limits:
     whole, parts = functools.partial(repeated, ways=rules.ways), functools.partial(in_parts, ways=rules.ways)
     places = limits.places if limits.places is None else jnp.broadcast_to(limits.places, (batch, rules.seq))
     of_queries = limits.mask is not None and limits.mask.ndim == 3
-    return Limits(
-        limits.window,
-        limits.mask if limits.mask is None else (parts if of_queries else whole)(jnp.asarray(limits.mask)),
-        *(x if x is None else made(x) for x, made in ((limits.segments, parts), (limits.key_segments, whole))),
-        *(places if places is None else made(places) for made in (parts, whole)),
-        limits.seed,
-        jnp.tile(jnp.arange(rules.ways) * rules.own, batch),
+    return dataclasses.replace(
+        limits,
+        mask=_made(parts if of_queries else whole, limits.mask),
+        segments=_made(parts, limits.segments),
+        key_segments=_made(whole, limits.key_segments),
+        places=_made(parts, places),
+        key_places=_made(whole, places),
+        starts=jnp.tile(jnp.arange(rules.ways) * rules.own, batch),
     )
+
+
+def _made(change: Callable[[Any], jax.Array], x: Any) -> Any:
+    return x if x is None else change(x)
 
 
 def in_parts(x: Any, ways: int, axis: int = 1) -> jax.Array:
